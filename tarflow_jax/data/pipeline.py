@@ -1,0 +1,125 @@
+"""Batches of uint8 images through Grain, as a pure function of the global step.
+
+Because batch k depends on nothing but the source, the seed and k, a run resumes at any step, with
+any number of processes, and no state of an iterator has to be kept in a checkpoint.
+"""
+
+import functools
+
+import grain
+import numpy as np
+from absl import flags
+
+# Grain's own 16 threads and 500 elements are meant for single images; here an element is a batch.
+READ_OPTIONS = grain.ReadOptions(num_threads=8, prefetch_buffer_size=8)
+BATCHES_AHEAD_PER_WORKER = 2
+
+
+def train_batches(source, *, batch_size, seed, flip=False, start=0, process_index=0,
+                  process_count=1, workers=0):
+    """Shuffled training batches without end, from step `start` on.
+
+    Every epoch is a new permutation of the whole source, and batches run across the border of
+    epochs. Of global batch k, process p delivers the rows [p*b, (p+1)*b), b = batch_size //
+    process_count: the same images whatever the number of processes, of workers, or `start`.
+
+    Args:
+        source: see `sources`; with workers it must pickle, as those of `sources` do.
+        batch_size: images per step over all processes.
+        seed: of the order and the flips, in [0, 2**32).
+        flip: whether to mirror half of the images, left to right.
+        start: first step to deliver; no image before it is read.
+        process_index: p, this process.
+        process_count: number of processes.
+        workers: processes that read ahead, for a source that is slow to decode; 0 reads ahead
+            with threads. Workers are spawned: the main module needs an
+            `if __name__ == '__main__'`.
+
+    Returns:
+        An iterator of {'image': uint8 [b,H,W,C], 'label': int32 [b]}; its `close()` ends the
+        threads or workers.
+
+    Raises:
+        ValueError: the source is empty, the seed out of range, or batch_size cannot be divided
+            over the processes.
+    """
+    b = _rows_per_process(batch_size, process_count, 'train.batch_size')
+    if len(source) == 0:
+        raise ValueError('the training set holds no image; choose another split.')
+    if not 0 <= seed < 2**32:
+        raise ValueError(f'the seed is {seed}; choose one in [0, 2**32).')
+    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    if flip:
+        dataset = dataset.random_map(_flip_half)
+    # Batches of b in a row are the shares of process 0, 1, ... of step 0, then those of step 1.
+    # With a remainder, Grain would round the endless length up, in floats, past what a len() holds.
+    dataset = dataset.batch(b, drop_remainder=True)
+    dataset = dataset[start * process_count + process_index :: process_count]
+    dataset = dataset.to_iter_dataset(READ_OPTIONS)
+    if workers > 0:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain's workers read flags, set or not
+        dataset = dataset.mp_prefetch(
+            grain.MultiprocessingOptions(
+                num_workers=workers, per_worker_buffer_size=BATCHES_AHEAD_PER_WORKER
+            )
+        ).map(_owned)
+    return iter(dataset)
+
+
+def eval_batches(source, *, batch_size, process_index=0, process_count=1):
+    """The whole source once, in order; what fills up the last batch has mask 0.
+
+    Every process delivers the same number of batches, `ceil(len(source) / batch_size)`, even if
+    it has nothing but padding (copies of the last image) in the last one.
+
+    Returns:
+        An iterator, with `close()`, of {'image': uint8 [b,H,W,C], 'label': int32 [b],
+        'mask': float32 [b]}, where b = batch_size // process_count; process p has the rows
+        [p*b, (p+1)*b) of each global batch.
+
+    Raises:
+        ValueError: batch_size cannot be divided over the processes.
+    """
+    b = _rows_per_process(batch_size, process_count, 'the batch_size of the evaluation')
+    padded = -(-len(source) // batch_size) * batch_size
+    dataset = grain.MapDataset.range(padded).map(functools.partial(_masked, source))
+    return iter(dataset.batch(b)[process_index::process_count].to_iter_dataset(READ_OPTIONS))
+
+
+def steps_per_epoch(source, batch_size):
+    """Whole batches in the source: `len(source) // batch_size`.
+
+    Raises:
+        ValueError: batch_size is not positive, or larger than the source.
+    """
+    if not 1 <= batch_size <= len(source):
+        raise ValueError(
+            f'train.batch_size is {batch_size} and the training set holds {len(source)} images; '
+            f'choose a batch size from 1 to {len(source)}.'
+        )
+    return len(source) // batch_size
+
+
+def _rows_per_process(batch_size, process_count, field):
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f'{field} is {batch_size}, which {process_count} process(es) cannot share evenly; '
+            f'choose a positive multiple of {process_count}.'
+        )
+    return batch_size // process_count
+
+
+def _flip_half(element, rng):
+    if rng.random() < 0.5:
+        return element
+    return {**element, 'image': element['image'][:, ::-1]}
+
+
+def _owned(batch):
+    # Workers deliver views of shared memory; any that lives until Python exits counts as leaked.
+    return {name: np.array(value) for name, value in batch.items()}
+
+
+def _masked(source, i):
+    return {**source[min(i, len(source) - 1)], 'mask': np.float32(i < len(source))}
