@@ -1,0 +1,35 @@
+"""tarflow_jax: TarFlow, a normalizing flow of causal Transformers, in JAX and Flax Linen."""
+
+from tarflow_jax.flow.guidance import Guidance
+from tarflow_jax.flow.likelihood import bits_per_dim, denoise, log_prob
+from tarflow_jax.flow.model import TarFlow
+from tarflow_jax.flow.sampling import sample, sample_trajectory
+
+__version__ = '0.1.0'
+
+
+def load_official(path, model):
+    """See `tarflow_jax.convert.load_official`."""
+    from tarflow_jax import convert
+
+    return convert.load_official(path, model)
+
+
+def save_official(variables, model, path):
+    """See `tarflow_jax.convert.save_official`."""
+    from tarflow_jax import convert
+
+    return convert.save_official(variables, model, path)
+
+
+__all__ = [
+    'Guidance',
+    'TarFlow',
+    'bits_per_dim',
+    'denoise',
+    'load_official',
+    'log_prob',
+    'sample',
+    'sample_trajectory',
+    'save_official',
+]

@@ -1,0 +1,1 @@
+"""The flow itself: pure mathematics on jax and flax, nothing else."""
