@@ -1,0 +1,282 @@
+"""Official PyTorch checkpoints to Flax variables and back.
+
+The official code (github.com/apple/ml-tarflow) keeps linear weights as [out, in] and the numbers
+of a patch in the order (channel, row, column); here kernels are [in, out] and a patch is (row,
+column, channel). `_BLOCK` and `_LAYER` are the only place that says what corresponds to what:
+loading reads them from left to right, saving from right to left.
+"""
+
+import collections
+import math
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
+
+from tarflow_jax import torch_file
+
+# Official name, our path, and the axes of both, named as in `_sizes`; those in parentheses are
+# merged into one. The official code registers the layers as `blocks.B.attn_blocks.L`; here they
+# are stacked on a leading axis.
+_BLOCK = (
+    ('pos_embed', 'position_embedding', 'T W', 'T W'),
+    ('class_embed', 'class_embedding', 'N one W', '(N one) W'),
+    ('proj_in.weight', 'proj_in/kernel', 'W (C row col)', '(row col C) W'),
+    ('proj_in.bias', 'proj_in/bias', 'W', 'W'),
+    ('proj_out.weight', 'proj_out/kernel', '(half C row col) W', 'W (half row col C)'),
+    ('proj_out.bias', 'proj_out/bias', '(half C row col)', '(half row col C)'),
+)
+_LAYER = (
+    ('attention.norm.weight', 'attention_norm/scale', 'W', 'W'),
+    ('attention.norm.bias', 'attention_norm/bias', 'W', 'W'),
+    ('attention.qkv.weight', 'qkv/kernel', '(qkv H K) W', 'W qkv H K'),
+    ('attention.qkv.bias', 'qkv/bias', '(qkv H K)', 'qkv H K'),
+    ('attention.proj.weight', 'attention_proj/kernel', 'W (H K)', 'H K W'),
+    ('attention.proj.bias', 'attention_proj/bias', 'W', 'W'),
+    ('mlp.norm.weight', 'mlp_norm/scale', 'W', 'W'),
+    ('mlp.norm.bias', 'mlp_norm/bias', 'W', 'W'),
+    ('mlp.main.0.weight', 'mlp_in/kernel', 'F W', 'W F'),
+    ('mlp.main.0.bias', 'mlp_in/bias', 'F', 'F'),
+    ('mlp.main.2.weight', 'mlp_out/kernel', 'W F', 'F W'),
+    ('mlp.main.2.bias', 'mlp_out/bias', 'W', 'W'),
+)
+_PRIOR = ('var', 'prior/variance', 'T (C row col)', 'T (row col C)')
+
+# No shape depends on head_dim: the official model always uses 64, files written here record it.
+_OFFICIAL_HEAD_DIM = '64'
+_MAX_NAMED = 10
+
+
+class _Row(NamedTuple):
+    """One official tensor and the leaf it belongs to, or the entry `layer` of a stacked leaf."""
+
+    official: str
+    path: str
+    official_axes: str
+    axes: str
+    layer: int | None = None
+
+
+def load_official(path, model) -> dict[str, Any]:
+    """Variables of `model` from a checkpoint of the official PyTorch code; torch is not needed.
+
+    Args:
+      path: the `.pth` file of the official training script (a state dict), or a `.safetensors`
+        file of the same tensors, such as `save_official` writes.
+      model: the `TarFlow` that the checkpoint belongs to.
+    Returns:
+      `{'params': ...}`, for volume-preserving models with `'prior'`, the tree of `model.init`, as
+      float32 numpy arrays.
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if the file cannot be read, or any tensor is missing, unknown, of another shape
+        or dtype than the model's, not finite, or (attention masks, the prior variance) of values
+        that the model cannot represent.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f'{path} does not exist; give the path of an official checkpoint.')
+    if not path.is_file():
+        raise ValueError(f'{path} is not a file; give the path of an official checkpoint.')
+    if path.suffix == '.safetensors':
+        tensors, head_dim = _read_safetensors(path)
+    elif path.suffix in ('.pth', '.pt'):
+        tensors, head_dim = torch_file.read_torch_file(path), _OFFICIAL_HEAD_DIM
+    else:
+        raise ValueError(
+            f'{path} ends with {path.suffix!r}; give a .pth or a .safetensors checkpoint.'
+        )
+
+    rows, sizes, buffers = _rows(model), _sizes(model), _buffers(model)
+    shapes = {row.official: _shape(row.official_axes, sizes) for row in rows}
+    shapes |= {name: buffer.shape for name, buffer in buffers.items()}
+    problems = _problems(tensors, shapes, buffers)
+    if head_dim != str(model.head_dim):
+        problems.insert(0, f'it was trained with head_dim {head_dim:.20}, not {model.head_dim}')
+    _refuse(path, model, problems)
+
+    leaves = collections.defaultdict(list)
+    for row in rows:
+        tensor = tensors[row.official]
+        leaves[row.path].append(_rearrange(tensor, row.official_axes, row.axes, sizes))
+    stacked = {row.path for row in rows if row.layer is not None}
+    copies = {
+        leaf: np.array(entries if leaf in stacked else entries[0], order='C')
+        for leaf, entries in leaves.items()
+    }
+    return traverse_util.unflatten_dict(copies, sep='/')
+
+
+def save_official(variables: Mapping[str, Any], model, path) -> None:
+    """Writes the variables under the official names, for `load_state_dict` of the official model.
+
+    In PyTorch: `model.load_state_dict(safetensors.torch.load_file(path))`. The official model has
+    the same number of layers in every block and heads of 64 channels: it refuses a model with
+    uneven blocks, and silently computes something else with other heads. Both come back here
+    unchanged. The file appears complete or not at all.
+
+    Args:
+      variables: the tree of `model.init`, float32, numpy or JAX arrays.
+      model: the `TarFlow` that the variables belong to.
+      path: ends with `.safetensors`; an existing file is replaced.
+    Raises:
+      FileNotFoundError: if the folder of `path` does not exist.
+      ValueError: if `path` ends otherwise, or any leaf is missing, unknown, of another shape or
+        dtype than the model's, or not finite.
+    """
+    path = Path(path)
+    if path.suffix != '.safetensors':
+        raise ValueError(f'{path} ends with {path.suffix!r}; choose a name ending in .safetensors.')
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f'the folder {path.parent} does not exist; create it first.')
+
+    rows, sizes = _rows(model), _sizes(model)
+    depths = collections.Counter(row.path for row in rows if row.layer is not None)
+    shapes = {}
+    for row in rows:
+        stack = () if row.layer is None else (depths[row.path],)
+        shapes[row.path] = stack + _shape(row.axes, sizes)
+    if not isinstance(variables, Mapping):
+        kind = type(variables).__name__
+        raise ValueError(f'variables is a {kind}; pass the dict that model.init returns.')
+    flat = traverse_util.flatten_dict(variables)
+    leaves = {'/'.join(map(str, keys)): np.asarray(leaf) for keys, leaf in flat.items()}
+    _refuse('the tree of variables', model, _problems(leaves, shapes, {}))
+
+    tensors = _buffers(model)
+    for row in rows:
+        leaf = leaves[row.path] if row.layer is None else leaves[row.path][row.layer]
+        tensor = _rearrange(leaf, row.axes, row.official_axes, sizes)
+        tensors[row.official] = np.ascontiguousarray(tensor)
+    data = safetensors.numpy.save(tensors, metadata={'head_dim': str(model.head_dim)})
+    # A folder of its own, because safetensors and tempfile create files that only their owner
+    # may read; inside it the file gets the usual permissions.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}.') as folder:
+        temporary = Path(folder) / path.name
+        with temporary.open('wb') as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+def _rows(model) -> list[_Row]:
+    """All tensors of the official state dict except for `_buffers`."""
+    rows = [_Row(*_PRIOR)] if model.volume_preserving else []
+    for b, num_layers in enumerate(model.layers_per_block):
+        for official, path, *axes in _BLOCK:
+            if official != 'class_embed' or model.num_classes:
+                rows.append(_Row(f'blocks.{b}.{official}', f'params/block_{b}/{path}', *axes))
+        for i in range(num_layers):
+            for official, path, *axes in _LAYER:
+                official = f'blocks.{b}.attn_blocks.{i}.{official}'
+                rows.append(_Row(official, f'params/block_{b}/layers/{path}', *axes, layer=i))
+    return rows
+
+
+def _buffers(model) -> dict[str, np.ndarray]:
+    """Constants that the official state dict holds and that are no variables here."""
+    mask = np.tril(np.ones((model.num_patches, model.num_patches), np.float32))
+    buffers = {f'blocks.{b}.attn_mask': mask for b in range(len(model.layers_per_block))}
+    if not model.volume_preserving:
+        buffers['var'] = np.ones((model.num_patches, model.patch_dim), np.float32)
+    return buffers
+
+
+def _sizes(model) -> dict[str, int]:
+    return {
+        'T': model.num_patches,
+        'W': model.width,
+        'N': model.num_classes,
+        'one': 1,
+        'C': model.image_channels,
+        'row': model.patch_size,
+        'col': model.patch_size,
+        'half': 1 if model.volume_preserving else 2,  # log-scale and shift, or shift alone
+        'qkv': 3,
+        'H': model.width // model.head_dim,
+        'K': model.head_dim,
+        'F': 4 * model.width,
+    }
+
+
+def _shape(axes: str, sizes: dict[str, int]) -> tuple[int, ...]:
+    groups = re.findall(r'\(.*?\)|\w+', axes)
+    return tuple(math.prod(sizes[a] for a in re.findall(r'\w+', g)) for g in groups)
+
+
+def _rearrange(array: np.ndarray, source: str, target: str, sizes: dict[str, int]) -> np.ndarray:
+    """Splits the axes `source`, brings them into the order of `target` and merges them so."""
+    split, order = re.findall(r'\w+', source), re.findall(r'\w+', target)
+    array = array.reshape([sizes[axis] for axis in split])
+    return array.transpose([split.index(axis) for axis in order]).reshape(_shape(target, sizes))
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], str]:
+    """Tensors and head_dim of the file."""
+    try:
+        with safetensors.safe_open(path, framework='numpy') as file:
+            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}
+            for name, dtype in dtypes.items():
+                # Refused here already because numpy has no name for some of them.
+                if dtype != 'F32':
+                    raise ValueError(
+                        f'{path}: tensor {name[:100]!r} is {dtype}; save it as float32.'
+                    )
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in dtypes}
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f'{path} is damaged or no safetensors file ({error}); copy the file again.'
+        ) from None
+    return tensors, metadata.get('head_dim', _OFFICIAL_HEAD_DIM)
+
+
+def _problems(
+    arrays: Mapping[str, np.ndarray],
+    shapes: Mapping[str, tuple[int, ...]],
+    buffers: Mapping[str, np.ndarray],
+) -> list[str]:
+    """What is wrong with the arrays, one clause each."""
+    problems = []
+    for name, shape in shapes.items():
+        array = arrays.get(name)
+        if array is None:
+            problems.append(f'{name} {list(shape)} is missing')
+        elif array.shape != shape:
+            problems.append(f'{name} has shape {list(array.shape)}, the model needs {list(shape)}')
+        elif array.dtype != np.float32:
+            problems.append(f'{name} is {array.dtype}, cast it to float32')
+        elif not np.isfinite(array).all():
+            value = array[~np.isfinite(array)][0]
+            problems.append(f'{name} holds {value}, all numbers must be finite')
+        elif name in buffers and not np.array_equal(array, buffers[name]):
+            meaning = 'all ones' if name == 'var' else 'the lower-triangular causal mask'
+            problems.append(f'{name} is not {meaning} that the model assumes')
+        elif name in (_PRIOR[0], _PRIOR[1]) and array.min() <= 0:
+            problems.append(f'{name} holds {array.min()}, a variance must be positive')
+    extra = [name for name in arrays if name not in shapes]
+    return problems + [f'{str(name)[:100]!r} is unknown to the model' for name in extra]
+
+
+def _refuse(what, model, problems: list[str]) -> None:
+    """ValueError that names the problems, if there are any."""
+    if not problems:
+        return
+    fields = ('image_size', 'image_channels', 'patch_size', 'width', 'layers_per_block')
+    fields += ('num_classes', 'head_dim', 'volume_preserving')
+    settings = ', '.join(f'{field}={getattr(model, field)}' for field in fields)
+    named = problems[:_MAX_NAMED]
+    if len(problems) > _MAX_NAMED:
+        named.append(f'and {len(problems) - _MAX_NAMED} more')
+    raise ValueError(
+        f'{what} does not fit TarFlow({settings}), pass the model it belongs to: '
+        f'{"; ".join(named)}.'
+    )
