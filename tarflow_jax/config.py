@@ -1,0 +1,234 @@
+"""The configuration: every field with its default, and the objects made from it.
+
+`configs/*.py` start from `default()` and change what differs. A ConfigDict goes no deeper than
+this file: everything inside takes plain arguments.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from tarflow_jax.data import pipeline, sources
+from tarflow_jax.flow.guidance import Guidance
+from tarflow_jax.flow.model import TarFlow
+from tarflow_jax.training import optimizer as optimizers
+from tarflow_jax.training.step import Recipe
+
+DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
+METRICS = ('bits_per_dim', 'classification')
+
+
+def default() -> ConfigDict:
+    """All fields; the values are the recipe's where it has one (paper, section 4 and appendix)."""
+    c = ConfigDict()
+    c.seed = 0
+
+    c.model = m = ConfigDict()
+    m.image_size = 28
+    m.image_channels = 1
+    m.patch_size = 4
+    m.width = 128
+    m.layers_per_block = (4, 4, 4, 4)
+    m.num_classes = 10  # 0 is unconditional
+    m.head_dim = 64
+    m.volume_preserving = False
+    m.dtype = 'float32'  # or 'bfloat16'
+    m.remat = 'none'  # or 'layer', 'dots'
+    m.unroll = 1  # layers per loop iteration
+
+    c.data = d = ConfigDict()
+    d.source = 'embedded'  # or 'idx' (a folder of IDX files), 'tfds'
+    d.path = ''  # the folder; for tfds its data_dir
+    d.name = ''  # of the TFDS builder
+    d.train_split = 'train'
+    d.test_split = 'test'
+    d.flip = False  # random horizontal flips
+    d.workers = 0  # processes that decode; 0 uses threads
+
+    c.train = t = ConfigDict()
+    t.batch_size = 256
+    t.epochs = 100.0
+    t.noise = 'gaussian'  # or 'uniform'
+    t.noise_std = 0.1  # of the [-1, 1] range
+    t.label_dropout = 0.1
+    t.peak_learning_rate = 1e-4
+    t.floor_learning_rate = 1e-6
+    t.warmup_epochs = 1.0
+    t.b1 = 0.9
+    t.b2 = 0.95
+    t.eps = 1e-8
+    t.weight_decay = 1e-4
+    t.clip_norm = 1.0  # 0 never clips
+    t.ema_decay = 0.9999  # 0 keeps no average
+    t.accumulation = 1  # parts a batch is worked through in
+    t.log_every = 50  # steps, as the next two
+    t.sample_every = 1000
+    t.checkpoint_every = 1000
+
+    c.sample = s = ConfigDict()
+    s.count = 100
+    s.batch_size = 100
+    s.label = -1  # one class for all samples; -1 goes through the classes
+    s.denoise_strength = 1.0  # 0 leaves denoising out
+
+    c.guidance = g = ConfigDict()  # the fields of tarflow_jax.Guidance
+    g.weight = 0.0
+    g.target = 'both'
+    g.temperature = 1.0
+    g.annealed = False
+    g.rule = 'linear'
+
+    c.evaluate = e = ConfigDict()
+    e.metrics = ('bits_per_dim',)  # any of METRICS
+    e.batch_size = 200
+    e.draws = 1  # noise draws per image
+    return c
+
+
+def variant(arg: str, variants: tuple[str, ...], *, default: str) -> tuple[str, bool]:
+    """What stands behind the colon of --config=FILE:ARG, as (variant, whether to `smoke` it)."""
+    words = [word for word in arg.split(',') if word]
+    chosen = [word for word in words if word != 'smoke']
+    for word in chosen:
+        if word not in variants:
+            raise ValueError(f'config variant {word!r} is none of {", ".join(variants)}, smoke.')
+    if len(chosen) > 1:
+        raise ValueError(f'config variants {chosen} exclude each other; choose one.')
+    return (chosen or [default])[0], 'smoke' in words
+
+
+def smoke(config: ConfigDict) -> ConfigDict:
+    """The config shrunk to seconds on a CPU: its recipe, on embedded images and a tiny flow."""
+    c = config
+    c.data.update(source='embedded', path='', name='', train_split='train', test_split='test')
+    c.model.update(image_size=28, image_channels=1, patch_size=4, width=64)
+    c.model.layers_per_block = (1, 1)
+    c.model.num_classes = min(c.model.num_classes, 10)
+    c.train.update(batch_size=8, epochs=0.008, warmup_epochs=0.004)
+    c.train.update(log_every=2, sample_every=1000, checkpoint_every=1000)
+    c.sample.update(count=20, batch_size=10)
+    return c
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a config means: the objects that training, sampling and evaluation work with."""
+
+    model: TarFlow
+    recipe: Recipe
+    guidance: Guidance
+
+    @property
+    def gaussian_noise_std(self) -> float:
+        """Of the noise that denoising removes; 0 for flows trained with uniform noise."""
+        return self.recipe.noise_std if self.recipe.noise == 'gaussian' else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How long training goes on, and with which optimizer."""
+
+    steps_per_epoch: int
+    total_steps: int
+    learning_rate: Callable
+    optimizer: optax.GradientTransformation
+
+
+def plan(config: ConfigDict) -> Plan:
+    """Checks the model, noise, guidance and evaluation fields and makes the objects they name.
+
+    Raises:
+      ValueError: one sentence that names the field, its value and the remedy.
+    """
+    fields = config.model.to_dict()
+    if fields['dtype'] not in DTYPES:
+        raise ValueError(f'model.dtype {fields["dtype"]!r} is none of {", ".join(DTYPES)}.')
+    fields['dtype'] = DTYPES[fields['dtype']]
+    fields['layers_per_block'] = tuple(fields['layers_per_block'])
+    try:
+        model = TarFlow(**fields)
+    except ValueError as error:  # its sentences begin with the field
+        raise ValueError(f'model.{error}') from error
+    t, s = config.train, config.sample
+    recipe = Recipe(t.noise, t.noise_std, t.label_dropout, t.ema_decay, t.accumulation)
+    guidance = Guidance(**config.guidance.to_dict())
+    guidance.check(has_labels=model.num_classes > 0)
+    if not -1 <= s.label < max(model.num_classes, 1):
+        raise ValueError(
+            f'sample.label {s.label} is outside 0..{model.num_classes - 1}, the classes of the '
+            'model; -1 goes through all of them.'
+        )
+    for field in ('count', 'batch_size'):
+        if s[field] < 1:
+            raise ValueError(f'sample.{field} {s[field]} must be at least 1.')
+    for metric in config.evaluate.metrics:
+        if metric not in METRICS:
+            raise ValueError(f'evaluate.metrics {metric!r} is none of {", ".join(METRICS)}.')
+        if metric == 'classification' and model.num_classes < 2:
+            raise ValueError(
+                f'evaluate.metrics asks for classification, which model.num_classes '
+                f'{model.num_classes} does not allow; leave it out.'
+            )
+    return Plan(model, recipe, guidance)
+
+
+def source(config: ConfigDict, split: str, model: TarFlow):
+    """The 'train' or 'test' images, checked against the model.
+
+    Raises:
+      ValueError or FileNotFoundError: if they are not there, damaged or of another shape.
+    """
+    d = config.data
+    opened = sources.load(d.source, d[f'{split}_split'], path=d.path, name=d.name)
+    sources.check(
+        opened,
+        image_size=model.image_size,
+        channels=model.image_channels,
+        num_classes=model.num_classes,
+        what=f'the {split} set of data.source {d.source!r}',
+    )
+    return opened
+
+
+def schedule(config: ConfigDict, training_images) -> Schedule:
+    """The steps and the optimizer for a training set.
+
+    Raises:
+      ValueError: if the batch or the epochs do not fit the set.
+    """
+    t = config.train
+    if t.batch_size % t.accumulation:
+        raise ValueError(
+            f'train.batch_size {t.batch_size} is not a multiple of train.accumulation '
+            f'{t.accumulation}; choose one that divides it.'
+        )
+    for field in ('log_every', 'sample_every', 'checkpoint_every'):
+        if t[field] < 1:
+            raise ValueError(f'train.{field} {t[field]} must be at least 1 step.')
+    steps_per_epoch = pipeline.steps_per_epoch(training_images, t.batch_size)
+    total_steps = round(t.epochs * steps_per_epoch)
+    learning_rate = optimizers.learning_rate_schedule(
+        peak=t.peak_learning_rate,
+        floor=t.floor_learning_rate,
+        warmup_steps=round(t.warmup_epochs * steps_per_epoch),
+        total_steps=total_steps,
+    )
+    return Schedule(
+        steps_per_epoch, total_steps, learning_rate, optimizer(config, learning_rate)
+    )
+
+
+def optimizer(config: ConfigDict, learning_rate: Callable) -> optax.GradientTransformation:
+    """The config's optimizer under a learning rate, a function of the number of updates."""
+    t = config.train
+    return optimizers.adamw(
+        learning_rate,
+        b1=t.b1,
+        b2=t.b2,
+        eps=t.eps,
+        weight_decay=t.weight_decay,
+        clip_norm=t.clip_norm,
+    )

@@ -1,0 +1,1 @@
+"""Scores of a trained flow: bits per dimension, classification."""

@@ -1,0 +1,94 @@
+"""The command line.
+
+    python -m tarflow_jax.main --config=configs/NAME.py --workdir=DIR [--mode=MODE]
+        [--config.field=value ...]
+
+Modes:
+  train     train, or go on from the newest checkpoint in the workdir; then sample and evaluate
+  sample    draw images from the workdir's newest checkpoint
+  evaluate  score it on the test set
+  convert   official checkpoint to workdir (--input), or workdir to official (--output)
+"""
+
+import logging
+import os
+import re
+import sys
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from tarflow_jax import commands
+from tarflow_jax.training import sharding
+from tarflow_jax.training.checkpoint import CheckpointError
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file('config', None, 'Python file with get_config(), such as '
+                                'configs/fashion_mnist.py; its fields are --config.FIELD=VALUE.')
+flags.DEFINE_string('workdir', None, 'Folder of the run: checkpoints, metrics and pictures.')
+flags.DEFINE_enum('mode', 'train', list(commands.MODES), 'What to do; see above.')
+flags.DEFINE_string('input', None, 'Official checkpoint (.pth or .safetensors) to use in place '
+                    "of the workdir's, with sample, evaluate and convert.")
+flags.DEFINE_string('output', None, 'Official checkpoint (.safetensors) for convert to write.')
+
+log = logging.getLogger('tarflow_jax')
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line; returns the exit code: 0, 2 for bad input, 1 for a failed run."""
+    _log_to_stderr()
+    try:
+        config = _parse(argv)
+        sharding.use_cores_as_devices(config.train.batch_size // max(config.train.accumulation, 1))
+        job = commands.MODES[FLAGS.mode](config, FLAGS.workdir, FLAGS.input, FLAGS.output)
+    except (ValueError, OSError) as error:
+        log.error('error: %s', error)
+        return 2
+    devices = jax.devices()
+    log.info('%s on %d %s device(s), workdir %s', FLAGS.mode, len(devices),
+             devices[0].device_kind, FLAGS.workdir)
+    try:
+        job()
+    except KeyboardInterrupt:
+        return 130
+    except CheckpointError as error:
+        log.error('error: %s', error)
+        # What failed in Orbax's threads would bury the sentence under their tracebacks at exit.
+        os._exit(1)
+    return 0
+
+
+def _parse(argv: list[str]):
+    """The config of the command line; ValueError for flags that cannot be understood."""
+    try:
+        rest = FLAGS(argv)
+        config = FLAGS.config
+        config is None or config.seed  # a file that could not be read only now says so
+    except (AttributeError, KeyError) as error:
+        closest = re.search(r'Did you mean "(.+?)" instead of "(.+?)"', str(error))
+        field = closest[2] if closest else str(error).strip('\'"\\')
+        hint = f'did you mean {closest[1]!r}?' if closest else 'tarflow_jax/config.py lists them.'
+        raise ValueError(f'the config has no field {field!r}; {hint}') from error
+    except Exception as error:
+        # config_flags passes on what the config file raised with its traceback, the sentence last.
+        lines = [line for line in str(error).splitlines() if line.strip(' ;')]
+        sentence = re.sub(r'^\s*(\[Errno \d+\]|\w+Error:) ', '', lines[-1])
+        raise ValueError(f'{sentence.rstrip(".")}; --help lists the flags.') from error
+    if len(rest) > 1:
+        raise ValueError(f'{rest[1]!r} is not a flag; flags look like --workdir=DIR.')
+    if config is None:
+        raise ValueError('--config is missing; give a file such as configs/fashion_mnist.py.')
+    return config
+
+
+def _log_to_stderr() -> None:
+    # Orbax and others talk through absl at length; their warnings are enough.
+    logging.basicConfig(
+        level=logging.WARNING, format='%(asctime)s %(message)s', datefmt='%H:%M:%S', force=True
+    )
+    log.setLevel(logging.INFO)
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv))

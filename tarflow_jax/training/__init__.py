@@ -1,0 +1,1 @@
+"""Training: the step, its state, checkpoints, metrics and the loop around them."""

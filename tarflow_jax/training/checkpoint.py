@@ -1,0 +1,164 @@
+"""Checkpoints: the train state with Orbax, asynchronous and atomic, and what it belongs to.
+
+A checkpoint is a folder `<workdir>/checkpoints/<step>`. Orbax writes it under a temporary name and
+renames it when complete, so that a run killed while writing leaves the checkpoint before it.
+"""
+
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from tarflow_jax.flow.model import TarFlow
+from tarflow_jax.training.state import TrainState, variables_of
+
+KEPT = 2
+_WEIGHTS = ('params', 'ema_params', 'prior')
+_PROGRESS = ('step', 'opt_state')
+# Fields that decide how the flow is computed, not what its parameters are.
+_COMPUTE_FIELDS = ('dtype', 'remat', 'unroll', 'parent', 'name')
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written; the ones before it are whole."""
+
+
+def architecture(model: TarFlow) -> dict:
+    """The fields of a flow that its parameters depend on, as JSON values."""
+    fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
+    kept = {k: v for k, v in fields.items() if k not in _COMPUTE_FIELDS}
+    return json.loads(json.dumps(kept))
+
+
+class Checkpoints:
+    """The checkpoints of one workdir; a context manager that waits for pending writes.
+
+    Args:
+      workdir: folder of the run; nothing is created before the first save.
+      model: whose parameters they hold.
+      config: saved beside the state, as a dict of JSON values.
+
+    Raises:
+      ValueError: if the newest checkpoint there is of another model.
+    """
+
+    def __init__(self, workdir, model: TarFlow, config: dict | None = None):
+        self.folder = Path(workdir).absolute() / 'checkpoints'
+        self._about = {'model': architecture(model), 'config': config or {}}
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=KEPT, cleanup_tmp_directories=self.folder.exists(), create=False
+            ),
+            item_names=('weights', 'progress', 'about'),
+        )
+        self._check()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._manager.close()
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def about(self, step: int | None = None) -> dict:
+        """What was saved beside the state: {'model': its fields, 'config': the run's}."""
+        step = self._existing(step)
+        args = ocp.args.Composite(about=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=args)['about']
+
+    def _check(self) -> None:
+        if self.latest() is None:
+            return
+        there, here = self.about()['model'], self._about['model']
+        for field in here:
+            if there.get(field) != here[field]:
+                raise ValueError(
+                    f'{self.folder} holds a checkpoint of another model: model.{field} is '
+                    f'{there.get(field)} there and {here[field]} in this config; choose another '
+                    '--workdir or the config it was trained with.'
+                )
+
+    def save(self, state: TrainState) -> None:
+        """Starts writing the state; returns once it is copied from the devices.
+
+        Raises:
+          CheckpointError: if there is no room for it, or the one before could not be written.
+        """
+        step = int(state.step)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise self._failure(step, f'it needs {needed >> 20} MiB and {free >> 20} MiB are free')
+        part = lambda names: ocp.args.StandardSave(  # noqa: E731
+            {k: v for k, v in state._asdict().items() if k in names and v is not None}
+        )
+        args = ocp.args.Composite(
+            weights=part(_WEIGHTS), progress=part(_PROGRESS), about=ocp.args.JsonSave(self._about)
+        )
+        try:
+            self._manager.save(step, args=args)
+        except Exception as error:  # Orbax passes on whatever its storage threads raise
+            raise self._failure(step, str(error).splitlines()[0][:200]) from error
+
+    def wait(self) -> None:
+        """Returns once everything is on disk; raises CheckpointError if it could not be written."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failure('the end', str(error).splitlines()[0][:200]) from error
+
+    def _failure(self, step, reason: str) -> CheckpointError:
+        kept = [s for s in self._manager.all_steps() if (self.folder / str(s)).is_dir()]
+        return CheckpointError(
+            f'the checkpoint at step {step} could not be written to {self.folder}: {reason}; '
+            f'the one at step {max(kept, default="(none yet)")} is intact, so make room and start '
+            'again with the same command.'
+        )
+
+    def _existing(self, step: int | None) -> int:
+        step = self.latest() if step is None else step
+        if step is None:
+            raise FileNotFoundError(
+                f'{self.folder} holds no checkpoint; train first, or give --workdir the folder of '
+                'a run.'
+            )
+        return step
+
+    def restore(self, abstract: TrainState, step: int | None = None) -> TrainState:
+        """The state at `step` (default: the newest), placed as the abstract state's shardings say."""
+        step = self._existing(step)
+        part = lambda names: ocp.args.StandardRestore(  # noqa: E731
+            {k: v for k, v in abstract._asdict().items() if k in names and v is not None}
+        )
+        args = ocp.args.Composite(weights=part(_WEIGHTS), progress=part(_PROGRESS))
+        found = self._manager.restore(step, args=args)
+        empty = dict.fromkeys(TrainState._fields)
+        return TrainState(**{**empty, **found['weights'], **found['progress']})
+
+    def restore_variables(self, sharding, step: int | None = None) -> dict:
+        """What `model.apply` takes: the averaged parameters where there are any, else the plain ones."""
+        step = self._existing(step)
+        saved = self._manager.item_metadata(step)['weights'].tree
+        abstract = jax.tree.map(
+            lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding), dict(saved)
+        )
+        args = ocp.args.Composite(weights=ocp.args.StandardRestore(abstract))
+        found = self._manager.restore(step, args=args)['weights']
+        return variables_of(found.get('ema_params', found['params']), found.get('prior'))
+
+
+def with_sharding(abstract, sharding):
+    """The abstract state with every leaf placed by `sharding`."""
+    place = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(place, abstract)

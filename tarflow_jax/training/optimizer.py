@@ -1,0 +1,46 @@
+"""The recipe's optimizer: AdamW with decoupled weight decay under a warm-up and cosine schedule."""
+
+import jax.numpy as jnp
+import optax
+
+
+def learning_rate_schedule(
+    *, peak: float, floor: float, warmup_steps: int, total_steps: int
+) -> optax.Schedule:
+    """Learning rate of update k = 0, 1, ...: linear from floor to peak, then cosine back to floor.
+
+    The first update uses `floor`, update `warmup_steps` the peak.
+    """
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(
+            f'{warmup_steps} warm-up steps leave none of {total_steps} training steps for the '
+            'rest; lower train.warmup_epochs or raise train.epochs.'
+        )
+
+    def schedule(k):
+        k = jnp.asarray(k, jnp.float32)
+        warming = k / max(warmup_steps, 1)
+        t = jnp.clip((k - warmup_steps) / (total_steps - warmup_steps), 0, 1)
+        cosine = 0.5 * (1 + jnp.cos(jnp.pi * t))
+        return floor + (peak - floor) * jnp.where(k < warmup_steps, warming, cosine)
+
+    return schedule
+
+
+def adamw(
+    schedule: optax.Schedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: float = 1e-4,
+    clip_norm: float = 0.0,
+) -> optax.GradientTransformation:
+    """AdamW on every parameter, after clipping the gradient to global norm `clip_norm` (0: never)."""
+    if clip_norm < 0:
+        raise ValueError(f'train.clip_norm {clip_norm} must not be negative (0 never clips).')
+    # identity keeps the tree of the optimizer state the same with and without clipping.
+    clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
+    return optax.chain(
+        clip, optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    )

@@ -1,0 +1,61 @@
+"""The train state, a plain pytree, and its one description: shapes, dtypes and shardings."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tarflow_jax.flow.model import TarFlow
+
+
+class TrainState(NamedTuple):
+    """All that training carries from step to step.
+
+    The position in the data is `step` itself: batch k is a pure function of k (data.pipeline).
+    Randomness is too: every key is folded from the seed and `step`.
+    """
+
+    step: jax.Array
+    params: Any
+    ema_params: Any  # None without an exponential moving average
+    opt_state: Any
+    prior: Any  # {'variance': [T, D]} of volume-preserving flows, else None
+
+    def variables(self) -> dict:
+        """What `model.apply` takes, with the averaged parameters where there are any."""
+        return variables_of(self.params if self.ema_params is None else self.ema_params, self.prior)
+
+
+def variables_of(params, prior) -> dict:
+    return {'params': params} if prior is None else {'params': params, 'prior': prior}
+
+
+def from_variables(variables, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
+    """A state at step 0 that starts from the given variables."""
+    params = variables['params']
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema_params=jax.tree.map(jnp.copy, params) if ema else None,
+        opt_state=optimizer.init(params),
+        prior=variables.get('prior'),
+    )
+
+
+def initial_state(
+    key: jax.Array, model: TarFlow, optimizer: optax.GradientTransformation, *, ema: bool
+) -> TrainState:
+    """The state before the first step. Runs under jit or `jax.eval_shape`."""
+    images = jnp.zeros((1, model.image_size, model.image_size, model.image_channels))
+    return from_variables(model.init(key, images), optimizer, ema=ema)
+
+
+def abstract_state(model: TarFlow, optimizer: optax.GradientTransformation, *, ema: bool):
+    """Shapes and dtypes of the train state, nothing computed: `ShapeDtypeStruct` leaves."""
+    return jax.eval_shape(lambda key: initial_state(key, model, optimizer, ema=ema), jax.random.key(0))
+
+
+def parameter_count(state: TrainState) -> int:
+    """Number of trained parameters (of one copy, without averages and optimizer moments)."""
+    return sum(leaf.size for leaf in jax.tree.leaves(state.params))

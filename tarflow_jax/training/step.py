@@ -1,0 +1,131 @@
+"""The train step: one pure function that training, compilation, benchmarks and tests all call."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tarflow_jax.flow import likelihood
+from tarflow_jax.flow.model import TarFlow
+from tarflow_jax.training.state import TrainState, variables_of
+
+NOISES = ('gaussian', 'uniform')
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What the train step does to a batch.
+
+    Args:
+      noise: 'gaussian' adds noise_std * N(0, 1) to images in [-1, 1] (generation);
+        'uniform' dequantises (likelihood).
+      label_dropout: probability that a label is replaced by -1, "no class".
+      ema_decay: of the moving average of the parameters; 0 keeps none.
+      accumulation: the batch is worked through in this many equal parts, their gradients averaged.
+    """
+
+    noise: str = 'gaussian'
+    noise_std: float = 0.05
+    label_dropout: float = 0.1
+    ema_decay: float = 0.9999
+    accumulation: int = 1
+
+    def __post_init__(self):
+        if self.noise not in NOISES:
+            raise ValueError(f'train.noise {self.noise!r} is none of {", ".join(NOISES)}.')
+        for field, low in (('noise_std', 0.0), ('label_dropout', 0.0), ('ema_decay', 0.0)):
+            value = getattr(self, field)
+            if not low <= value < 1:
+                raise ValueError(f'train.{field} {value} must be at least {low} and below 1.')
+        if self.accumulation < 1:
+            raise ValueError(f'train.accumulation {self.accumulation} must be at least 1.')
+
+
+def add_noise(key: jax.Array, pixels: jax.Array, recipe: Recipe) -> jax.Array:
+    """8-bit pixels to the noisy float32 images in [-1, 1] that the flow is trained on."""
+    if recipe.noise == 'uniform':
+        return likelihood.dequantise(key, pixels)
+    return likelihood.add_gaussian_noise(key, likelihood.to_unit_range(pixels), recipe.noise_std)
+
+
+def train_step(
+    state: TrainState,
+    batch: dict,
+    key: jax.Array,
+    *,
+    model: TarFlow,
+    optimizer: optax.GradientTransformation,
+    recipe: Recipe,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update on a batch of 8-bit images.
+
+    Args:
+      batch: image uint8 [B, H, W, C], label int32 [B].
+      key: of the whole run; the step folds its own number into it.
+    Returns:
+      the next state, and metrics: the loss and its two terms (nats per dimension), the gradient's
+      global norm before clipping, and the mean square of every block's output.
+    """
+    noise_key, label_key = jax.random.split(jax.random.fold_in(key, state.step))
+    images = add_noise(noise_key, batch['image'], recipe)
+    dropped = jax.random.bernoulli(label_key, recipe.label_dropout, batch['label'].shape)
+    labels = jnp.where(dropped, -1, batch['label'])
+    return update(state, images, labels, model=model, optimizer=optimizer, recipe=recipe)
+
+
+def update(
+    state: TrainState,
+    images: jax.Array,
+    labels: jax.Array,
+    *,
+    model: TarFlow,
+    optimizer: optax.GradientTransformation,
+    recipe: Recipe,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """As `train_step`, on images [B, H, W, C] that have their noise and labels already dropped."""
+    grads, metrics, z_mean_square = _gradients(state, images, labels, model, recipe.accumulation)
+    metrics['gradient_norm'] = optax.global_norm(grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+
+    ema_params, prior = state.ema_params, state.prior
+    if ema_params is not None:
+        # A young average follows closely, so that short runs are not mostly initialisation.
+        decay = jnp.minimum(recipe.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        ema_params = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema_params, params)
+    if prior is not None:
+        prior = {'variance': likelihood.moved_prior_variance(prior['variance'], z_mean_square)}
+    return TrainState(state.step + 1, params, ema_params, opt_state, prior), metrics
+
+
+def _gradients(state: TrainState, images, labels, model: TarFlow, parts: int):
+    """Gradient, metrics and mean z^2 [T, D] over the batch, worked through in `parts` parts."""
+
+    def loss_fn(params, images, labels):
+        variables = variables_of(params, state.prior)
+        sequences, logdet = model.apply(variables, images, labels, method='trajectory')
+        loss, terms = likelihood.training_loss(sequences[-1], logdet)
+        squares = jnp.stack([jnp.square(x).mean() for x in sequences])
+        metrics = {'loss': loss, **terms, 'block_mean_square': squares}
+        return loss, (metrics, jnp.square(sequences[-1]).mean(0))
+
+    def part(images, labels):
+        grads, (metrics, z_mean_square) = jax.grad(loss_fn, has_aux=True)(
+            state.params, images, labels
+        )
+        return grads, metrics, z_mean_square
+
+    if parts == 1:
+        return part(images, labels)
+    # Part i takes every parts-th image: with the batch sharded over devices in runs of
+    # consecutive images, each device then finds its share of every part at home.
+    split = lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
+    shapes = jax.eval_shape(part, split(images)[0], split(labels)[0])
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def accumulate(total, images_and_labels):
+        return jax.tree.map(jnp.add, total, part(*images_and_labels)), None
+
+    total, _ = jax.lax.scan(accumulate, zeros, (split(images), split(labels)))
+    return jax.tree.map(lambda x: x / parts, total)
