@@ -1,11 +1,12 @@
 """The likelihood, written once: loss, bits/dim, denoising and classification all come from here."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from tarflow_jax.flow.model import Array, TarFlow
+from tarflow_jax.flow.model import Array, TarFlow, check_labels
 
 
 def prior_variance(variables) -> Array | float:
@@ -33,7 +34,16 @@ def log_prob(model: TarFlow, variables, images: Array, labels: Array | None = No
 
     Labels are int32 [B], -1 for none, or None. The density is with respect to the [-1, 1] scale;
     `bits_per_dim` converts it to that of 8-bit pixels.
+
+    Raises:
+      ValueError: if images or labels do not fit the model.
     """
+    check_labels(model.num_classes, labels, images.shape[0])
+    return _log_prob(model, variables, images, labels)
+
+
+@partial(jax.jit, static_argnums=0)
+def _log_prob(model: TarFlow, variables, images: Array, labels: Array | None) -> Array:
     z, logdet = model.apply(variables, images, labels)
     return latent_log_prob(z, logdet, prior_variance(variables))
 
@@ -102,8 +112,13 @@ def denoise(
     Returns:
       images [B, H, W, C].
     """
+    check_labels(model.num_classes, labels, images.shape[0])
+    return _denoise(model, variables, images, labels, strength * noise_std**2)
 
+
+@partial(jax.jit, static_argnums=0)
+def _denoise(model: TarFlow, variables, images: Array, labels: Array | None, step) -> Array:
     def total(x):
-        return log_prob(model, variables, x, labels).sum()
+        return _log_prob(model, variables, x, labels).sum()
 
-    return images + strength * noise_std**2 * jax.grad(total)(images)
+    return images + step * jax.grad(total)(images)

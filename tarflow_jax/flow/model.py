@@ -7,9 +7,10 @@ Shape suffixes: B images, T patches, D numbers in a patch, C width.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
-from tarflow_jax.flow.layers import Array, Layer, LayerCache, Linear, at_least_float32
+from tarflow_jax.flow.layers import Array, Layer, Linear, at_least_float32
 
 REMAT_POLICIES = ('none', 'layer', 'dots')
 
@@ -35,6 +36,25 @@ def flip_if(reverse, x: Array, axis: int) -> Array:
     if isinstance(reverse, bool):
         return jnp.flip(x, axis) if reverse else x
     return jnp.where(reverse, jnp.flip(x, axis), x)
+
+
+def check_labels(num_classes: int, labels, batch: int) -> None:
+    """ValueError unless labels (None, traced or concrete) are [batch] and within [-1, classes)."""
+    if labels is None:
+        return
+    if jnp.shape(labels) != (batch,):
+        raise ValueError(f'labels have shape {jnp.shape(labels)}, {batch} images need ({batch},).')
+    if num_classes == 0 or isinstance(labels, jax.core.Tracer):
+        return
+    if isinstance(labels, jax.Array) and not labels.is_fully_addressable:
+        return
+    values = np.asarray(labels)
+    wrong = values[(values < -1) | (values >= num_classes)]
+    if wrong.size:
+        raise ValueError(
+            f'label {wrong[0]} is outside 0..{num_classes - 1}, the classes of this flow '
+            '(-1 stands for no class).'
+        )
 
 
 class Block(nn.Module):
@@ -257,5 +277,3 @@ class TarFlow(nn.Module):
             sequences.append(x)
         return sequences, logdet
 
-
-__all__ = ['Block', 'Layer', 'LayerCache', 'TarFlow', 'patchify', 'unpatchify']

@@ -11,9 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from tarflow_jax.flow.guidance import Guidance, guide
-from tarflow_jax.flow.layers import empty_cache
+from tarflow_jax.flow.layers import Layer, empty_cache
 from tarflow_jax.flow.likelihood import prior_variance
-from tarflow_jax.flow.model import Array, Block, Layer, TarFlow, flip_if, unpatchify
+from tarflow_jax.flow.model import (
+    Array,
+    Block,
+    TarFlow,
+    check_labels,
+    flip_if,
+    unpatchify,
+)
 
 METHODS = ('sequential',)
 MAX_REDRAWS = 10
@@ -81,32 +88,13 @@ def _checked(model, noise, labels, guidance, method) -> Guidance | None:
     expected = (model.num_patches, model.patch_dim)
     if noise.ndim != 3 or noise.shape[1:] != expected:
         raise ValueError(f'noise has shape {noise.shape}, this flow takes [B, {expected}].')
-    check_labels(model, labels, noise.shape[0])
+    check_labels(model.num_classes, labels, noise.shape[0])
     if method not in METHODS:
         raise ValueError(f'sampling method {method!r} is none of {", ".join(METHODS)}.')
     if guidance is None or guidance.weight == 0:
         return None
     guidance.check(has_labels=model.num_classes > 0 and labels is not None)
     return guidance
-
-
-def check_labels(model: TarFlow, labels, batch: int) -> None:
-    """ValueError unless labels (None, traced or concrete) are [batch] and within [-1, classes)."""
-    if labels is None:
-        return
-    if jnp.shape(labels) != (batch,):
-        raise ValueError(f'labels have shape {jnp.shape(labels)}, {batch} images need ({batch},).')
-    if model.num_classes == 0 or isinstance(labels, jax.core.Tracer):
-        return
-    if isinstance(labels, jax.Array) and not labels.is_fully_addressable:
-        return
-    values = np.asarray(labels)
-    wrong = values[(values < -1) | (values >= model.num_classes)]
-    if wrong.size:
-        raise ValueError(
-            f'label {wrong[0]} is outside 0..{model.num_classes - 1}, the classes of this flow '
-            '(-1 stands for no class).'
-        )
 
 
 def _draw(model, variables, noise, labels, guidance) -> Array:
