@@ -1,17 +1,22 @@
-"""Fashion-MNIST quickstart."""
+"""Fashion-MNIST, class-conditional: the quickstart, on 10,000 embedded images.
+
+A flow 7-64-4-2 (patch size, width, blocks, layers per block), 0.4M parameters. Patches of 7x7 make
+sequences of 16: for the minutes of a laptop that buys four times the epochs of the 49 patches of
+the paper's patch size, and better samples.
+
+`--config.train.epochs=400` goes on; the complete set of 60,000 images is
+`--config.data.source=idx --config.data.path=FOLDER` with its four IDX files in the folder.
+"""
 
 from tarflow_jax import config as configs
 
 
 def get_config():
     c = configs.default()
-    c.model.width = 64
-    c.model.layers_per_block = (2, 2, 2, 2)
-    c.model.unroll = 2
-    c.train.batch_size = 128
-    c.train.epochs = 10.0
-    c.train.peak_learning_rate = 2e-3
-    c.train.ema_decay = 0.999
+    c.model.update(patch_size=7, width=64, layers_per_block=(2, 2, 2, 2), unroll=2)
+    c.train.update(batch_size=64, epochs=45.0, warmup_epochs=2.0, peak_learning_rate=4e-3)
+    c.train.update(noise_std=0.1, ema_decay=0.999)
+    c.train.update(log_every=100, sample_every=2000, checkpoint_every=1000)
     c.guidance.weight = 2.0
     c.evaluate.metrics = ('bits_per_dim', 'classification')
     return c
