@@ -17,6 +17,6 @@ def get_config():
     c.train.update(batch_size=64, epochs=45.0, warmup_epochs=2.0, peak_learning_rate=4e-3)
     c.train.update(noise_std=0.1, ema_decay=0.999)
     c.train.update(log_every=100, sample_every=2000, checkpoint_every=1000)
-    c.guidance.weight = 2.0
+    c.guidance.weight = 1.0
     c.evaluate.metrics = ('bits_per_dim', 'classification')
     return c

@@ -8,6 +8,7 @@ import functools
 import importlib.metadata
 import json
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,7 @@ def train(config, workdir, input_file, output_file) -> Callable[[], None]:
     mesh = sharding.make_mesh()
     _check_batches(config, mesh)
     checkpoints = Checkpoints(workdir, plan.model, config.to_dict())
+    _check_average(checkpoints, config)
 
     def job():
         with checkpoints:
@@ -117,6 +119,8 @@ def convert(config, workdir, input_file, output_file) -> Callable[[], None]:
     if output_file:
         if not output_file.endswith('.safetensors'):
             raise ValueError(f'--output {output_file} must end with .safetensors.')
+        if not Path(output_file).absolute().parent.is_dir():
+            raise ValueError(f'--output {output_file}: its folder does not exist; create it first.')
         origin_dir = None if input_file else _workdir(workdir)
         variables, origin = _variables(config, plan, origin_dir, input_file, mesh)
 
@@ -159,7 +163,13 @@ def _refuse(mode: str, **given) -> None:
 def _workdir(workdir) -> Path:
     if not workdir:
         raise ValueError('--workdir is missing; give the folder of the run.')
-    return Path(workdir)
+    workdir = Path(workdir)
+    there = next(p for p in (workdir.absolute(), *workdir.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise ValueError(f'--workdir={workdir}: {there} is not a folder; choose another.')
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f'--workdir={workdir}: {there} cannot be written to; choose another.')
+    return workdir
 
 
 def _check_batches(config, mesh) -> None:
@@ -169,6 +179,17 @@ def _check_batches(config, mesh) -> None:
             f'train.batch_size {config.train.batch_size} in {config.train.accumulation} part(s) '
             f'cannot be shared evenly by {mesh.size} devices; choose a multiple of '
             f'{mesh.size * config.train.accumulation}.'
+        )
+
+
+def _check_average(checkpoints: Checkpoints, config) -> None:
+    if checkpoints.latest() is None:
+        return
+    there, here = checkpoints.about()['config']['train']['ema_decay'], config.train.ema_decay
+    if (there > 0) != (here > 0):
+        raise ValueError(
+            f'{checkpoints.folder} holds a checkpoint with train.ema_decay {there}, this config has '
+            f'{here}; an average can be neither begun nor dropped on the way.'
         )
 
 

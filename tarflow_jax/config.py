@@ -5,6 +5,8 @@ this file: everything inside takes plain arguments.
 """
 
 import dataclasses
+import math
+import operator
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -106,7 +108,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
     c.data.update(source='embedded', path='', name='', train_split='train', test_split='test')
     c.model.update(image_size=28, image_channels=1, patch_size=4, width=64)
     c.model.layers_per_block = (1, 1)
-    c.model.num_classes = min(c.model.num_classes, 10)
+    c.model.num_classes = 10 if c.model.num_classes else 0
     c.train.update(batch_size=8, epochs=0.008, warmup_epochs=0.004)
     c.train.update(log_every=2, sample_every=1000, checkpoint_every=1000)
     c.sample.update(count=20, batch_size=10)
@@ -148,6 +150,11 @@ def plan(config: ConfigDict) -> Plan:
         raise ValueError(f'model.dtype {fields["dtype"]!r} is none of {", ".join(DTYPES)}.')
     fields['dtype'] = DTYPES[fields['dtype']]
     fields['layers_per_block'] = tuple(fields['layers_per_block'])
+    if not all(isinstance(layers, int) for layers in fields['layers_per_block']):
+        raise ValueError(
+            f'model.layers_per_block {fields["layers_per_block"]} must hold whole numbers, one per '
+            'block, such as (4, 4, 4, 4).'
+        )
     try:
         model = TarFlow(**fields)
     except ValueError as error:  # its sentences begin with the field
@@ -161,9 +168,13 @@ def plan(config: ConfigDict) -> Plan:
             f'sample.label {s.label} is outside 0..{model.num_classes - 1}, the classes of the '
             'model; -1 goes through all of them.'
         )
-    for field in ('count', 'batch_size'):
-        if s[field] < 1:
-            raise ValueError(f'sample.{field} {s[field]} must be at least 1.')
+    for field in ('model.unroll', 'sample.count', 'sample.batch_size', 'evaluate.batch_size',
+                  'evaluate.draws'):
+        value = operator.attrgetter(field)(config)
+        if value < 1:
+            raise ValueError(f'{field} {value} must be at least 1.')
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f'seed {config.seed} is outside 0..{2**32 - 1}.')
     for metric in config.evaluate.metrics:
         if metric not in METRICS:
             raise ValueError(f'evaluate.metrics {metric!r} is none of {", ".join(METRICS)}.')
@@ -208,6 +219,9 @@ def schedule(config: ConfigDict, training_images) -> Schedule:
     for field in ('log_every', 'sample_every', 'checkpoint_every'):
         if t[field] < 1:
             raise ValueError(f'train.{field} {t[field]} must be at least 1 step.')
+    for field in ('epochs', 'warmup_epochs'):
+        if not math.isfinite(t[field]):
+            raise ValueError(f'train.{field} {t[field]} must be a finite number.')
     steps_per_epoch = pipeline.steps_per_epoch(training_images, t.batch_size)
     total_steps = round(t.epochs * steps_per_epoch)
     learning_rate = optimizers.learning_rate_schedule(

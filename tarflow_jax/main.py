@@ -23,15 +23,6 @@ from tarflow_jax import commands
 from tarflow_jax.training import sharding
 from tarflow_jax.training.checkpoint import CheckpointError
 
-FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file('config', None, 'Python file with get_config(), such as '
-                                'configs/fashion_mnist.py; its fields are --config.FIELD=VALUE.')
-flags.DEFINE_string('workdir', None, 'Folder of the run: checkpoints, metrics and pictures.')
-flags.DEFINE_enum('mode', 'train', list(commands.MODES), 'What to do; see above.')
-flags.DEFINE_string('input', None, 'Official checkpoint (.pth or .safetensors) to use in place '
-                    "of the workdir's, with sample, evaluate and convert.")
-flags.DEFINE_string('output', None, 'Official checkpoint (.safetensors) for convert to write.')
-
 log = logging.getLogger('tarflow_jax')
 
 
@@ -39,15 +30,19 @@ def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit code: 0, 2 for bad input, 1 for a failed run."""
     _log_to_stderr()
     try:
-        config = _parse(argv)
+        given = _parse(argv)
+        if given.help:
+            print(__doc__, given, sep='\n')
+            return 0
+        config = given.config
         sharding.use_cores_as_devices(config.train.batch_size // max(config.train.accumulation, 1))
-        job = commands.MODES[FLAGS.mode](config, FLAGS.workdir, FLAGS.input, FLAGS.output)
+        job = commands.MODES[given.mode](config, given.workdir, given.input, given.output)
     except (ValueError, OSError) as error:
         log.error('error: %s', error)
         return 2
     devices = jax.devices()
-    log.info('%s on %d %s device(s), workdir %s', FLAGS.mode, len(devices),
-             devices[0].device_kind, FLAGS.workdir)
+    log.info('%s on %d %s device(s), workdir %s', given.mode, len(devices),
+             devices[0].device_kind, given.workdir)
     try:
         job()
     except KeyboardInterrupt:
@@ -56,14 +51,42 @@ def main(argv: list[str]) -> int:
         log.error('error: %s', error)
         # What failed in Orbax's threads would bury the sentence under their tracebacks at exit.
         os._exit(1)
+    except OSError as error:  # such as no room for metrics or pictures
+        log.error('error: %s', error)
+        return 1
     return 0
 
 
-def _parse(argv: list[str]):
-    """The config of the command line; ValueError for flags that cannot be understood."""
+def _flags(argv: list[str]) -> flags.FlagValues:
+    """The flags there are; of their own, so that `main` means the argv that it is given."""
+    f = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        'config', None, 'Python file with get_config(), such as configs/fashion_mnist.py; its '
+        'fields are --config.FIELD=VALUE.', flag_values=f, sys_argv=argv,
+    )
+    flags.DEFINE_string(
+        'workdir', None, 'Folder of the run: checkpoints, metrics and pictures.', flag_values=f
+    )
+    flags.DEFINE_enum(
+        'mode', 'train', list(commands.MODES), 'What to do; see above.', flag_values=f
+    )
+    flags.DEFINE_string(
+        'input', None, 'Official checkpoint (.pth or .safetensors) to use in place of the '
+        "workdir's, with sample, evaluate and convert.", flag_values=f,
+    )
+    flags.DEFINE_string(
+        'output', None, 'Official checkpoint (.safetensors) for convert to write.', flag_values=f
+    )
+    flags.DEFINE_boolean('help', False, 'Show this.', flag_values=f)
+    return f
+
+
+def _parse(argv: list[str]) -> flags.FlagValues:
+    """The flags of the command line; ValueError if they cannot be understood."""
+    given = _flags(argv)
     try:
-        rest = FLAGS(argv)
-        config = FLAGS.config
+        rest = given(argv)
+        config = given.config
         config is None or config.seed  # a file that could not be read only now says so
     except (AttributeError, KeyError) as error:
         closest = re.search(r'Did you mean "(.+?)" instead of "(.+?)"', str(error))
@@ -77,9 +100,9 @@ def _parse(argv: list[str]):
         raise ValueError(f'{sentence.rstrip(".")}; --help lists the flags.') from error
     if len(rest) > 1:
         raise ValueError(f'{rest[1]!r} is not a flag; flags look like --workdir=DIR.')
-    if config is None:
+    if config is None and not given.help:
         raise ValueError('--config is missing; give a file such as configs/fashion_mnist.py.')
-    return config
+    return given
 
 
 def _log_to_stderr() -> None:

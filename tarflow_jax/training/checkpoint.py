@@ -4,9 +4,9 @@ A checkpoint is a folder `<workdir>/checkpoints/<step>`. Orbax writes it under a
 renames it when complete, so that a run killed while writing leaves the checkpoint before it.
 """
 
+import contextlib
 import dataclasses
 import json
-import logging
 import shutil
 from pathlib import Path
 
@@ -22,11 +22,9 @@ _PROGRESS = ('step', 'opt_state')
 # Fields that decide how the flow is computed, not what its parameters are.
 _COMPUTE_FIELDS = ('dtype', 'remat', 'unroll', 'parent', 'name')
 
-log = logging.getLogger(__name__)
-
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written; the ones before it are whole."""
+    """A checkpoint could not be written, and the ones before it are whole; or it cannot be read."""
 
 
 def architecture(model: TarFlow) -> dict:
@@ -42,10 +40,12 @@ class Checkpoints:
     Args:
       workdir: folder of the run; nothing is created before the first save.
       model: whose parameters they hold.
-      config: saved beside the state, as a dict of JSON values.
+      config: saved beside the state, as a dict of JSON values; None only reads, and leaves alone
+        what another process may be writing there.
 
     Raises:
       ValueError: if the newest checkpoint there is of another model.
+      CheckpointError: if it is damaged, as from everything here that reads one.
     """
 
     def __init__(self, workdir, model: TarFlow, config: dict | None = None):
@@ -54,9 +54,15 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=KEPT, cleanup_tmp_directories=self.folder.exists(), create=False
+                max_to_keep=KEPT,
+                cleanup_tmp_directories=config is not None and self.folder.exists(),
+                create=False,
             ),
-            item_names=('weights', 'progress', 'about'),
+            item_handlers={
+                'weights': ocp.StandardCheckpointHandler(),
+                'progress': ocp.StandardCheckpointHandler(),
+                'about': ocp.JsonCheckpointHandler(),
+            },
         )
         self._check()
 
@@ -64,7 +70,10 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_):
-        self._manager.close()
+        try:
+            self._manager.close()
+        except Exception as error:
+            raise self._failure(_reason(error)) from error
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""
@@ -74,7 +83,8 @@ class Checkpoints:
         """What was saved beside the state: {'model': its fields, 'config': the run's}."""
         step = self._existing(step)
         args = ocp.args.Composite(about=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args)['about']
+        with self._reading(step):
+            return self._manager.restore(step, args=args)['about']
 
     def _check(self) -> None:
         if self.latest() is None:
@@ -99,7 +109,9 @@ class Checkpoints:
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         free = shutil.disk_usage(self.folder).free
         if free < needed:
-            raise self._failure(step, f'it needs {needed >> 20} MiB and {free >> 20} MiB are free')
+            raise self._failure(
+                f'step {step} needs {needed / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free'
+            )
         part = lambda names: ocp.args.StandardSave(  # noqa: E731
             {k: v for k, v in state._asdict().items() if k in names and v is not None}
         )
@@ -109,22 +121,32 @@ class Checkpoints:
         try:
             self._manager.save(step, args=args)
         except Exception as error:  # Orbax passes on whatever its storage threads raise
-            raise self._failure(step, str(error).splitlines()[0][:200]) from error
+            raise self._failure(_reason(error)) from error
 
     def wait(self) -> None:
         """Returns once everything is on disk; raises CheckpointError if it could not be written."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            raise self._failure('the end', str(error).splitlines()[0][:200]) from error
+            raise self._failure(_reason(error)) from error
 
-    def _failure(self, step, reason: str) -> CheckpointError:
+    def _failure(self, reason: str) -> CheckpointError:
         kept = [s for s in self._manager.all_steps() if (self.folder / str(s)).is_dir()]
+        before = f'the one at step {max(kept)} is intact' if kept else 'there is none before it'
         return CheckpointError(
-            f'the checkpoint at step {step} could not be written to {self.folder}: {reason}; '
-            f'the one at step {max(kept, default="(none yet)")} is intact, so make room and start '
-            'again with the same command.'
+            f'a checkpoint could not be written to {self.folder}: {reason}; {before}, so make room '
+            'and start again with the same command.'
         )
+
+    @contextlib.contextmanager
+    def _reading(self, step: int):
+        try:
+            yield
+        except Exception as error:  # Orbax answers damage with anything from KeyError on
+            raise CheckpointError(
+                f'the checkpoint {self.folder / str(step)} cannot be read ({_reason(error)}); '
+                'delete this folder if it is damaged, to go on from the one before it.'
+            ) from error
 
     def _existing(self, step: int | None) -> int:
         step = self.latest() if step is None else step
@@ -142,20 +164,28 @@ class Checkpoints:
             {k: v for k, v in abstract._asdict().items() if k in names and v is not None}
         )
         args = ocp.args.Composite(weights=part(_WEIGHTS), progress=part(_PROGRESS))
-        found = self._manager.restore(step, args=args)
+        with self._reading(step):
+            found = self._manager.restore(step, args=args)
         empty = dict.fromkeys(TrainState._fields)
         return TrainState(**{**empty, **found['weights'], **found['progress']})
 
     def restore_variables(self, sharding, step: int | None = None) -> dict:
         """What `model.apply` takes: the averaged parameters where there are any, else the plain ones."""
         step = self._existing(step)
-        saved = self._manager.item_metadata(step)['weights'].tree
-        abstract = jax.tree.map(
-            lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding), dict(saved)
-        )
-        args = ocp.args.Composite(weights=ocp.args.StandardRestore(abstract))
-        found = self._manager.restore(step, args=args)['weights']
+        with self._reading(step):
+            saved = self._manager.item_metadata(step)['weights'].tree
+            abstract = jax.tree.map(
+                lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding), dict(saved)
+            )
+            args = ocp.args.Composite(weights=ocp.args.StandardRestore(abstract))
+            found = self._manager.restore(step, args=args)['weights']
         return variables_of(found.get('ema_params', found['params']), found.get('prior'))
+
+
+def _reason(error: Exception) -> str:
+    """The end of an error's first line, where Orbax has the cause behind file names."""
+    line = str(error).strip().partition('\n')[0] or type(error).__name__
+    return line if len(line) <= 200 else f'... {line[-200:]}'
 
 
 def with_sharding(abstract, sharding):

@@ -4,6 +4,8 @@ import contextlib
 import functools
 import logging
 import math
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -65,34 +67,36 @@ def train(config, plan: Plan, schedule: Schedule, source, checkpoints: Checkpoin
         MetricWriter(workdir, resume_step=start) as writer,
         logging_redirect_tqdm(),
         tqdm(steps, initial=start, total=schedule.total_steps, unit='step', disable=None) as bar,
+        _ctrl_c() as pressed,
     ):
-        try:
-            for step in bar:
-                batch = sharding.to_devices(next(batches), mesh)
-                state, metrics = step_fn(state, batch, step_key)
-                last = step == schedule.total_steps
-                if step % t.log_every == 0 or last:
-                    metrics = jax.device_get(metrics)
-                    for b, square in enumerate(metrics.pop('block_mean_square')):
-                        metrics[f'mean_square/block_{b}'] = square
-                    metrics['learning_rate'] = schedule.learning_rate(step - 1)
-                    metrics['epoch'] = step / schedule.steps_per_epoch
-                    writer.write_scalars(step, metrics | clock.speed(step))
-                    if not math.isfinite(metrics['loss']):
-                        log.warning('the loss at step %d is not finite', step)
-                if step % t.sample_every == 0 or last:
-                    with clock.paused():
-                        _write_sheets(writer, plan, state, sheet_key, mesh, config, workdir)
-                if step % t.checkpoint_every == 0 or last:
-                    with clock.paused():
-                        checkpoints.save(state)
-        except KeyboardInterrupt:
-            if int(state.step) > (checkpoints.latest() or 0):
-                checkpoints.save(state)
+        for step in bar:
+            batch = sharding.to_devices(next(batches), mesh)
+            state, metrics = step_fn(state, batch, step_key)
+            last = step == schedule.total_steps
+            if step % t.log_every == 0 or last:
+                metrics = jax.device_get(metrics)
+                for b, square in enumerate(metrics.pop('block_mean_square')):
+                    metrics[f'mean_square/block_{b}'] = square
+                metrics['learning_rate'] = schedule.learning_rate(step - 1)
+                metrics['epoch'] = step / schedule.steps_per_epoch
+                writer.write_scalars(step, metrics | clock.speed(step))
+                if not math.isfinite(metrics['loss']):
+                    log.warning('the loss at step %d is not finite', step)
+            if step % t.sample_every == 0 or last:
+                with clock.paused():
+                    _write_sheets(writer, plan, state, sheet_key, mesh, config, workdir)
+            if step % t.checkpoint_every == 0 or last:
+                with clock.paused():
+                    writer.flush()
+                    checkpoints.save(state)
+            if pressed:
+                if checkpoints.latest() != step:
+                    writer.flush()
+                    checkpoints.save(state)
                 checkpoints.wait()
-            log.warning('stopped after step %d, which is saved; the same command goes on from '
-                        'there', int(state.step))
-            raise
+                log.warning('stopped after step %d, which is saved; the same command goes on '
+                            'from there', step)
+                raise KeyboardInterrupt
     checkpoints.wait()
     return state
 
@@ -118,6 +122,31 @@ def _write_sheets(writer, plan: Plan, state, key, mesh, config, workdir: Path) -
         pictures.save_png(workdir / 'samples' / f'step_{step:07d}_{name}.png', sheet, scale=2)
     writer.write_images(step, {f'samples/{name}': sheet for name, sheet in sheets.items()})
     writer.write_scalars(step, {'samples/redraws': redraws})
+
+
+@contextlib.contextmanager
+def _ctrl_c():
+    """A list that the first Ctrl-C fills, for the loop to look at between steps.
+
+    Raised inside of one it could lose the state: its buffers are given to a step before the step
+    returns the next ones. A second Ctrl-C raises at once, and nothing is saved.
+    """
+    pressed = []
+    before = signal.getsignal(signal.SIGINT)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if before is not signal.default_int_handler or not in_main_thread:
+        yield pressed  # ignored by nohup and the like, or not this function's to handle
+        return
+
+    def handle(*_):
+        pressed.append(True)
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _Clock:

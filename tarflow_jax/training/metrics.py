@@ -2,10 +2,13 @@
 
 import json
 import logging
+import time
 from pathlib import Path
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from tarflow_jax.flow.model import TarFlow
 
@@ -16,7 +19,9 @@ class MetricWriter:
     """Writes scalars and images under the method names of clu's MetricWriter.
 
     clu's own needs TensorFlow. A resumed run drops what an earlier process wrote beyond its
-    checkpoint, so that the files read as if nothing had happened.
+    checkpoint, so that the files read as if nothing had happened. tensorboardX's SummaryWriter
+    hands events to a thread of its own; should that fail to write, training would wait for it
+    without end, so they are written here.
 
     Args:
       workdir: holds `metrics.jsonl` and the event files.
@@ -29,21 +34,28 @@ class MetricWriter:
         path = workdir / 'metrics.jsonl'
         kept = []
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= resume_step]
+            lines = path.read_text(errors='replace').splitlines()
+            kept = [line for line in lines if _step(line) <= resume_step]
         temporary = path.with_suffix('.tmp')
         temporary.write_text(''.join(line + '\n' for line in kept))
         temporary.replace(path)
         self._jsonl = path.open('a')
-        self._events = SummaryWriter(
-            str(workdir / 'tensorboard'), purge_step=resume_step + 1, flush_secs=30
-        )
+        folder = workdir / 'tensorboard'
+        folder.mkdir(exist_ok=True)
+        # The name has the time in seconds; the suffix keeps a quick restart from the older file.
+        self._events = EventsWriter(str(folder / 'events'), f'.{resume_step}')
+        # TensorBoard drops what older files hold from this step on.
+        self._write_event(resume_step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def _write_event(self, step: int, **content) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def write_scalars(self, step: int, scalars: dict) -> None:
         scalars = {name: float(value) for name, value in scalars.items()}
         self._jsonl.write(json.dumps({'step': step, **scalars}) + '\n')
         self._jsonl.flush()
         for name, value in scalars.items():
-            self._events.add_scalar(name, value, step)
+            self._write_event(step, summary=summary.scalar(name, value))
         shown = ('loss', 'prior', 'logdet', 'gradient_norm', 'images_per_second')
         shown = [n for n in shown if n in scalars] or list(scalars)
         log.info('step %d: %s', step, ', '.join(f'{n} {scalars[n]:.5g}' for n in shown))
@@ -51,9 +63,10 @@ class MetricWriter:
     def write_images(self, step: int, images: dict[str, np.ndarray]) -> None:
         """Pictures uint8 [H, W, C] by name."""
         for name, image in images.items():
-            self._events.add_image(name, image, step, dataformats='HWC')
+            self._write_event(step, summary=summary.image(name, image, dataformats='HWC'))
 
     def flush(self) -> None:
+        """Brings on disk what was written; call it before a checkpoint that comes after it."""
         self._events.flush()
 
     def close(self) -> None:
@@ -70,7 +83,7 @@ class MetricWriter:
 def _step(line: str) -> float:
     """Step of a line of metrics.jsonl; infinite for the half line that a killed run leaves."""
     try:
-        return json.loads(line)['step']
+        return float(json.loads(line)['step'])
     except (ValueError, KeyError, TypeError):
         return float('inf')
 

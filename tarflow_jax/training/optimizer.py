@@ -20,8 +20,9 @@ def learning_rate_schedule(
     def schedule(k):
         k = jnp.asarray(k, jnp.float32)
         warming = k / max(warmup_steps, 1)
-        t = jnp.clip((k - warmup_steps) / (total_steps - warmup_steps), 0, 1)
-        cosine = 0.5 * (1 + jnp.cos(jnp.pi * t))
+        left = jnp.clip((total_steps - k) / (total_steps - warmup_steps), 0, 1)
+        # (1 + cos(pi (1 - left))) / 2, without its cancellation near the end.
+        cosine = jnp.square(jnp.sin(0.5 * jnp.pi * left))
         return floor + (peak - floor) * jnp.where(k < warmup_steps, warming, cosine)
 
     return schedule

@@ -18,7 +18,8 @@ def use_cores_as_devices(batch_size: int) -> None:
     """
     if 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', ''):
         return
-    cores = min(len(os.sched_getaffinity(0)), 8)
+    affinity = getattr(os, 'sched_getaffinity', None)  # Linux only
+    cores = min(len(affinity(0)) if affinity else os.cpu_count(), 8)
     jax.config.update(
         'jax_num_cpu_devices', max(n for n in range(1, cores + 1) if batch_size % n == 0)
     )

@@ -84,23 +84,24 @@ def update(
     recipe: Recipe,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """As `train_step`, on images [B, H, W, C] that have their noise and labels already dropped."""
-    grads, metrics, z_mean_square = _gradients(state, images, labels, model, recipe.accumulation)
+    grads, metrics, prior = _gradients(state, images, labels, model, recipe.accumulation)
     metrics['gradient_norm'] = optax.global_norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
 
-    ema_params, prior = state.ema_params, state.prior
+    ema_params = state.ema_params
     if ema_params is not None:
         # A young average follows closely, so that short runs are not mostly initialisation.
         decay = jnp.minimum(recipe.ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema_params = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema_params, params)
-    if prior is not None:
-        prior = {'variance': likelihood.moved_prior_variance(prior['variance'], z_mean_square)}
     return TrainState(state.step + 1, params, ema_params, opt_state, prior), metrics
 
 
 def _gradients(state: TrainState, images, labels, model: TarFlow, parts: int):
-    """Gradient, metrics and mean z^2 [T, D] over the batch, worked through in `parts` parts."""
+    """Gradient, metrics and moved prior over the batch, worked through in `parts` parts.
+
+    Each is a mean over the images, and hence over the parts.
+    """
 
     def loss_fn(params, images, labels):
         variables = variables_of(params, state.prior)
@@ -108,13 +109,11 @@ def _gradients(state: TrainState, images, labels, model: TarFlow, parts: int):
         loss, terms = likelihood.training_loss(sequences[-1], logdet)
         squares = jnp.stack([jnp.square(x).mean() for x in sequences])
         metrics = {'loss': loss, **terms, 'block_mean_square': squares}
-        return loss, (metrics, jnp.square(sequences[-1]).mean(0))
+        return loss, (metrics, _moved(state.prior, sequences[-1]))
 
     def part(images, labels):
-        grads, (metrics, z_mean_square) = jax.grad(loss_fn, has_aux=True)(
-            state.params, images, labels
-        )
-        return grads, metrics, z_mean_square
+        grads, (metrics, prior) = jax.grad(loss_fn, has_aux=True)(state.params, images, labels)
+        return grads, metrics, prior
 
     if parts == 1:
         return part(images, labels)
@@ -129,3 +128,10 @@ def _gradients(state: TrainState, images, labels, model: TarFlow, parts: int):
 
     total, _ = jax.lax.scan(accumulate, zeros, (split(images), split(labels)))
     return jax.tree.map(lambda x: x / parts, total)
+
+
+def _moved(prior, z):
+    """The prior of the next step; None for flows whose prior does not move."""
+    if prior is None:
+        return None
+    return {'variance': likelihood.moved_prior_variance(prior['variance'], z)}
