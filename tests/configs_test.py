@@ -1,0 +1,175 @@
+"""Every config file: its recipe, its parameters, and a run of its smoke variant."""
+
+import ast
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from command_line import ROOT, call, metrics
+from ml_collections import ConfigDict
+
+from tarflow_jax import config as configs
+from tarflow_jax.training.state import abstract_state, parameter_count
+
+FILES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
+# Batch, epochs, noise, its deviation, guidance weight, temperature, annealed, denoising strength.
+RECIPES = {
+    'imagenet64:bpd': (256, 100, 'uniform', None, 0, 1.0, False, None),
+    'imagenet64:uncond': (256, 200, 'gaussian', 0.05, 0.2, 0.3, False, 1.0),
+    'imagenet64:cond': (256, 200, 'gaussian', 0.05, 2.3, 1.0, True, 1.0),
+    'imagenet128:cond': (768, 320, 'gaussian', 0.15, 1.5, 1.0, True, 0.97),
+    'afhq256:cond': (256, 4000, 'gaussian', 0.07, 3.4, 1.0, True, 1.4),
+}
+# Image size, patch size, width, classes, dtype, parameters; all have 8 blocks of 8 layers.
+MODELS = {
+    'imagenet64:bpd': (64, 2, 768, 0, jnp.float32, 460_142_784),
+    'imagenet64:uncond': (64, 2, 768, 0, jnp.bfloat16, 460_142_784),
+    'imagenet64:cond': (64, 2, 768, 1000, jnp.bfloat16, 466_286_784),
+    'imagenet128:cond': (128, 4, 1024, 1000, jnp.bfloat16, 823_927_552),
+    'afhq256:cond': (256, 8, 768, 3, jnp.bfloat16, 463_481_856),
+}
+SMOKES = [
+    'imagenet64:bpd,smoke', 'imagenet64:uncond,smoke', 'imagenet64:cond,smoke',
+    'imagenet128:smoke', 'afhq256:smoke',
+]
+
+
+def module(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / 'configs' / f'{name}.py')
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def get(name):
+    file, _, arg = name.partition(':')
+    return module(file).get_config(*([arg] if arg else []))
+
+
+def test_every_file_is_in_these_tables():
+    named = {name.partition(':')[0] for name in RECIPES} | {'fashion_mnist'}
+    assert named == set(FILES)
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_recipe(name):
+    c = get(name)
+    batch, epochs, noise, std, weight, temperature, annealed, strength = RECIPES[name]
+    assert (c.train.batch_size, c.train.epochs, c.train.noise) == (batch, epochs, noise)
+    assert std is None or c.train.noise_std == std
+    assert (c.guidance.weight, c.guidance.temperature) == (weight, temperature)
+    assert (c.guidance.annealed, c.guidance.rule, c.guidance.target) == (annealed, 'linear', 'both')
+    assert strength is None or c.sample.denoise_strength == strength
+    t = c.train
+    assert (t.peak_learning_rate, t.floor_learning_rate, t.warmup_epochs) == (1e-4, 1e-6, 1.0)
+    assert (t.b1, t.b2, t.eps, t.weight_decay, t.label_dropout) == (0.9, 0.95, 1e-8, 1e-4, 0.1)
+    assert t.ema_decay > 0 and t.clip_norm > 0
+    assert c.data.flip == (noise == 'gaussian')
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_model_and_state(name):
+    plan = configs.plan(get(name))
+    image_size, patch_size, width, num_classes, dtype, parameters = MODELS[name]
+    model = plan.model
+    assert (model.image_size, model.image_channels, model.patch_size) == (image_size, 3, patch_size)
+    assert (model.width, model.layers_per_block) == (width, (8,) * 8)
+    assert (model.num_classes, model.dtype, model.head_dim) == (num_classes, dtype, 64)
+    state = abstract_state(model, configs.optimizer(get(name), lambda k: 1e-4), ema=True)
+    assert parameter_count(state) == parameters
+    # Two moments and the average are of the same size; the four counters come on top.
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(state))
+    assert numbers == 4 * parameters + 3
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype('float32')}
+
+
+def test_quickstart():
+    c = get('fashion_mnist')
+    plan = configs.plan(c)
+    assert c.data.source == 'embedded'
+    assert (plan.model.image_size, plan.model.image_channels, plan.model.num_classes) == (28, 1, 10)
+    source = configs.source(c, 'train', plan.model)
+    schedule = configs.schedule(c, source)
+    assert schedule.steps_per_epoch == 10_000 // c.train.batch_size
+    state = abstract_state(plan.model, schedule.optimizer, ema=True)
+    assert parameter_count(state) < 5_000_000
+
+
+@pytest.mark.parametrize('name', ['fashion_mnist', *RECIPES, *SMOKES])
+def test_no_field_that_is_not_in_the_defaults(name):
+    def shape(c):
+        return {k: shape(v) if isinstance(v, ConfigDict) else type(v) for k, v in c.items()}
+
+    assert shape(get(name)) == shape(configs.default())
+    json.dumps(get(name).to_dict())
+
+
+@pytest.mark.parametrize('file', FILES)
+def test_docstring_says_what_to_expect(file):
+    doc = ast.get_docstring(ast.parse((ROOT / 'configs' / f'{file}.py').read_text()))
+    assert doc
+    for name, (*_, parameters) in MODELS.items():
+        if name.startswith(f'{file}:'):
+            assert f'{parameters / 1e6:.0f}M' in doc
+
+
+@pytest.mark.parametrize('name', ['imagenet64:mnist', 'imagenet128:bpd', 'afhq256:smoke,x'])
+def test_unknown_variant(name):
+    with pytest.raises(ValueError, match="config variant '.*' is none of .*smoke"):
+        get(name)
+
+
+def test_variants_exclude_each_other():
+    with pytest.raises(ValueError, match=r"\['bpd', 'cond'\] exclude each other"):
+        get('imagenet64:bpd,cond')
+
+
+def test_variant_by_default():
+    assert get('imagenet64') == get('imagenet64:cond')
+    assert get('imagenet64:smoke') == get('imagenet64:cond,smoke')
+    assert get('imagenet128') == get('imagenet128:cond')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', SMOKES)
+def test_smoke_variant_runs(name, tmp_path):
+    file, _, arg = name.partition(':')
+    full, smoke = get(f'{file}:{arg.partition(",")[0]}'), get(name)
+    assert smoke.train.noise == full.train.noise and smoke.model.dtype == full.model.dtype
+    code = call(
+        f'--config={ROOT}/configs/{file}.py:{arg}', f'--workdir={tmp_path}',
+        '--config.train.epochs=0.0016', '--config.train.warmup_epochs=0.0008',
+        '--config.evaluate.metrics=()',
+    )
+    assert code == 0
+    assert [line['step'] for line in metrics(tmp_path) if 'loss' in line] == [2]
+    sheets = {path.name.split('_')[-1] for path in (tmp_path / 'samples').iterdir()}
+    assert ('guided.png' in sheets) == (full.guidance.weight > 0)
+    assert ('denoised.png' in sheets) == (full.train.noise == 'gaussian')
+
+
+def test_schedule_counts_steps():
+    c = configs.default()
+    c.train.update(batch_size=16, epochs=2.5, warmup_epochs=0.5, peak_learning_rate=1.0)
+    schedule = configs.schedule(c, range(100))
+    assert (schedule.steps_per_epoch, schedule.total_steps) == (6, 15)
+    rates = [float(schedule.learning_rate(k)) for k in range(15)]
+    assert rates.index(max(rates)) == 3 and rates[0] == pytest.approx(1e-6)
+
+
+def test_whole_numbers_for_fields_of_fractions():
+    c = configs.default()
+    c.train.epochs = 3
+    c.guidance.weight = 2
+    assert configs.schedule(c, range(1000)).total_steps == 9
+    with pytest.raises(TypeError):
+        c.train.batch_size = 2.5
+
+
+@pytest.mark.parametrize('noise, std', [('gaussian', 0.1), ('uniform', 0.0)])
+def test_noise_to_remove(noise, std):
+    c = configs.default()
+    c.train.noise = noise
+    assert configs.plan(c).gaussian_noise_std == std

@@ -1,0 +1,429 @@
+"""The command line: what users get wrong, and what the modes leave behind."""
+
+import json
+import os
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from command_line import (
+    QUICKSTART,
+    ROOT,
+    call,
+    compilations,
+    files,
+    flags,
+    metrics,
+    saved,
+    start,
+    write_images,
+)
+from parity_cases import FOLDER, Case
+from PIL import Image
+
+from tarflow_jax.data import pipeline, sources
+from tarflow_jax.flow.likelihood import training_loss
+from tarflow_jax.torch_file import read_torch_file
+from tarflow_jax.training.metrics import MetricWriter
+from tarflow_jax.training.step import Recipe, add_noise
+
+OFFICIAL = FOLDER / 'cond_gray' / 'model.pth'
+# The fields of that checkpoint's model, beside what `flags` has in common with it.
+COND_GRAY = dict(
+    model__patch_size=4, model__width=64, model__head_dim=64, model__layers_per_block='(1,1,1)'
+)
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp('images'))
+
+
+@pytest.fixture(scope='module')
+def trained(images, tmp_path_factory):
+    """A workdir with checkpoints at steps 9 and 12. Tests that write take a copy."""
+    workdir = tmp_path_factory.mktemp('trained')
+    assert call(*flags(workdir, images)) == 0
+    return workdir
+
+
+@pytest.fixture(scope='module')
+def converted(images, tmp_path_factory):
+    """A workdir made from an official checkpoint."""
+    workdir = tmp_path_factory.mktemp('converted')
+    code = call(*flags(workdir, images, **COND_GRAY), '--mode=convert', f'--input={OFFICIAL}')
+    assert code == 0
+    return workdir
+
+
+@pytest.fixture
+def refused(capfd):
+    """Asserts that a command line is refused before anything is compiled, in one line."""
+
+    def check(arguments, *words, code=2):
+        capfd.readouterr()
+        before = len(compilations)
+        assert call(*arguments) == code
+        error = capfd.readouterr().err
+        assert len(compilations) == before
+        assert error.count('\n') == 1 and 'Traceback' not in error
+        sentence = re.sub(r'^\d\d:\d\d:\d\d error: ', '', error)
+        assert sentence != error
+        for word in words:
+            assert str(word) in sentence
+        return sentence
+
+    return check
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize('given, words', [
+    # The config and its fields.
+    (['--config.model.widht=64'], ["no field 'widht'", "did you mean 'width'"]),
+    (['--config.trian.epochs=1'], ["no field 'trian'", "did you mean 'train'"]),
+    (['--config.zzz=1'], ["no field 'zzz'", 'tarflow_jax/config.py']),
+    (['--config.train.batch_size=abc'], ['config.train.batch_size', "'abc'"]),
+    (['--config.train.batch_size=2.5'], ['config.train.batch_size', "'2.5'"]),
+    (['--config.data.flip=maybe'], ['config.data.flip', 'maybe']),
+    (['--config.model=3'], ['--config.model', '--help']),
+    (['--config=configs/nosuch.py'], ['No such file', 'configs/nosuch.py']),
+    ([f'--config={ROOT}/configs/imagenet64.py:mnist'], ["variant 'mnist'", 'bpd, uncond, cond']),
+    ([f'--config={ROOT}/configs/imagenet64.py:bpd,cond'], ['exclude each other']),
+    ([f'{QUICKSTART}:cond'], ['get_config()']),
+    # The flags.
+    (['--wrokdir=x'], ["'wrokdir'", 'workdir', '--help']),
+    (['--mode=test'], ['--mode=test', 'train|sample|evaluate|convert']),
+    (['train'], ["'train' is not a flag"]),
+    (['--workdir='], ['--workdir is missing']),
+    (['--input=x.pth'], ['--input=x.pth has no meaning with --mode=train']),
+    (['--output=x.safetensors'], ['--output=x.safetensors has no meaning with --mode=train']),
+    # The model.
+    (['--config.model.patch_size=5'], ['model.image_size 16', 'patch_size 5', 'divides']),
+    (['--config.model.patch_size=0'], ['patch_size 0']),
+    (['--config.model.width=65'], ['model.width 65', 'head_dim 16']),
+    (['--config.model.layers_per_block=()'], ['model.layers_per_block ()']),
+    (['--config.model.layers_per_block=(1,0)'], ['model.layers_per_block (1, 0)']),
+    (['--config.model.layers_per_block=(1.5,)'], ['model.layers_per_block (1.5,)', 'whole']),
+    (["--config.model.layers_per_block=('a',)"], ["model.layers_per_block ('a',)", 'whole']),
+    (['--config.model.dtype=float16'], ["model.dtype 'float16'", 'float32, bfloat16']),
+    (['--config.model.remat=all'], ["model.remat 'all'", 'none, layer, dots']),
+    (['--config.model.unroll=0'], ['model.unroll 0']),
+    # Training.
+    (['--config.seed=-1'], ['seed -1']),
+    (['--config.seed=4294967296'], ['seed 4294967296']),
+    (['--config.train.epochs=0'], ['0 training steps', 'train.epochs']),
+    (['--config.train.epochs=-1'], ['train.epochs']),
+    (['--config.train.epochs=nan'], ['train.epochs nan']),
+    (['--config.train.epochs=inf'], ['train.epochs inf']),
+    (['--config.train.batch_size=97'], ['train.batch_size is 97', '96 images']),
+    (['--config.train.batch_size=0'], ['train.batch_size is 0']),
+    (['--config.train.batch_size=-8'], ['train.batch_size is -8']),
+    (['--config.train.batch_size=12'], ['train.batch_size 12', '8 devices', 'multiple of 8']),
+    (['--config.train.accumulation=0'], ['train.accumulation 0']),
+    (['--config.train.accumulation=3'], ['train.accumulation 3', 'not a multiple']),
+    (['--config.train.accumulation=4'], ['train.batch_size 16 in 4 part(s)', 'multiple of 32']),
+    (['--config.train.noise=pink'], ["train.noise 'pink'", 'gaussian, uniform']),
+    (['--config.train.noise_std=1'], ['train.noise_std 1.0']),
+    (['--config.train.label_dropout=2'], ['train.label_dropout 2.0']),
+    (['--config.train.ema_decay=1'], ['train.ema_decay 1.0']),
+    (['--config.train.clip_norm=-1'], ['train.clip_norm -1.0']),
+    (['--config.train.log_every=0'], ['train.log_every 0']),
+    (['--config.train.checkpoint_every=0'], ['train.checkpoint_every 0']),
+    # Sampling and evaluation.
+    (['--config.sample.label=12'], ['sample.label 12', '0..4']),
+    (['--config.sample.count=0'], ['sample.count 0']),
+    (['--config.sample.batch_size=0'], ['sample.batch_size 0']),
+    (['--config.evaluate.metrics=("fid",)'], ["'fid'", 'bits_per_dim, classification']),
+    (['--config.evaluate.batch_size=0'], ['evaluate.batch_size 0']),
+    (['--config.evaluate.draws=0'], ['evaluate.draws 0']),
+    (['--config.model.num_classes=0', '--config.guidance.weight=1'],
+     ['guidance weight 1.0', 'guidance.temperature', 'class']),
+    (['--config.model.num_classes=0', '--config.evaluate.metrics=("classification",)'],
+     ['classification', 'model.num_classes 0']),
+    (['--config.guidance.weight=-1'], ['guidance weight -1.0']),
+    (['--config.guidance.temperature=0'], ['guidance temperature 0.0']),
+    (['--config.guidance.rule=cubic'], ["guidance rule 'cubic'"]),
+    (['--config.guidance.target=x'], ["guidance target 'x'"]),
+    # Data.
+    (['--config.model.num_classes=3'], ['label 3', 'model.num_classes = 3', 'the train set']),
+    (['--config.model.image_channels=3'], ['[16, 16, 1]', 'model.image_channels = 3']),
+    (['--config.model.image_size=32'], ['[16, 16, 1]', 'model.image_size = 32']),
+    (['--config.data.source=mnist'], ["data.source is 'mnist'", 'embedded, idx, tfds']),
+    (['--config.data.path=/nonexistent'], ['train-images-idx3-ubyte', '/nonexistent', 'data.path']),
+    (['--config.data.path='], ['data.path is empty']),
+    (['--config.data.test_split=validation'], ["'validation'"]),
+], ids=lambda x: x[0] if x and x[0].startswith('-') else '')
+def test_bad_input(refused, images, tmp_path, given, words):
+    (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\n')
+    before = files(tmp_path)
+    # A flag given twice would be taken together where it is a list.
+    names = {flag.partition('=')[0] for flag in given}
+    fields = [f for f in flags(tmp_path, images) if f.partition('=')[0] not in names]
+    if given[0].startswith('--config='):
+        fields = [f'--workdir={tmp_path}']
+    refused([*fields, *given], *words)
+    assert files(tmp_path) == before
+
+
+def test_missing_flags(refused):
+    refused(['--workdir=x'], '--config is missing')
+    refused([QUICKSTART], '--workdir is missing')
+
+
+def test_help(capfd):
+    assert call('--help') == 0
+    out = capfd.readouterr().out
+    for word in ('--workdir', '--config', '--mode: <train|sample|evaluate|convert>', 'Modes:'):
+        assert word in out
+
+
+def test_imagenet_without_its_data(refused, tmp_path):
+    refused(
+        [f'--config={ROOT}/configs/imagenet64.py', f'--workdir={tmp_path}/run',
+         f'--config.data.path={tmp_path}'],
+        'imagenet_resized/64x64', f'{tmp_path} does not hold it', '`tfds build',
+    )
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('name, damage', [
+    ('train-images-idx3-ubyte', 'is truncated'), ('t10k-labels-idx1-ubyte', 'is truncated')
+])
+def test_damaged_data_file_is_named(refused, images, tmp_path, name, damage):
+    folder = shutil.copytree(images, tmp_path / 'images')
+    os.truncate(folder / name, (folder / name).stat().st_size - 1)
+    refused(flags(tmp_path / 'run', folder), folder / name, damage)
+
+
+@pytest.mark.parametrize('mode', ['train', 'sample', 'evaluate'])
+def test_workdir_of_another_model(refused, trained, images, mode):
+    before = files(trained)
+    refused(
+        [*flags(trained, images, model__width=64), f'--mode={mode}'],
+        f'{trained}/checkpoints holds a checkpoint of another model',
+        'model.width is 32 there and 64 in this config',
+    )
+    assert files(trained) == before
+
+
+def test_average_cannot_be_dropped_on_the_way(refused, trained, images):
+    refused(flags(trained, images, train__ema_decay=0.0), 'train.ema_decay 0.9', 'config has 0.0')
+
+
+def test_damaged_checkpoint_is_named(trained, images, tmp_path, capfd):
+    workdir = shutil.copytree(trained, tmp_path / 'run')
+    shutil.rmtree(workdir / 'checkpoints' / '12' / 'weights')
+    (workdir / 'checkpoints' / '12' / 'weights').mkdir()
+    for mode in ('sample', 'evaluate'):
+        assert call(*flags(workdir, images), f'--mode={mode}') == 2
+        last = capfd.readouterr().err.splitlines()[-1]  # Orbax has its say before
+        assert f'{workdir}/checkpoints/12 cannot be read' in last
+        assert 'to go on from the one before it.' in last
+    shutil.rmtree(workdir / 'checkpoints' / '12')
+    assert call(*flags(workdir, images), '--mode=sample') == 0
+    assert 'samples of step 9 of' in capfd.readouterr().err
+
+
+@pytest.mark.parametrize('mode', ['sample', 'evaluate'])
+def test_workdir_without_a_checkpoint(refused, images, tmp_path, mode):
+    refused(
+        [*flags(tmp_path / 'run', images), f'--mode={mode}'],
+        f'{tmp_path}/run/checkpoints holds no checkpoint', 'train first',
+    )
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('below', ['', '/run'])
+def test_workdir_that_is_a_file(refused, images, tmp_path, below):
+    (tmp_path / 'file').write_text('mine')
+    refused(flags(f'{tmp_path}/file{below}', images), f'{tmp_path}/file is not a folder')
+    assert (tmp_path / 'file').read_text() == 'mine'
+
+
+def test_workdir_that_cannot_be_written(refused, images, tmp_path, monkeypatch):
+    # Not by permissions: they mean nothing to root, as whom tests often run in containers.
+    monkeypatch.setattr(os, 'access', lambda path, mode: path != tmp_path)
+    refused(flags(tmp_path / 'run', images), f'{tmp_path} cannot be written to')
+
+
+@pytest.mark.parametrize('mode', ['sample', 'evaluate', 'convert'])
+def test_input_that_is_no_checkpoint(refused, images, tmp_path, mode):
+    text = tmp_path / 'text.pth'
+    text.write_text('not a checkpoint')
+    common = [*flags(tmp_path / 'run', images), f'--mode={mode}']
+    refused([*common, f'--input={text}'], text)
+    refused([*common, f'--input={tmp_path}/nosuch.pth'], f'{tmp_path}/nosuch.pth does not exist')
+    refused([*common, f'--input={tmp_path}'], f'{tmp_path} is not a file')
+    refused([*common, f'--input={tmp_path}/text'], f'{tmp_path}/text')
+    # A real one, of another model.
+    refused([*common, f'--input={OFFICIAL}'], OFFICIAL, 'does not fit')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_convert_wants_to_know_what(refused, trained, images, tmp_path):
+    common = [*flags(trained, images), '--mode=convert']
+    refused(common, '--input=FILE', '--output=FILE.safetensors')
+    refused([*common, '--output=x.pth'], '--output x.pth must end with .safetensors')
+    refused([*common, f'--output={tmp_path}/no/x.safetensors'], f'{tmp_path}/no', 'does not exist')
+
+
+def test_convert_does_not_overwrite_a_run(refused, converted, images):
+    before = files(converted)
+    refused(
+        [*flags(converted, images, **COND_GRAY), '--mode=convert', f'--input={OFFICIAL}'],
+        f'{converted} already holds a checkpoint at step 0', 'empty --workdir',
+    )
+    assert files(converted) == before
+
+
+# A failed run.
+
+
+def test_no_room_for_metrics(trained, images, tmp_path, monkeypatch, capfd):
+    def full(self, step, scalars):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(MetricWriter, 'write_scalars', full)
+    workdir = shutil.copytree(trained, tmp_path / 'run')
+    assert call(*flags(workdir, images, train__epochs=2.5)) == 1
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.endswith('error: [Errno 28] No space left on device')
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+from tarflow_jax.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_disk_that_fills_up_during_a_checkpoint(trained, images, tmp_path):
+    workdir = shutil.copytree(trained, tmp_path / 'run')
+    before, longer = saved(trained, 12), flags(workdir, images, train__epochs=2.5)
+    # No file may grow beyond 20 kB: metrics do not, the arrays of a checkpoint do.
+    process = start('20000', *longer, program=('-c', LIMITED))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, output
+    last = output.splitlines()[-1]
+    assert f'error: a checkpoint could not be written to {workdir}/checkpoints: ' in last
+    assert 'File too large' in last and 'the one at step 12 is intact' in last
+    assert saved(workdir, 12) == before
+    # With room again, the same command ends as if nothing had happened.
+    wanted = shutil.copytree(trained, tmp_path / 'wanted')
+    for folder in (workdir, wanted):
+        assert call(*flags(folder, images, train__epochs=2.5)) == 0
+    assert saved(workdir, 15) == saved(wanted, 15)
+    assert metrics(workdir) == metrics(wanted)
+
+
+# The modes.
+
+
+def test_sample(trained, images, tmp_path):
+    workdir = shutil.copytree(trained, tmp_path / 'run')
+    assert call(*flags(workdir, images), '--mode=sample') == 0
+    arrays = np.load(workdir / 'samples' / 'samples.npz')
+    assert set(arrays) == {'images', 'labels'}
+    assert arrays['images'].shape == (13, 16, 16, 1) and arrays['images'].dtype == np.uint8
+    np.testing.assert_array_equal(arrays['labels'], np.arange(13) % 5)
+    assert len({image.tobytes() for image in arrays['images']}) == 13
+    names = sorted(path.name for path in (workdir / 'samples').glob('sample_*'))
+    assert names == ['sample_000000.png', 'sample_000008.png']
+    # Ten columns: the second sheet holds five images in one row, at twice the size.
+    sheet = np.asarray(Image.open(workdir / 'samples' / 'sample_000008.png'))
+    assert sheet.shape == (2 * 16, 2 * (10 * 18 - 2))
+    for i in range(5):
+        x = 36 * i
+        found = sheet[::2, x : x + 32 : 2]
+        np.testing.assert_array_equal(found, arrays['images'][8 + i, :, :, 0])
+    assert not list((workdir / 'samples').glob('*.tmp'))
+
+    # The same seed draws the same, one label labels all.
+    one = dict(sample__label=3, sample__count=3)
+    assert call(*flags(workdir, images, **one), '--mode=sample') == 0
+    again = np.load(workdir / 'samples' / 'samples.npz')
+    assert again['images'].shape[0] == 3 and again['labels'].tolist() == [3, 3, 3]
+
+
+def test_evaluate(trained, images, tmp_path):
+    workdir = shutil.copytree(trained, tmp_path / 'run')
+    both = dict(evaluate__metrics='("bits_per_dim","classification")')
+    assert call(*flags(workdir, images, **both), '--mode=evaluate') == 0
+    report = json.loads((workdir / 'evaluation.json').read_text())
+    assert set(report) == {'checkpoint', 'scores', 'config', 'versions'}
+    assert report['checkpoint'] == f'step 12 of {workdir}'
+    assert report['versions']['jax'] == jax.__version__
+    assert report['config']['model']['width'] == 32
+    bits, classes = report['scores']['bits_per_dim'], report['scores']['classification']
+    assert set(bits) == {'bits_per_dim', 'bits_per_dim_standard_error', 'loss', 'images'}
+    assert bits['images'] == classes['images'] == 20
+    # Pixels without structure, a flow near the identity: a little above the 8 bits they have.
+    assert 8.0 < bits['bits_per_dim'] < 9.0
+    assert 20 * classes['accuracy'] == pytest.approx(round(20 * classes['accuracy']))
+    assert not list(workdir.glob('*.tmp'))
+
+
+def test_converted_checkpoint_samples_and_scores_as_the_official_one(converted, images, tmp_path):
+    fields = dict(**COND_GRAY, evaluate__metrics='("bits_per_dim",)')
+    found = {}
+    for name, workdir, source in (
+        ('workdir', converted, []),
+        ('file', tmp_path, [f'--input={OFFICIAL}']),
+    ):
+        for mode in ('sample', 'evaluate'):
+            assert call(*flags(workdir, images, **fields), f'--mode={mode}', *source) == 0
+        scores = json.loads((workdir / 'evaluation.json').read_text())['scores']
+        found[name] = np.load(workdir / 'samples' / 'samples.npz')['images'], scores
+    np.testing.assert_array_equal(found['workdir'][0], found['file'][0])
+    assert found['workdir'][1] == found['file'][1]
+
+
+@pytest.mark.parametrize('source', ['workdir', 'input'])
+def test_official_tensors_come_back(converted, images, tmp_path, source):
+    output = tmp_path / 'out.safetensors'
+    given = [f'--input={OFFICIAL}'] if source == 'input' else []
+    code = call(
+        *flags(converted if source == 'workdir' else '', images, **COND_GRAY), '--mode=convert',
+        f'--output={output}', *given,
+    )
+    assert code == 0
+    wanted, found = read_torch_file(OFFICIAL), safetensors.numpy.load_file(output)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        np.testing.assert_array_equal(found[name], tensor)
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_a_converted_workdir(converted, images, tmp_path):
+    workdir = shutil.copytree(converted, tmp_path / 'run')
+    fields = dict(COND_GRAY, train__epochs=0.334, train__warmup_epochs=0.0, train__sample_every=1)
+    assert call(*flags(workdir, images, **fields)) == 0
+    assert [line['step'] for line in metrics(workdir) if 'loss' in line] == [1, 2]
+    # The first loss is that of the official flow: the same batch, scored by hand.
+    source = sources.idx_folder(images, 'train')
+    batch = next(pipeline.train_batches(source, batch_size=16, seed=0))
+    step_key = jax.random.split(jax.random.key(0), 3)[1]
+    noise_key, label_key = jax.random.split(jax.random.fold_in(step_key, 0))
+    dropped = jax.random.bernoulli(label_key, 0.3, (16,))
+    case = Case('cond_gray')
+    noisy = add_noise(noise_key, batch['image'], Recipe(noise_std=0.1))
+    z, logdet = case.model.apply(case.variables, noisy, np.where(dropped, -1, batch['label']))
+    assert metrics(workdir)[0]['loss'] == pytest.approx(
+        float(training_loss(z, logdet)[0]), rel=1e-5, abs=1e-6
+    )
+    steps = sorted(path.name for path in (workdir / 'checkpoints').iterdir())
+    assert steps == ['0', '2']
+
+
+def test_module_runs(tmp_path):
+    process = start('--mode=sample', f'--workdir={tmp_path}', QUICKSTART, cwd=tmp_path)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert output.count('\n') == 1 and 'holds no checkpoint' in output

@@ -1,0 +1,92 @@
+"""What the package loads, and which of its rooms knows which."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tarflow_jax
+
+PACKAGE = Path(tarflow_jax.__file__).parent
+MODULES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob('*.py'))
+HEAVY = ('tensorflow', 'torch', 'grain', 'tensorflow_datasets', 'orbax', 'tensorboardX', 'PIL')
+
+# Packages beside the standard library and numpy; rooms of this package.
+ROOMS = {
+    'flow': ({'jax', 'flax'}, set()),
+    'data': ({'absl', 'grain', 'tensorflow_datasets'}, set()),
+    'training': (
+        {'jax', 'optax', 'orbax', 'tensorboardX', 'PIL', 'tqdm'}, {'flow', 'data', 'config'}
+    ),
+    'evaluation': ({'jax'}, {'flow', 'data', 'training'}),
+}
+
+
+def imports(path) -> set[str]:
+    """Full names of all that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f'{path} has a relative import'
+            found |= {f'{node.module}.{alias.name}' for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize('module', [name for name in MODULES if os.sep in name])
+def test_rooms_import_only_to_their_left(module):
+    room = module.split(os.sep)[0]
+    packages, rooms = ROOMS[room]
+    for name in imports(PACKAGE / module):
+        top, *rest = name.split('.')
+        if top == 'tarflow_jax':
+            assert rest[0] in rooms | {room}, f'{module} imports {name}'
+        else:
+            allowed = packages | {'numpy'} | sys.stdlib_module_names
+            assert top in allowed, f'{module} imports {name}'
+
+
+def test_config_knows_nothing_of_the_loop():
+    # The loop takes its types; what the config makes objects of must not lead back to the loop.
+    inside = {name for name in imports(PACKAGE / 'config.py') if name.startswith('tarflow_jax.')}
+    rooms = {'.'.join(name.split('.')[1:3]) for name in inside}
+    assert rooms <= {
+        'data.pipeline', 'data.sources', 'flow.guidance', 'flow.model', 'training.optimizer',
+        'training.step',
+    }
+
+
+def test_conversion_needs_no_training():
+    for module in ('convert.py', 'torch_file.py'):
+        for name in imports(PACKAGE / module):
+            if name.startswith('tarflow_jax.'):
+                assert name in ('tarflow_jax.torch_file', 'tarflow_jax.flow.model.TarFlow')
+
+
+IMPORT = f"""
+import sys
+import tarflow_jax
+print([name for name in {HEAVY} if name in sys.modules])
+print([name for name in tarflow_jax.__all__ if not callable(getattr(tarflow_jax, name))])
+"""
+
+
+def test_import_is_light():
+    environment = {**os.environ, 'PYTHONPATH': str(PACKAGE.parent)}
+    ran = subprocess.run(
+        [sys.executable, '-c', IMPORT], env=environment, capture_output=True, text=True,
+        timeout=60, check=True,
+    )
+    assert ran.stdout.splitlines() == ['[]', '[]']
+
+
+def test_public_names():
+    assert set(tarflow_jax.__all__) >= {
+        'TarFlow', 'Guidance', 'log_prob', 'bits_per_dim', 'sample', 'denoise', 'load_official',
+        'save_official',
+    }
+    assert tarflow_jax.__version__.count('.') == 2

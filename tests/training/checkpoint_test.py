@@ -1,0 +1,266 @@
+"""Checkpoints: bits go in and come out, whatever happens meanwhile."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_flow import tiny
+from tiny_state import random_variables
+
+from tarflow_jax.training import checkpoint, sharding
+from tarflow_jax.training.checkpoint import CheckpointError, Checkpoints, with_sharding
+from tarflow_jax.training.optimizer import adamw
+from tarflow_jax.training.state import TrainState, abstract_state, from_variables
+
+ADAMW = adamw(lambda k: 1e-3, clip_norm=1.0)
+MODEL = tiny((1,))
+
+
+def everywhere():
+    return sharding.replicated(sharding.make_mesh())
+
+
+def state_at(step, model=MODEL, ema=True):
+    """A state whose numbers differ from those of every other step, and from each other."""
+    state = from_variables(random_variables(model, seed=step), ADAMW, ema=ema)
+    rng = np.random.default_rng(step)
+    noisy = lambda x: (np.asarray(x) + rng.random(x.shape)).astype(x.dtype)  # noqa: E731
+    state = jax.tree.map(noisy, state)._replace(step=np.int32(step))
+    return jax.device_put(state, everywhere())
+
+
+def abstract(model=MODEL, ema=True):
+    return with_sharding(abstract_state(model, ADAMW, ema=ema), everywhere())
+
+
+def save(workdir, *steps, model=MODEL, ema=True):
+    with Checkpoints(workdir, model, {'seed': 1}) as checkpoints:
+        for step in steps:
+            checkpoints.save(state_at(step, model, ema))
+        checkpoints.wait()
+
+
+def assert_identical(found, wanted):
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted)):
+        assert a.dtype == b.dtype and a.sharding == b.sharding
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def folders(workdir):
+    return sorted(path.name for path in (Path(workdir) / 'checkpoints').iterdir())
+
+
+def one_sentence(error):
+    message = str(error.value)
+    assert '\n' not in message and message.endswith('.')
+    return message
+
+
+@pytest.mark.parametrize('ema, volume_preserving', [(True, False), (False, True)])
+def test_the_same_bits_come_back(tmp_path, ema, volume_preserving):
+    model = tiny((1,), volume_preserving=volume_preserving)
+    save(tmp_path, 3, model=model, ema=ema)
+    with Checkpoints(tmp_path, model) as checkpoints:
+        assert checkpoints.latest() == 3
+        found = checkpoints.restore(abstract(model, ema))
+    assert_identical(found, state_at(3, model, ema))
+    assert (found.ema_params is None) == (not ema)
+    assert (found.prior is None) == (not volume_preserving)
+
+
+@pytest.mark.parametrize('devices', [1, 8])
+def test_save_keeps_the_state_of_that_moment(tmp_path, devices):
+    # Training gives its buffers to the next step at once, and a view of them would change under
+    # the writer; 16 MiB of noise take it longer than the steps.
+    place = everywhere() if devices == 8 else jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = np.random.default_rng(0).random((64, 2**16), np.float32)
+    params = {f'w{i}': jax.device_put(row, place) for i, row in enumerate(wanted)}
+    state = TrainState(jax.device_put(jnp.int32(1), place), params, None, None, None)
+    overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    overwrite(jax.tree.map(jnp.copy, state))  # compiles it
+    with Checkpoints(tmp_path, MODEL, {}) as checkpoints:
+        checkpoints.save(state)
+        for _ in range(3):
+            state = overwrite(state)
+        jax.block_until_ready(state)
+        assert folders(tmp_path) == ['1.orbax-checkpoint-tmp']
+        checkpoints.wait()
+        found = checkpoints.restore_variables(place)['params']
+    np.testing.assert_allclose(state.params['w0'], wanted[0] + 3, rtol=1e-6)
+    for i, row in enumerate(wanted):
+        assert np.asarray(found[f'w{i}']).tobytes() == row.tobytes()
+
+
+def test_newest_are_kept(tmp_path):
+    save(tmp_path, 1, 2, 5, 7)
+    assert checkpoint.KEPT == 2 and folders(tmp_path) == ['5', '7']
+    with Checkpoints(tmp_path, MODEL) as checkpoints:
+        assert int(checkpoints.restore(abstract()).step) == 7
+        assert_identical(checkpoints.restore(abstract(), step=5), state_at(5))
+
+
+def test_averaged_parameters_are_what_is_sampled_from(tmp_path):
+    save(tmp_path / 'ema', 1)
+    save(tmp_path / 'plain', 1, ema=False)
+    for name, wanted in (
+        ('ema', state_at(1).ema_params), ('plain', state_at(1, ema=False).params)
+    ):
+        with Checkpoints(tmp_path / name, MODEL) as checkpoints:
+            found = checkpoints.restore_variables(everywhere())
+        assert set(found) == {'params'}
+        assert_identical(found['params'], wanted)
+
+
+def test_prior_belongs_to_the_variables(tmp_path):
+    model = tiny((1,), volume_preserving=True)
+    save(tmp_path, 1, model=model)
+    with Checkpoints(tmp_path, model) as checkpoints:
+        assert_identical(
+            checkpoints.restore_variables(everywhere()), state_at(1, model).variables()
+        )
+
+
+def test_config_and_model_are_saved_beside_the_state(tmp_path):
+    save(tmp_path, 4)
+    with Checkpoints(tmp_path, MODEL) as checkpoints:
+        about = checkpoints.about()
+    assert about['config'] == {'seed': 1}
+    assert about['model'] == {
+        'image_size': 8, 'image_channels': 2, 'patch_size': 2, 'width': 32, 'head_dim': 16,
+        'layers_per_block': [1], 'num_classes': 3, 'volume_preserving': False,
+    }
+
+
+def test_no_checkpoint(tmp_path):
+    with Checkpoints(tmp_path / 'run', MODEL) as checkpoints:
+        assert checkpoints.latest() is None
+        for read in (
+            checkpoints.about,
+            lambda: checkpoints.restore(abstract()),
+            lambda: checkpoints.restore_variables(everywhere()),
+        ):
+            with pytest.raises(FileNotFoundError) as error:
+                read()
+            assert one_sentence(error).startswith(f'{tmp_path}/run/checkpoints holds no checkpoint')
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('field, value', [
+    ('width', 64), ('layers_per_block', (2,)), ('num_classes', 4), ('volume_preserving', True),
+    ('head_dim', 32), ('patch_size', 4),
+])
+def test_another_model_is_refused(tmp_path, field, value):
+    save(tmp_path, 2)
+    with pytest.raises(ValueError) as error:
+        Checkpoints(tmp_path, MODEL.clone(**{field: value}))
+    message = one_sentence(error)
+    assert f'model.{field} is {json.loads(json.dumps(getattr(MODEL, field)))} there' in message
+    assert 'choose another --workdir' in message
+    assert folders(tmp_path) == ['2']
+
+
+def test_fields_of_the_computation_may_change(tmp_path):
+    save(tmp_path, 2)
+    other = MODEL.clone(dtype=jnp.bfloat16, remat='layer', unroll=2)
+    with Checkpoints(tmp_path, other) as checkpoints:
+        assert_identical(checkpoints.restore(abstract(other)), state_at(2))
+
+
+def test_unfinished_folder_is_ignored_and_cleaned(tmp_path):
+    save(tmp_path, 2)
+    unfinished = tmp_path / 'checkpoints' / '3.orbax-checkpoint-tmp'
+    shutil.copytree(tmp_path / 'checkpoints' / '2', unfinished)
+    # Someone who only reads leaves it alone: a run may be writing it at this moment.
+    with Checkpoints(tmp_path, MODEL) as checkpoints:
+        assert checkpoints.latest() == 2 and unfinished.exists()
+    with Checkpoints(tmp_path, MODEL, {}) as checkpoints:
+        assert checkpoints.latest() == 2
+        checkpoints.save(state_at(3))
+        checkpoints.wait()
+        assert_identical(checkpoints.restore(abstract()), state_at(3))
+    assert folders(tmp_path) == ['2', '3']
+
+
+def test_no_room(tmp_path, monkeypatch):
+    save(tmp_path, 2)
+    with Checkpoints(tmp_path, MODEL, {}) as checkpoints:
+        usage = SimpleNamespace(free=50_000)
+        monkeypatch.setattr(checkpoint.shutil, 'disk_usage', lambda folder: usage)
+        with pytest.raises(CheckpointError) as error:
+            checkpoints.save(state_at(3))
+        message = one_sentence(error)
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state_at(3))) / 2**20
+        assert size > 0.05
+        assert f'step 3 needs {size:.1f} MiB and 0.0 MiB are free' in message
+        assert 'the one at step 2 is intact' in message
+        usage.free = 2**40
+        assert_identical(checkpoints.restore(abstract()), state_at(2))
+        checkpoints.save(state_at(3))
+    assert folders(tmp_path) == ['2', '3']
+
+
+@pytest.mark.parametrize('method', ['save', 'wait_until_finished', 'close'])
+def test_whatever_orbax_raises_becomes_one_sentence(tmp_path, monkeypatch, method):
+    def fail(*_, **__):
+        raise RuntimeError(f'{"x" * 300}: No space left on device\nand a second line')
+
+    save(tmp_path, 2)
+    checkpoints = Checkpoints(tmp_path, MODEL, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints._manager, method, fail)
+        with pytest.raises(CheckpointError) as error, checkpoints:
+            checkpoints.save(state_at(3))
+            checkpoints.wait()
+        message = one_sentence(error)
+        assert 'No space left on device; the one at step' in message and len(message) < 500
+    checkpoints._manager.close()
+    with Checkpoints(tmp_path, MODEL) as checkpoints:
+        assert_identical(checkpoints.restore(abstract(), step=2), state_at(2))
+
+
+def test_first_checkpoint_that_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.shutil, 'disk_usage', lambda folder: SimpleNamespace(free=0))
+    with Checkpoints(tmp_path, MODEL, {}) as checkpoints:
+        with pytest.raises(CheckpointError, match='there is none before it'):
+            checkpoints.save(state_at(1))
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # Orbax's threads
+def test_damaged_checkpoint_is_named(tmp_path):
+    save(tmp_path, 2, 3)
+    newest = tmp_path / 'checkpoints' / '3'
+    for path in [p for p in newest.rglob('*') if p.is_file() and p.parent.name == 'd']:
+        os.truncate(path, path.stat().st_size // 2)
+    with Checkpoints(tmp_path, MODEL) as checkpoints:
+        for read in (
+            lambda: checkpoints.restore(abstract()),
+            lambda: checkpoints.restore_variables(everywhere()),
+        ):
+            with pytest.raises(CheckpointError) as error:
+                read()
+            assert one_sentence(error).startswith(f'the checkpoint {newest} cannot be read (')
+    shutil.rmtree(newest)
+    newest.mkdir()
+    with pytest.raises(CheckpointError, match='cannot be read .* delete this folder'):
+        Checkpoints(tmp_path, MODEL)
+    newest.rmdir()
+    with Checkpoints(tmp_path, MODEL) as checkpoints:
+        assert_identical(checkpoints.restore(abstract()), state_at(2))
+
+
+def test_restore_goes_where_it_is_told(tmp_path):
+    save(tmp_path, 2)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[3])
+    with Checkpoints(tmp_path, MODEL) as checkpoints:
+        found = checkpoints.restore(with_sharding(abstract_state(MODEL, ADAMW, ema=True), one))
+    assert all(leaf.sharding == one for leaf in jax.tree.leaves(found))
+    np.testing.assert_array_equal(
+        found.params['block_0']['proj_in']['bias'], state_at(2).params['block_0']['proj_in']['bias']
+    )

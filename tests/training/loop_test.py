@@ -1,0 +1,238 @@
+"""The loop: an interrupted run ends as if nothing had happened."""
+
+import re
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+from command_line import CLOCK, call, flags, metrics, saved, start, write_images
+
+from tarflow_jax.training import loop
+
+STEPS = 12
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp('images'))
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(images, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('uninterrupted')
+    assert call(*flags(workdir, images)) == 0
+    return workdir
+
+
+def assert_same_run(workdir, wanted):
+    assert metrics(workdir) == metrics(wanted)
+    found, state = saved(workdir, STEPS), saved(wanted, STEPS)
+    assert found.keys() == state.keys()
+    assert [name for name in state if found[name] != state[name]] == []
+
+
+def at_step(monkeypatch, number, action):
+    """Has `action` done when the loop fetches the batch of this step, counted in this process."""
+    seen, original = [], loop.sharding.to_devices
+
+    def to_devices(batch, mesh):
+        seen.append(batch)
+        if len(seen) == number:
+            action()
+        return original(batch, mesh)
+
+    monkeypatch.setattr(loop.sharding, 'to_devices', to_devices)
+    return seen
+
+
+def test_what_a_run_leaves(uninterrupted):
+    assert {path.name for path in uninterrupted.iterdir()} == {
+        'checkpoints', 'evaluation.json', 'metrics.jsonl', 'samples', 'tensorboard'
+    }
+    assert sorted(path.name for path in (uninterrupted / 'checkpoints').iterdir()) == ['12', '9']
+    assert sorted(path.name for path in (uninterrupted / 'samples').iterdir()) == [
+        f'step_0000012_{name}.png' for name in ('denoised', 'noise', 'raw')
+    ]
+    lines = metrics(uninterrupted)
+    assert [line['step'] for line in lines] == [*range(1, 13), 12]
+    assert lines[-1] == {'step': 12, 'samples/redraws': 0.0}
+    assert set(lines[0]) == {
+        'step', 'loss', 'prior', 'logdet', 'gradient_norm', 'mean_square/block_0',
+        'learning_rate', 'epoch',
+    }
+    np.testing.assert_allclose([line['epoch'] for line in lines[:12]], np.arange(1, 13) / 6)
+    # Three steps of warm-up; the first update uses the floor, step 4 the peak.
+    rates = [line['learning_rate'] for line in lines[:12]]
+    assert rates[0] == pytest.approx(1e-6) and rates[3] == max(rates) > 1e-4
+    assert lines[11]['loss'] < lines[0]['loss']
+    text = (uninterrupted / 'metrics.jsonl').read_text().splitlines()
+    assert [all(name in line for name in CLOCK) for line in text[:3]] == [False, True, True]
+
+
+def test_stopped_between_checkpoints(uninterrupted, images, tmp_path, monkeypatch):
+    class Stopped(BaseException):
+        pass
+
+    def stop():
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 8, stop)
+        with pytest.raises(Stopped):
+            call(*flags(tmp_path, images))
+    assert [line['step'] for line in metrics(tmp_path)] == list(range(1, 8))
+    seen = at_step(monkeypatch, 99, stop)
+    assert call(*flags(tmp_path, images)) == 0
+    assert len(seen) == STEPS - 6  # from the checkpoint at step 6
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(
+    uninterrupted, images, tmp_path, monkeypatch, capfd
+):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            at_step(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
+            assert call(*flags(tmp_path, images)) == 130
+        assert 'stopped after step 5, which is saved' in capfd.readouterr().err
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert sorted(path.name for path in (tmp_path / 'checkpoints').iterdir()) == ['3', '5']
+    seen = at_step(monkeypatch, 99, None)
+    assert call(*flags(tmp_path, images)) == 0
+    assert len(seen) == STEPS - 5
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_second_ctrl_c_leaves_at_once(images, tmp_path, monkeypatch):
+    def press_twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        at_step(monkeypatch, 2, press_twice)
+        assert call(*flags(tmp_path, images)) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [line['step'] for line in metrics(tmp_path)] == [1]
+
+
+def test_finished_run_trains_no_more(uninterrupted, images, tmp_path, monkeypatch):
+    workdir = shutil.copytree(uninterrupted, tmp_path / 'run')
+    seen = at_step(monkeypatch, 99, None)
+    assert call(*flags(workdir, images)) == 0
+    assert seen == []
+    assert_same_run(workdir, uninterrupted)
+
+
+def test_more_epochs_lengthen_a_finished_run(uninterrupted, images, tmp_path, monkeypatch):
+    workdir = shutil.copytree(uninterrupted, tmp_path / 'run')
+    with (workdir / 'metrics.jsonl').open('ab') as file:
+        file.write(b'\xff{"step": 13, "lo')
+    seen = at_step(monkeypatch, 99, None)
+    assert call(*flags(workdir, images, train__epochs=2.5)) == 0
+    assert len(seen) == 3
+    assert [line['step'] for line in metrics(workdir)] == [*range(1, 13), 12, 13, 14, 15, 15]
+    assert metrics(workdir)[:13] == metrics(uninterrupted)
+    assert sorted(path.name for path in (workdir / 'checkpoints').iterdir()) == ['12', '15']
+
+
+def wait_for(process, lines, pattern, seconds=120):
+    """Reads the process's output until a line matches."""
+    end = time.monotonic() + seconds
+    for line in process.stdout:
+        lines.append(line)
+        if re.search(pattern, line):
+            return
+        assert time.monotonic() < end, lines
+    pytest.fail(f'no line matches {pattern!r} in {"".join(lines)}')
+
+
+def finish(process, lines):
+    rest, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, ''.join(lines) + rest
+    return rest
+
+
+SLOW = dict(
+    model__image_size=28, model__patch_size=4, model__width=64, model__head_dim=64,
+    model__layers_per_block='(1,1)', model__num_classes=10, train__epochs=144 / 625,
+    train__warmup_epochs=0.01, train__checkpoint_every=48,
+)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(tmp_path):
+    # Processes as a user starts them, on the embedded images, killed and started again.
+    wanted, workdir = tmp_path / 'wanted', tmp_path / 'killed'
+    finish(start(*flags(wanted, **SLOW)), [])
+
+    def killed_when(moment):
+        lines = []
+        process = start(*flags(workdir, **SLOW))
+        moment(process, lines)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        return ''.join(lines)
+
+    def when_there_is(name):
+        def moment(process, lines):
+            wait_for(process, lines, 'step 10:|step 60:')
+            end = time.monotonic() + 60
+            while not list((workdir / 'checkpoints').glob(name)):
+                assert time.monotonic() < end and process.poll() is None
+                time.sleep(0.002)
+
+        return moment
+
+    def kept():
+        return sorted(path.name for path in (workdir / 'checkpoints').iterdir())
+
+    # While the step is compiled.
+    output = killed_when(lambda p, lines: wait_for(p, lines, 'parameters, steps 1 to 144'))
+    assert 'step 1:' not in output and not (workdir / 'checkpoints').exists()
+    # Between checkpoints.
+    killed_when(when_there_is('48'))
+    assert kept() == ['48']
+    assert len(metrics(workdir)) > 48
+    # While one is written.
+    output = killed_when(when_there_is('96.*'))
+    assert 'continuing from the checkpoint at step 48' in output
+    assert kept() == ['48', '96.orbax-checkpoint-tmp']
+
+    output = finish(start(*flags(workdir, **SLOW)), [])
+    assert 'continuing from the checkpoint at step 48' in output
+    assert metrics(workdir) == metrics(wanted)
+    assert len(metrics(wanted)) == 145
+    assert saved(workdir, 144) == saved(wanted, 144)
+    assert kept() == ['144', '96']
+
+
+# The handler that a process in a terminal has; one in the background of a shell ignores Ctrl-C.
+IN_A_TERMINAL = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from tarflow_jax.main import main
+sys.exit(main(sys.argv))
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal(images, tmp_path):
+    # Real steps, at a moment that the signal chooses: most of them lie inside of a step.
+    longer = dict(train__epochs=400.0, train__log_every=50, train__checkpoint_every=10000)
+    lines = []
+    process = start(*flags(tmp_path, images, **longer), program=('-c', IN_A_TERMINAL))
+    wait_for(process, lines, r'step 100:')
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and 'Traceback' not in rest
+    step = int(re.search(r'stopped after step (\d+), which is saved', rest)[1])
+    assert step > 100
+    assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == [str(step)]

@@ -1,0 +1,115 @@
+"""Pictures: where each pixel goes, and the files."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_flow import tiny
+from tiny_state import random_variables
+
+import tarflow_jax as tfj
+from tarflow_jax.config import Plan
+from tarflow_jax.training import pictures, sharding
+from tarflow_jax.training.step import Recipe
+
+MODEL = tiny((1,))
+KEY = jax.random.key(0)
+
+
+def test_to_pixels():
+    values = np.arange(256)
+    np.testing.assert_array_equal(pictures.to_pixels(values / 127.5 - 1), values)
+    x = jnp.array([-9.0, -1.0, -0.997, -0.994, 0.0, 0.001, 0.999, 1.0, 2.0, jnp.inf, -jnp.inf])
+    wanted = [0, 0, 0, 1, 128, 128, 255, 255, 255, 255, 0]
+    found = pictures.to_pixels(x)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_grid():
+    pixels = np.arange(5 * 2 * 3 * 1, dtype=np.uint8).reshape(5, 2, 3, 1)
+    sheet = pictures.grid(pixels, columns=3)
+    assert sheet.shape == (2 + 2 + 2, 3 * 3 + 2 * 2, 1) and sheet.dtype == np.uint8
+    for i in range(5):
+        y, x = 4 * (i // 3), 5 * (i % 3)
+        np.testing.assert_array_equal(sheet[y : y + 2, x : x + 3], pixels[i])
+        sheet[y : y + 2, x : x + 3] = 255
+    assert (sheet == 255).all()
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_save_png(tmp_path, channels):
+    picture = np.random.default_rng(0).integers(0, 256, (3, 4, channels), np.uint8)
+    path = tmp_path / 'deep' / 'in' / 'sheet.png'
+    pictures.save_png(path, picture, scale=2)
+    pictures.save_png(path, picture[::-1], scale=2)
+    found = np.asarray(Image.open(path))
+    assert found.shape == ((6, 8) if channels == 1 else (6, 8, 3))
+    big = picture[::-1].repeat(2, 0).repeat(2, 1)
+    np.testing.assert_array_equal(found.reshape(6, 8, channels), big)
+    assert [p.name for p in path.parent.iterdir()] == ['sheet.png']
+
+
+def test_save_png_replaces_whole_files_only(tmp_path, monkeypatch):
+    path = tmp_path / 'sheet.png'
+    pictures.save_png(path, np.zeros((2, 2, 1), np.uint8))
+    before = path.read_bytes()
+
+    def half(self, file, format):
+        file.write_bytes(b'half')
+        raise OSError('no room')
+
+    monkeypatch.setattr(Image.Image, 'save', half)
+    with pytest.raises(OSError, match='no room'):
+        pictures.save_png(path, np.ones((2, 2, 1), np.uint8))
+    assert path.read_bytes() == before
+
+
+def test_class_labels():
+    np.testing.assert_array_equal(pictures.class_labels(MODEL, 7), [0, 1, 2, 0, 1, 2, 0])
+    np.testing.assert_array_equal(pictures.class_labels(MODEL, 3, label=2), [2, 2, 2])
+    assert pictures.class_labels(MODEL, 3).dtype == np.int32
+    assert pictures.class_labels(tiny((1,), num_classes=0), 3) is None
+
+
+@pytest.mark.parametrize('count', [5, 8])
+def test_draw_is_the_sampler_and_the_denoiser(count):
+    variables = random_variables(MODEL)
+    labels = pictures.class_labels(MODEL, count)
+    mesh = sharding.make_mesh()
+    images = pictures.draw(
+        MODEL, variables, KEY, labels, count, mesh=mesh, noise_std=0.1, denoise_strength=0.5
+    )
+    shape = (count, 8, 8, 2)
+    assert {name: image.shape for name, image in images.items()} == {
+        'noise': shape, 'raw': shape, 'denoised': shape, 'redraws': (count,)
+    }
+    noise = jax.random.normal(KEY, (8, 16, 8))[:count]
+    raw = tfj.sample(MODEL, variables, noise, labels)
+    denoised = tfj.denoise(MODEL, variables, raw, labels, noise_std=0.1, strength=0.5)
+    np.testing.assert_allclose(images['raw'], raw, atol=1e-4)
+    np.testing.assert_allclose(images['denoised'], denoised, atol=1e-4)
+    assert np.abs(images['denoised'] - images['raw']).max() > 1e-3
+    assert not np.asarray(images['redraws']).any()
+
+
+def test_sheets():
+    def names(noise_std=0.1, strength=1.0, **guidance):
+        recipe = Recipe(noise_std=noise_std)
+        plan = Plan(MODEL, recipe, tfj.Guidance(**guidance))
+        variables = random_variables(MODEL)
+        labels = pictures.class_labels(MODEL, 8)
+        found, redraws = pictures.sheets(
+            plan, variables, KEY, labels, 8, sharding.make_mesh(), strength, columns=4
+        )
+        assert redraws == 0
+        assert all(sheet.shape == (18, 38, 2) for sheet in found.values())
+        return found
+
+    guided = names(weight=1.0)
+    assert list(guided) == ['noise', 'raw', 'denoised', 'guided']
+    assert (guided['guided'] != guided['denoised']).any()
+    assert (guided['raw'] != guided['noise']).any()
+    assert list(names(noise_std=0.0)) == ['noise', 'raw']
+    assert list(names(strength=0.0)) == ['noise', 'raw']
