@@ -1,5 +1,6 @@
 """The command line: what users get wrong, and what the modes leave behind."""
 
+import functools
 import json
 import os
 import re
@@ -24,9 +25,12 @@ from command_line import (
 from parity_cases import FOLDER, Case
 from PIL import Image
 
+import tarflow_jax as tfj
 from tarflow_jax.data import pipeline, sources
 from tarflow_jax.flow.likelihood import training_loss
 from tarflow_jax.torch_file import read_torch_file
+from tarflow_jax.training import pictures, sharding
+from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.metrics import MetricWriter
 from tarflow_jax.training.step import Recipe, add_noise
 
@@ -290,7 +294,8 @@ def test_no_room_for_metrics(trained, images, tmp_path, monkeypatch, capfd):
 
     monkeypatch.setattr(MetricWriter, 'write_scalars', full)
     workdir = shutil.copytree(trained, tmp_path / 'run')
-    assert call(*flags(workdir, images, train__epochs=2.5)) == 1
+    shutil.rmtree(workdir / 'checkpoints' / '12')
+    assert call(*flags(workdir, images)) == 1
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.endswith('error: [Errno 28] No space left on device')
 
@@ -306,20 +311,20 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.slow
 def test_disk_that_fills_up_during_a_checkpoint(trained, images, tmp_path):
     workdir = shutil.copytree(trained, tmp_path / 'run')
-    before, longer = saved(trained, 12), flags(workdir, images, train__epochs=2.5)
+    longer = dict(train__epochs=3.0)
     # No file may grow beyond 20 kB: metrics do not, the arrays of a checkpoint do.
-    process = start('20000', *longer, program=('-c', LIMITED))
+    process = start('20000', *flags(workdir, images, **longer), program=('-c', LIMITED))
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1, output
     last = output.splitlines()[-1]
     assert f'error: a checkpoint could not be written to {workdir}/checkpoints: ' in last
     assert 'File too large' in last and 'the one at step 12 is intact' in last
-    assert saved(workdir, 12) == before
+    assert saved(workdir, 12) == saved(trained, 12)
     # With room again, the same command ends as if nothing had happened.
     wanted = shutil.copytree(trained, tmp_path / 'wanted')
     for folder in (workdir, wanted):
-        assert call(*flags(folder, images, train__epochs=2.5)) == 0
-    assert saved(workdir, 15) == saved(wanted, 15)
+        assert call(*flags(folder, images, **longer)) == 0
+    assert saved(workdir, 18) == saved(wanted, 18)
     assert metrics(workdir) == metrics(wanted)
 
 
@@ -344,6 +349,17 @@ def test_sample(trained, images, tmp_path):
         found = sheet[::2, x : x + 32 : 2]
         np.testing.assert_array_equal(found, arrays['images'][8 + i, :, :, 0])
     assert not list((workdir / 'samples').glob('*.tmp'))
+
+    # The second batch, drawn by hand: its labels go on where the first one's end.
+    model = tfj.TarFlow(16, 1, 8, 32, (1,), num_classes=5, head_dim=16)
+    mesh = sharding.make_mesh()
+    with Checkpoints(workdir, model) as checkpoints:
+        variables = checkpoints.restore_variables(sharding.replicated(mesh))
+    key = jax.random.fold_in(jax.random.key(0), 8)
+    draw = functools.partial(pictures.draw, model, variables, key, mesh=mesh, noise_std=0.1)
+    right, wrong = draw(np.arange(8, 13) % 5, 5), draw(np.arange(5), 5)
+    np.testing.assert_array_equal(pictures.to_pixels(right['denoised']), arrays['images'][8:])
+    assert (pictures.to_pixels(wrong['denoised']) != arrays['images'][8:]).any()
 
     # The same seed draws the same, one label labels all.
     one = dict(sample__label=3, sample__count=3)

@@ -130,6 +130,7 @@ def test_finished_run_trains_no_more(uninterrupted, images, tmp_path, monkeypatc
     assert_same_run(workdir, uninterrupted)
 
 
+@pytest.mark.slow
 def test_more_epochs_lengthen_a_finished_run(uninterrupted, images, tmp_path, monkeypatch):
     workdir = shutil.copytree(uninterrupted, tmp_path / 'run')
     with (workdir / 'metrics.jsonl').open('ab') as file:

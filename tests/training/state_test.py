@@ -25,7 +25,9 @@ def described(tree):
     return {jax.tree_util.keystr(k): (v.shape, v.dtype) for k, v in jax.tree.leaves_with_path(tree)}
 
 
-@pytest.mark.parametrize('ema, volume_preserving', [(True, False), (False, True)])
+@pytest.mark.parametrize('ema, volume_preserving', [
+    (True, True), pytest.param(False, False, marks=pytest.mark.slow)
+])
 def test_abstract_state_is_that_of_a_real_one(ema, volume_preserving):
     model = tiny((1,), volume_preserving=volume_preserving)
     abstract = abstract_state(model, ADAMW, ema=ema)
