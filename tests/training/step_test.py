@@ -71,7 +71,7 @@ def recorded_trajectory():
 def test_trajectory_of_the_official_code(record_property):
     losses, params, case = recorded_trajectory()
     deviation = np.abs(losses / case['loss'] - 1).max()
-    record_property('largest relative deviation of the loss', deviation)
+    record_property('largest relative deviation of the loss', float(deviation))
     assert deviation < 1e-4
 
     final = Case('trajectory', 'final.pth').variables['params']
