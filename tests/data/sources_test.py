@@ -124,7 +124,7 @@ def test_missing_idx_files_are_named_with_the_folder(tmp_path):
 
 
 @pytest.mark.parametrize('arguments, says', [
-    (('embeded', 'train'), "data.kind is 'embeded', .* the closest is 'embedded'"),
+    (('embeded', 'train'), "data.source is 'embeded', .* the closest is 'embedded'"),
     (('tdfs', 'train'), "the closest is 'tfds'"),
     (('embedded', 'validation'), "the split is 'validation', .* choose one of train, test"),
     (('idx', 'train'), 'data.path is empty'),
