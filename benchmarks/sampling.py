@@ -19,12 +19,7 @@ CASES = ((100, 0.0), (100, 2.0), (1, 0.0))
 def our_sampler(model, variables, noise, labels, weight: float):
     """A function that draws the images [B, H, W, C], the batch split over as many devices as divide it."""
     devices = max(n for n in range(1, jax.device_count() + 1) if len(noise) % n == 0)
-    mesh = jax.make_mesh(
-        (devices,),
-        ('data',),
-        axis_types=(jax.sharding.AxisType.Auto,),
-        devices=jax.devices()[:devices],
-    )
+    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
     variables = jax.device_put(variables, sharding.replicated(mesh))
     noise, labels = jax.device_put((noise, labels), sharding.batch_sharding(mesh))
     guidance = tfj.Guidance(weight=weight)

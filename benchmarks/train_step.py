@@ -33,7 +33,7 @@ def our_step(model, variables, batch, parts: int):
     )
     current = state.from_variables(variables, optimizer, ema=False)
     current = jax.device_put(current, sharding.replicated(mesh))
-    batch = sharding.to_devices(batch, mesh)
+    batch = sharding.to_devices(batch, mesh, len(batch['label']))
     key = jax.device_put(jax.random.key(0), sharding.replicated(mesh))
 
     def run() -> float:

@@ -30,16 +30,15 @@ SCORES = {'bits_per_dim': bits_per_dim, 'classification': classification}
 log = logging.getLogger(__name__)
 
 
-def train(config, workdir, input_file, output_file) -> Callable[[], None]:
+def train(config, given) -> Callable[[], None]:
     """Trains, then samples and evaluates."""
-    _refuse('train', input=input_file, output=output_file)
-    workdir = _workdir(workdir)
-    plan = configs.plan(config)
+    _only(given, 'workdir')
+    workdir = _workdir(given.workdir)
+    plan, mesh = _plan(config)
     source = configs.source(config, 'train', plan.model)
     test_source = configs.source(config, 'test', plan.model)
     schedule = configs.schedule(config, source)
-    mesh = sharding.make_mesh()
-    _check_batches(config, mesh)
+    sharding.check(mesh, config.train.batch_size, 'train.batch_size', config.train.accumulation)
     checkpoints = Checkpoints(workdir, plan.model, config.to_dict())
     _check_average(checkpoints, config)
 
@@ -53,13 +52,12 @@ def train(config, workdir, input_file, output_file) -> Callable[[], None]:
     return job
 
 
-def sample(config, workdir, input_file, output_file) -> Callable[[], None]:
+def sample(config, given) -> Callable[[], None]:
     """Draws config.sample.count images: PNG sheets and one .npz of uint8 images and labels."""
-    _refuse('sample', output=output_file)
-    workdir = _workdir(workdir)
-    plan = configs.plan(config)
-    mesh = sharding.make_mesh()
-    variables, origin = _variables(config, plan, workdir, input_file, mesh)
+    _only(given, 'workdir', 'input')
+    workdir = _workdir(given.workdir)
+    plan, mesh = _plan(config)
+    variables, origin = _variables(plan, workdir, given.input, mesh)
 
     def job():
         s, model = config.sample, plan.model
@@ -81,9 +79,12 @@ def sample(config, workdir, input_file, output_file) -> Callable[[], None]:
             redraws += int(images['redraws'].sum())
             pixels = pictures.to_pixels(images.get('denoised', images['raw']))
             drawn.append(pixels)
-            path = workdir / 'samples' / f'sample_{first:06d}.png'
-            pictures.save_png(path, pictures.grid(pixels, 10), scale=2)
+            if jax.process_index() == 0:
+                path = workdir / 'samples' / f'sample_{first:06d}.png'
+                pictures.save_png(path, pictures.grid(pixels, 10), scale=2)
             log.info('%d of %d images, %.1f s', first + count, s.count, time.perf_counter() - start)
+        if jax.process_index() > 0:
+            return
         arrays = {'images': np.concatenate(drawn)}
         if labels is not None:
             arrays['labels'] = labels
@@ -94,23 +95,25 @@ def sample(config, workdir, input_file, output_file) -> Callable[[], None]:
     return job
 
 
-def evaluate(config, workdir, input_file, output_file) -> Callable[[], None]:
+def evaluate(config, given) -> Callable[[], None]:
     """Scores the flow on the test set with config.evaluate.metrics; writes evaluation.json."""
-    _refuse('evaluate', output=output_file)
-    workdir = _workdir(workdir)
-    plan = configs.plan(config)
+    _only(given, 'workdir', 'input')
+    workdir = _workdir(given.workdir)
+    plan, mesh = _plan(config)
     source = configs.source(config, 'test', plan.model)
-    mesh = sharding.make_mesh()
-    variables, origin = _variables(config, plan, workdir, input_file, mesh)
+    variables, origin = _variables(plan, workdir, given.input, mesh)
     return functools.partial(
         _write_scores, config, plan, variables, source, mesh, workdir, origin
     )
 
 
-def convert(config, workdir, input_file, output_file) -> Callable[[], None]:
+def convert(config, given) -> Callable[[], None]:
     """Official checkpoint into a workdir as step 0, or out of a workdir (averaged parameters)."""
-    plan = configs.plan(config)
-    mesh = sharding.make_mesh()
+    _only(given, 'workdir', 'input', 'output')
+    input_file, output_file = given.input, given.output
+    plan, mesh = _plan(config)
+    if jax.process_count() > 1:
+        raise ValueError('--mode=convert is for one process; start it alone.')
     if not (input_file or output_file):
         raise ValueError(
             '--mode=convert needs --input=FILE (an official checkpoint, to --workdir) or '
@@ -121,8 +124,8 @@ def convert(config, workdir, input_file, output_file) -> Callable[[], None]:
             raise ValueError(f'--output {output_file} must end with .safetensors.')
         if not Path(output_file).absolute().parent.is_dir():
             raise ValueError(f'--output {output_file}: its folder does not exist; create it first.')
-        origin_dir = None if input_file else _workdir(workdir)
-        variables, origin = _variables(config, plan, origin_dir, input_file, mesh)
+        origin_dir = None if input_file else _workdir(given.workdir)
+        variables, origin = _variables(plan, origin_dir, input_file, mesh)
 
         def write():
             official.save_official(variables, plan.model, output_file)
@@ -130,7 +133,7 @@ def convert(config, workdir, input_file, output_file) -> Callable[[], None]:
 
         return write
 
-    workdir = _workdir(workdir)
+    workdir = _workdir(given.workdir)
     variables = official.load_official(input_file, plan.model)
     checkpoints = Checkpoints(workdir, plan.model, config.to_dict())
     if checkpoints.latest() is not None:
@@ -151,13 +154,74 @@ def convert(config, workdir, input_file, output_file) -> Callable[[], None]:
     return store
 
 
-MODES = {'train': train, 'sample': sample, 'evaluate': evaluate, 'convert': convert}
+def compile_ahead(config, given) -> Callable[[], None]:
+    """Compiles a step for each of the TPU topologies, of which none is needed; prints what it costs."""
+    # Imported here: the other modes need nothing of it.
+    from tarflow_jax.ahead_of_time import programs, report, topology
+
+    _only(given, 'topology', 'program', 'batch_per_chip', 'json', 'out')
+    if not given.topology:
+        raise ValueError('--mode=compile needs --topology, such as v5e:16x16 (several: a comma).')
+    for name in given.topology:
+        topology.check(name)
+    if given.json and not Path(given.json).absolute().parent.is_dir():
+        raise ValueError(f'--json={given.json}: its folder does not exist; create it first.')
+    found = [topology.describe(name) for name in given.topology]
+    config = config.copy_and_resolve_references()
+    setups = []
+    for slice_ in found:
+        own = config.copy_and_resolve_references()
+        if given.batch_per_chip:
+            own[given.program].batch_size = given.batch_per_chip * slice_.chips
+        mesh = sharding.make_mesh(**own.mesh, devices=slice_.devices)
+        plan = configs.plan(own).on(sharding.Layout(mesh, own.model.attention))
+        programs.PROGRAMS[given.program](own, plan, mesh)  # whatever cannot be says so here
+        setups.append((own, slice_))
+
+    def job():
+        rows = []
+        for own, slice_ in setups:
+            row = report.compile_for(
+                own, slice_, given.program, Path(given.out) if given.out else None
+            )
+            print(*report.lines(row), sep='\n', flush=True)
+            if not row['fits']:
+                better = report.smallest_change(own, slice_, given.program)
+                row['smallest_change'] = better and better['change']
+                print('  remedy       ' + (
+                    f'fits with {better["change"]}: {better["hbm_total_bytes"] / 2**30:.2f} GiB'
+                    if better else 'none found; take more chips, or chips with more memory'
+                ), flush=True)
+            rows.append(row)
+        if len(rows) > 1:
+            print(*report.table(rows), sep='\n')
+        if given.json:
+            temporary = Path(f'{given.json}.tmp')
+            temporary.write_text(json.dumps(rows, indent=2) + '\n')
+            temporary.replace(given.json)
+
+    return job
 
 
-def _refuse(mode: str, **given) -> None:
-    for flag, value in given.items():
-        if value:
-            raise ValueError(f'--{flag}={value} has no meaning with --mode={mode}; leave it out.')
+MODES = {
+    'train': train,
+    'sample': sample,
+    'evaluate': evaluate,
+    'convert': convert,
+    'compile': compile_ahead,
+}
+_FLAGS = ('workdir', 'input', 'output', 'topology', 'batch_per_chip', 'json', 'out')
+
+
+def _only(given, *names: str) -> None:
+    """ValueError if a flag is given that has no meaning with this mode."""
+    for name in _FLAGS:
+        if name not in names and getattr(given, name):
+            value = getattr(given, name)
+            value = ','.join(value) if isinstance(value, list) else value
+            raise ValueError(
+                f'--{name}={value} has no meaning with --mode={given.mode}; leave it out.'
+            )
 
 
 def _workdir(workdir) -> Path:
@@ -172,14 +236,11 @@ def _workdir(workdir) -> Path:
     return workdir
 
 
-def _check_batches(config, mesh) -> None:
-    part = config.train.batch_size // config.train.accumulation
-    if part % mesh.size:
-        raise ValueError(
-            f'train.batch_size {config.train.batch_size} in {config.train.accumulation} part(s) '
-            f'cannot be shared evenly by {mesh.size} devices; choose a multiple of '
-            f'{mesh.size * config.train.accumulation}.'
-        )
+def _plan(config):
+    """What the config means, its flow laid out over the mesh of all devices; and the mesh."""
+    plan = configs.plan(config)
+    mesh = sharding.make_mesh(**config.mesh)
+    return plan.on(sharding.Layout(mesh, config.model.attention)), mesh
 
 
 def _check_average(checkpoints: Checkpoints, config) -> None:
@@ -193,20 +254,19 @@ def _check_average(checkpoints: Checkpoints, config) -> None:
         )
 
 
-def _variables(config, plan, workdir, input_file, mesh):
+def _variables(plan, workdir, input_file, mesh):
     """The variables to work with, on the devices, and a name for where they come from."""
-    everywhere = sharding.replicated(mesh)
     if input_file:
         variables = official.load_official(input_file, plan.model)
-        return jax.device_put(variables, everywhere), input_file
+        return jax.device_put(variables, sharding.shardings(variables, mesh)), input_file
     with Checkpoints(workdir, plan.model) as checkpoints:
-        variables = checkpoints.restore_variables(everywhere)
+        variables = checkpoints.restore_variables(functools.partial(sharding.placed, mesh=mesh))
         return variables, f'step {checkpoints.latest()} of {workdir}'
 
 
 def _write_scores(config, plan, variables, source, mesh, workdir: Path, origin: str) -> None:
     """Runs the metrics, prints them and writes them with what is needed to repeat them."""
-    e = config.evaluate
+    e, multiple = config.evaluate, sharding.batch_multiple(mesh)
     scores = {}
     for name in e.metrics:
         start = time.perf_counter()
@@ -216,7 +276,7 @@ def _write_scores(config, plan, variables, source, mesh, workdir: Path, origin: 
             source,
             recipe=plan.recipe,
             mesh=mesh,
-            batch_size=-(-e.batch_size // mesh.size) * mesh.size,
+            batch_size=-(-e.batch_size // multiple) * multiple,
             key=jax.random.key(config.seed),
             draws=e.draws,
         )
@@ -229,6 +289,8 @@ def _write_scores(config, plan, variables, source, mesh, workdir: Path, origin: 
         'config': config.to_dict(),
         'versions': versions,
     }
+    if jax.process_index() > 0:
+        return
     workdir.mkdir(parents=True, exist_ok=True)
     temporary = workdir / 'evaluation.json.tmp'
     temporary.write_text(json.dumps(report, indent=2, default=float) + '\n')

@@ -14,6 +14,7 @@ import optax
 from ml_collections import ConfigDict
 
 from tarflow_jax.data import pipeline, sources
+from tarflow_jax.flow.attention import KERNELS
 from tarflow_jax.flow.guidance import Guidance
 from tarflow_jax.flow.model import TarFlow
 from tarflow_jax.training import optimizer as optimizers
@@ -40,6 +41,12 @@ def default() -> ConfigDict:
     m.dtype = 'float32'  # or 'bfloat16'
     m.remat = 'none'  # or 'layer', 'dots'
     m.unroll = 1  # layers per loop iteration
+    m.attention = 'auto'  # the kernel of the chip; or one of flow.attention.KERNELS
+
+    c.mesh = mesh = ConfigDict()  # sizes of the device mesh; -1 for one is the rest
+    mesh.data = -1
+    mesh.fsdp = 1
+    mesh.tensor = 1
 
     c.data = d = ConfigDict()
     d.source = 'embedded'  # or 'idx' (a folder of IDX files), 'tfds'
@@ -66,6 +73,7 @@ def default() -> ConfigDict:
     t.clip_norm = 1.0  # 0 never clips
     t.ema_decay = 0.9999  # 0 keeps no average
     t.accumulation = 1  # parts a batch is worked through in
+    t.stop_after_skipped = 100  # steps in a row whose gradient is not finite
     t.log_every = 50  # steps, as the next two
     t.sample_every = 1000
     t.checkpoint_every = 1000
@@ -123,6 +131,10 @@ class Plan:
     recipe: Recipe
     guidance: Guidance
 
+    def on(self, layout) -> 'Plan':
+        """The plan with its flow laid out over a mesh."""
+        return dataclasses.replace(self, model=self.model.clone(layout=layout))
+
     @property
     def gaussian_noise_std(self) -> float:
         """Of the noise that denoising removes; 0 for flows trained with uniform noise."""
@@ -149,6 +161,11 @@ def plan(config: ConfigDict) -> Plan:
     if fields['dtype'] not in DTYPES:
         raise ValueError(f'model.dtype {fields["dtype"]!r} is none of {", ".join(DTYPES)}.')
     fields['dtype'] = DTYPES[fields['dtype']]
+    attention = fields.pop('attention')
+    if attention not in ('auto', *KERNELS):
+        raise ValueError(
+            f'model.attention {attention!r} is none of auto, {", ".join(KERNELS)}.'
+        )
     fields['layers_per_block'] = tuple(fields['layers_per_block'])
     if not all(isinstance(layers, int) for layers in fields['layers_per_block']):
         raise ValueError(
@@ -216,7 +233,7 @@ def schedule(config: ConfigDict, training_images) -> Schedule:
             f'train.batch_size {t.batch_size} is not a multiple of train.accumulation '
             f'{t.accumulation}; choose one that divides it.'
         )
-    for field in ('log_every', 'sample_every', 'checkpoint_every'):
+    for field in ('log_every', 'sample_every', 'checkpoint_every', 'stop_after_skipped'):
         if t[field] < 1:
             raise ValueError(f'train.{field} {t[field]} must be at least 1 step.')
     for field in ('epochs', 'warmup_epochs'):

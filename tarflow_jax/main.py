@@ -8,6 +8,7 @@ Modes:
   sample    draw images from the workdir's newest checkpoint
   evaluate  score it on the test set
   convert   official checkpoint to workdir (--input), or workdir to official (--output)
+  compile   compile a step for TPU slices on a machine without TPUs: what fits, what it costs
 """
 
 import logging
@@ -20,14 +21,19 @@ from absl import flags
 from ml_collections import config_flags
 
 from tarflow_jax import commands
-from tarflow_jax.training import sharding
+from tarflow_jax.training import compiled, processes, sharding
 from tarflow_jax.training.checkpoint import CheckpointError
+from tarflow_jax.training.loop import Diverged, Stopped
 
 log = logging.getLogger('tarflow_jax')
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command line; returns the exit code: 0, 2 for bad input, 1 for a failed run."""
+    """Runs the command line; returns the exit code, which launchers go by.
+
+    0: done; 2: bad input; 1: the run failed; 130: Ctrl-C; 75: stopped by SIGTERM, start it again;
+    76: diverged.
+    """
     _log_to_stderr()
     try:
         given = _parse(argv)
@@ -35,26 +41,49 @@ def main(argv: list[str]) -> int:
             print(__doc__, given, sep='\n')
             return 0
         config = given.config
+        processes.start(given.distributed)
         sharding.use_cores_as_devices(config.train.batch_size // max(config.train.accumulation, 1))
-        job = commands.MODES[given.mode](config, given.workdir, given.input, given.output)
+        if jax.process_index() > 0:
+            log.setLevel(logging.WARNING)  # the first process speaks for all
+        compiled.keep_in(given.workdir)
+        job = commands.MODES[given.mode](config, given)
     except (ValueError, OSError) as error:
         log.error('error: %s', error)
         return 2
-    devices = jax.devices()
-    log.info('%s on %d %s device(s), workdir %s', given.mode, len(devices),
-             devices[0].device_kind, given.workdir)
+    if given.workdir:
+        devices = jax.devices()
+        log.info('%s on %d %s device(s) of %d process(es), workdir %s', given.mode, len(devices),
+                 devices[0].device_kind, jax.process_count(), given.workdir)
     try:
-        job()
+        with compiled.savings():
+            job()
+    except Stopped as stopped:
+        return stopped.code
     except KeyboardInterrupt:
         return 130
+    except Diverged as error:
+        log.error('error: %s', error)
+        return _leave(processes.DIVERGED)
     except CheckpointError as error:
         log.error('error: %s', error)
         # What failed in Orbax's threads would bury the sentence under their tracebacks at exit.
         os._exit(1)
     except OSError as error:  # such as no room for metrics or pictures
         log.error('error: %s', error)
-        return 1
+        return _leave(1)
+    except Exception:
+        if jax.process_count() == 1:
+            raise
+        log.exception('process %d failed', jax.process_index())
+        return _leave(1)
     return 0
+
+
+def _leave(code: int) -> int:
+    """The code; of several processes, this one ends at once, so that none waits for it at exit."""
+    if jax.process_count() > 1:
+        os._exit(code)
+    return code
 
 
 def _flags(argv: list[str]) -> flags.FlagValues:
@@ -76,6 +105,25 @@ def _flags(argv: list[str]) -> flags.FlagValues:
     )
     flags.DEFINE_string(
         'output', None, 'Official checkpoint (.safetensors) for convert to write.', flag_values=f
+    )
+    flags.DEFINE_list(
+        'topology', [], 'TPU slices to compile for, such as v5e:4x4,v5e:16x16,v4:4x4x4; two slices '
+        'joined by the datacenter network are 2*v5e:16x16.', flag_values=f,
+    )
+    flags.DEFINE_enum(
+        'program', 'train', ('train', 'evaluate', 'sample'), 'What to compile.', flag_values=f
+    )
+    flags.DEFINE_integer(
+        'batch_per_chip', None, "Images per chip, in place of the config's batch_size of the "
+        'program to compile.', lower_bound=1, flag_values=f,
+    )
+    flags.DEFINE_string(
+        'json', None, 'File for what compile found, one object per topology.', flag_values=f
+    )
+    flags.DEFINE_string('out', None, 'Folder for the text of compiled programs.', flag_values=f)
+    flags.DEFINE_enum(
+        'distributed', 'auto', processes.MODES, 'Whether this is one of several processes: auto '
+        'asks the environment, on asks JAX (needed on Cloud TPU VMs).', flag_values=f,
     )
     flags.DEFINE_boolean('help', False, 'Show this.', flag_values=f)
     return f

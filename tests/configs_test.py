@@ -79,9 +79,9 @@ def test_model_and_state(name):
     assert (model.num_classes, model.dtype, model.head_dim) == (num_classes, dtype, 64)
     state = abstract_state(model, configs.optimizer(get(name), lambda k: 1e-4), ema=True)
     assert parameter_count(state) == parameters
-    # Two moments and the average are of the same size; the four counters come on top.
+    # Two moments and the average are of the same size; four counters come on top.
     numbers = sum(leaf.size for leaf in jax.tree.leaves(state))
-    assert numbers == 4 * parameters + 3
+    assert numbers == 4 * parameters + 4
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype('float32')}
 
 

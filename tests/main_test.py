@@ -130,7 +130,7 @@ def refused(capfd):
     (['--config.train.batch_size=12'], ['train.batch_size 12', '8 devices', 'multiple of 8']),
     (['--config.train.accumulation=0'], ['train.accumulation 0']),
     (['--config.train.accumulation=3'], ['train.accumulation 3', 'not a multiple']),
-    (['--config.train.accumulation=4'], ['train.batch_size 16 in 4 part(s)', 'multiple of 32']),
+    (['--config.train.accumulation=4'], ['train.batch_size 16 cannot be shared', '8 devices in 4 parts', 'multiple of 32']),
     (['--config.train.noise=pink'], ["train.noise 'pink'", 'gaussian, uniform']),
     (['--config.train.noise_std=1'], ['train.noise_std 1.0']),
     (['--config.train.label_dropout=2'], ['train.label_dropout 2.0']),
@@ -182,7 +182,7 @@ def test_missing_flags(refused):
 def test_help(capfd):
     assert call('--help') == 0
     out = capfd.readouterr().out
-    for word in ('--workdir', '--config', '--mode: <train|sample|evaluate|convert>', 'Modes:'):
+    for word in ('--workdir', '--config', '--mode: <train|sample|evaluate|convert|compile>', 'Modes:'):
         assert word in out
 
 
@@ -354,7 +354,7 @@ def test_sample(trained, images, tmp_path):
     model = tfj.TarFlow(16, 1, 8, 32, (1,), num_classes=5, head_dim=16)
     mesh = sharding.make_mesh()
     with Checkpoints(workdir, model) as checkpoints:
-        variables = checkpoints.restore_variables(sharding.replicated(mesh))
+        variables = checkpoints.restore_variables(functools.partial(sharding.placed, mesh=mesh))
     key = jax.random.fold_in(jax.random.key(0), 8)
     draw = functools.partial(pictures.draw, model, variables, key, mesh=mesh, noise_std=0.1)
     right, wrong = draw(np.arange(8, 13) % 5, 5), draw(np.arange(5), 5)

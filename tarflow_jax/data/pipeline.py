@@ -15,13 +15,12 @@ READ_OPTIONS = grain.ReadOptions(num_threads=8, prefetch_buffer_size=8)
 BATCHES_AHEAD_PER_WORKER = 2
 
 
-def train_batches(source, *, batch_size, seed, flip=False, start=0, process_index=0,
-                  process_count=1, workers=0):
+def train_batches(source, *, batch_size, seed, flip=False, start=0, rows=None, workers=0):
     """Shuffled training batches without end, from step `start` on.
 
     Every epoch is a new permutation of the whole source, and batches run across the border of
-    epochs. Of global batch k, process p delivers the rows [p*b, (p+1)*b), b = batch_size //
-    process_count: the same images whatever the number of processes, of workers, or `start`.
+    epochs. The images of a global batch are the same whatever the number of processes, of
+    workers, or `start`.
 
     Args:
         source: see `sources`; with workers it must pickle, as those of `sources` do.
@@ -29,21 +28,18 @@ def train_batches(source, *, batch_size, seed, flip=False, start=0, process_inde
         seed: of the order and the flips, in [0, 2**32).
         flip: whether to mirror half of the images, left to right.
         start: first step to deliver; no image before it is read.
-        process_index: p, this process.
-        process_count: number of processes.
+        rows: those of every global batch to deliver, this process's share; None is all.
         workers: processes that read ahead, for a source that is slow to decode; 0 reads ahead
             with threads. Workers are spawned: the main module needs an
             `if __name__ == '__main__'`.
 
     Returns:
-        An iterator of {'image': uint8 [b,H,W,C], 'label': int32 [b]}; its `close()` ends the
-        threads or workers.
+        An iterator of {'image': uint8 [len(rows),H,W,C], 'label': int32 [len(rows)]}; its
+        `close()` ends the threads or workers.
 
     Raises:
-        ValueError: the source is empty, the seed out of range, or batch_size cannot be divided
-            over the processes.
+        ValueError: the source is empty or the seed out of range.
     """
-    b = _rows_per_process(batch_size, process_count, 'train.batch_size')
     if len(source) == 0:
         raise ValueError('the training set holds no image; choose another split.')
     if not 0 <= seed < 2**32:
@@ -51,10 +47,7 @@ def train_batches(source, *, batch_size, seed, flip=False, start=0, process_inde
     dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
     if flip:
         dataset = dataset.random_map(_flip_half)
-    # Batches of b in a row are the shares of process 0, 1, ... of step 0, then those of step 1.
-    # With a remainder, Grain would round the endless length up, in floats, past what a len() holds.
-    dataset = dataset.batch(b, drop_remainder=True)
-    dataset = dataset[start * process_count + process_index :: process_count]
+    dataset = _share(dataset, batch_size, rows, start)
     dataset = dataset.to_iter_dataset(READ_OPTIONS)
     if workers > 0:
         if not flags.FLAGS.is_parsed():
@@ -67,24 +60,22 @@ def train_batches(source, *, batch_size, seed, flip=False, start=0, process_inde
     return iter(dataset)
 
 
-def eval_batches(source, *, batch_size, process_index=0, process_count=1):
+def eval_batches(source, *, batch_size, rows=None):
     """The whole source once, in order; what fills up the last batch has mask 0.
 
-    Every process delivers the same number of batches, `ceil(len(source) / batch_size)`, even if
-    it has nothing but padding (copies of the last image) in the last one.
+    There are `ceil(len(source) / batch_size)` batches whatever the rows, even if those of the last
+    are nothing but padding (copies of the last image).
+
+    Args:
+        rows: those of every global batch to deliver; None is all.
 
     Returns:
-        An iterator, with `close()`, of {'image': uint8 [b,H,W,C], 'label': int32 [b],
-        'mask': float32 [b]}, where b = batch_size // process_count; process p has the rows
-        [p*b, (p+1)*b) of each global batch.
-
-    Raises:
-        ValueError: batch_size cannot be divided over the processes.
+        An iterator, with `close()`, of {'image': uint8 [len(rows),H,W,C], 'label': int32
+        [len(rows)], 'mask': float32 [len(rows)]}.
     """
-    b = _rows_per_process(batch_size, process_count, 'the batch_size of the evaluation')
     padded = -(-len(source) // batch_size) * batch_size
     dataset = grain.MapDataset.range(padded).map(functools.partial(_masked, source))
-    return iter(dataset.batch(b)[process_index::process_count].to_iter_dataset(READ_OPTIONS))
+    return iter(_share(dataset, batch_size, rows, 0).to_iter_dataset(READ_OPTIONS))
 
 
 def steps_per_epoch(source, batch_size):
@@ -101,13 +92,26 @@ def steps_per_epoch(source, batch_size):
     return len(source) // batch_size
 
 
-def _rows_per_process(batch_size, process_count, field):
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
-            f'{field} is {batch_size}, which {process_count} process(es) cannot share evenly; '
-            f'choose a positive multiple of {process_count}.'
-        )
-    return batch_size // process_count
+def _share(dataset, batch_size, rows, start):
+    """Batches of the given rows of every batch of `batch_size`, from batch `start` on."""
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+    dataset = grain.MapDataset.source(_Rows(dataset, batch_size, rows))
+    # With a remainder, Grain would round the endless length up, in floats, past what a len() holds.
+    return dataset.batch(len(rows), drop_remainder=True)[start:]
+
+
+class _Rows:
+    """Elements of a dataset that are in the given rows of its batches, as a source for Grain."""
+
+    def __init__(self, dataset, batch_size, rows):
+        self._dataset, self._batch_size, self._rows = dataset, batch_size, rows
+
+    def __len__(self):
+        return len(self._dataset) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, i):
+        batch, row = divmod(i, len(self._rows))
+        return self._dataset[batch * self._batch_size + int(self._rows[row])]
 
 
 def _flip_half(element, rng):

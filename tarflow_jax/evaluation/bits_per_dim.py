@@ -14,7 +14,7 @@ from tarflow_jax.training.step import Recipe, add_noise
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _scores(model: TarFlow, recipe: Recipe, variables, batch, key):
+def scores(model: TarFlow, recipe: Recipe, variables, batch, key):
     """Per image: nats of the dequantised image, and the training loss in nats per dimension."""
     keys = jax.random.split(key)
     labels = batch['label']
@@ -39,14 +39,19 @@ def bits_per_dim(
       'bits_per_dim', its standard error over images, 'loss', and 'images'.
     """
     bits, losses = [], []
+    rows = sharding.local_rows(mesh, batch_size)
     for draw in range(draws):
-        batches = pipeline.eval_batches(source, batch_size=batch_size)
+        batches = pipeline.eval_batches(source, batch_size=batch_size, rows=rows)
         for i, batch in enumerate(batches):
-            mask = batch.pop('mask').astype(bool)
+            batch = sharding.to_devices(batch, mesh, batch_size)
+            mask = batch.pop('mask')
             key_i = jax.random.fold_in(jax.random.fold_in(key, draw), i)
-            nats, loss = _scores(model, recipe, variables, sharding.to_devices(batch, mesh), key_i)
-            bits.append(np.asarray(likelihood.bits_per_dim(nats, model.num_dims), np.float64)[mask])
-            losses.append(np.asarray(loss, np.float64)[mask])
+            nats, loss = scores(model, recipe, variables, batch, key_i)
+            nats, loss, mask = sharding.to_host((nats, loss, mask))
+            mask = mask.astype(bool)
+            nats = nats.astype(np.float64)[mask]
+            bits.append(np.asarray(likelihood.bits_per_dim(nats, model.num_dims)))
+            losses.append(loss.astype(np.float64)[mask])
     per_image = np.concatenate(bits).reshape(draws, -1).mean(0)
     return {
         'bits_per_dim': per_image.mean(),

@@ -33,13 +33,15 @@ def classification(
 ) -> dict[str, float]:
     """Accuracy of the Bayes classifier with equal class priors; log p is averaged over the draws."""
     correct = []
-    for i, batch in enumerate(pipeline.eval_batches(source, batch_size=batch_size)):
-        mask, labels = batch.pop('mask').astype(bool), batch['label']
-        pixels = sharding.to_devices(batch['image'], mesh)
+    rows = sharding.local_rows(mesh, batch_size)
+    for i, batch in enumerate(pipeline.eval_batches(source, batch_size=batch_size, rows=rows)):
+        batch = sharding.to_devices(batch, mesh, batch_size)
+        mask, labels = sharding.to_host((batch['mask'], batch['label']))
         total = 0.0
         for draw in range(draws):
             key_i = jax.random.fold_in(jax.random.fold_in(key, draw), i)
-            total += np.asarray(class_log_probs(model, recipe, variables, pixels, key_i))
-        correct.append((total.argmax(1) == labels)[mask])
+            scores = class_log_probs(model, recipe, variables, batch['image'], key_i)
+            total += sharding.to_host(scores)
+        correct.append((total.argmax(1) == labels)[mask.astype(bool)])
     correct = np.concatenate(correct)
     return {'accuracy': correct.mean(), 'images': correct.size}

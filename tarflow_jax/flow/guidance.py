@@ -5,7 +5,7 @@ import math
 
 import jax.numpy as jnp
 
-from tarflow_jax.flow.model import Array
+from tarflow_jax.flow.attention import Array
 
 TARGETS = ('both', 'log_scale', 'shift')
 RULES = ('linear', 'starflow')

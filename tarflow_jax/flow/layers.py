@@ -4,19 +4,46 @@ Shape suffixes: B images, T positions of the whole sequence, S positions of this
 tokens, C width, H heads, K head_dim.
 """
 
+import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
-Array = jax.Array
+from tarflow_jax.flow.attention import (
+    Array,
+    at_least_float32,
+    attention,
+    causal_attention,
+    kernel_for,
+)
 
 
-def at_least_float32(dtype) -> jnp.dtype:
-    """float32 for narrower types; float64 stays (the tests differentiate in float64)."""
-    return jnp.promote_types(dtype, jnp.float32)
+@dataclasses.dataclass(frozen=True)
+class OneDevice:
+    """How a flow is laid out where nothing is split: the default of `TarFlow.layout`.
+
+    `tarflow_jax.training.sharding.Layout` has the same methods for a mesh of devices.
+    """
+
+    def place(self, x: Array, name: str) -> Array:
+        """The activation or cache x, split over the devices as arrays of this name are."""
+        return x
+
+    def gather(self, params):
+        """The parameters of one block, brought together for a loop of many short steps."""
+        return params
+
+    def to_host(self, x: Array) -> np.ndarray:
+        return np.asarray(x)
+
+    def causal_attention(self, q: Array, k: Array, v: Array, scale) -> Array:
+        """See `attention.causal_attention`, with the kernel for the default backend."""
+        kernel = kernel_for(jax.default_backend(), q.dtype, q.shape[2])
+        return causal_attention(kernel, q, k, v, scale)
 
 
 class LayerCache(NamedTuple):
@@ -96,32 +123,13 @@ def gelu(x: Array) -> Array:
     return (0.5 * wide * (1.0 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
-def attention(q_BxHxSxK: Array, k_BxHxTxK: Array, v_BxHxTxK: Array, mask: Array, scale) -> Array:
-    """Softmax attention, logits and softmax in float32. Returns [B, H, S, K] in q's type.
-
-    Args:
-      mask: broadcastable to [B, H, S, T], True where a query may look.
-      scale: multiplies the logits; a number, or an array broadcastable to [B, H, S, T].
-    """
-    wide = at_least_float32(q_BxHxSxK.dtype)
-    precision = None if q_BxHxSxK.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-    logits = jnp.einsum(
-        'bhsk,bhtk->bhst', q_BxHxSxK, k_BxHxTxK, precision=precision, preferred_element_type=wide
-    )
-    logits = jnp.where(mask, logits * scale, -jnp.inf)
-    weights = jax.nn.softmax(logits, axis=-1).astype(q_BxHxSxK.dtype)
-    out = jnp.einsum(
-        'bhst,bhtk->bhsk', weights, v_BxHxTxK, precision=precision, preferred_element_type=wide
-    )
-    return out.astype(q_BxHxSxK.dtype)
-
-
 class Layer(nn.Module):
     """One pre-norm Transformer layer: h += proj(attention(norm(h))), h += mlp(norm(h))."""
 
     width: int
     head_dim: int = 64
     dtype: jnp.dtype = jnp.float32
+    layout: Any = OneDevice()
 
     @property
     def heads(self) -> int:
@@ -148,22 +156,25 @@ class Layer(nn.Module):
         B, S, C = h_BxSxC.shape
         H, K = self.heads, self.head_dim
         linear = lambda name, i, o: Linear(i, o, self.dtype, name=name)  # noqa: E731
+        place = self.layout.place
 
         x = LayerNorm(C, name='attention_norm')(h_BxSxC)
         qkv = linear('qkv', (C,), (3, H, K))(x)
-        q, k, v = (qkv[:, :, i].transpose(0, 2, 1, 3) for i in range(3))
+        q, k, v = (place(qkv[:, :, i].transpose(0, 2, 1, 3), 'heads') for i in range(3))
         scale = K**-0.5 / temperature
         if cache is None:
-            mask = jnp.tril(jnp.ones((S, S), bool))
+            with jax.named_scope('attention'):
+                x = self.layout.causal_attention(q, k, v, scale)
         else:
             at = (0, 0, start, 0)
             k = jax.lax.dynamic_update_slice(cache.key, k.astype(cache.key.dtype), at)
             v = jax.lax.dynamic_update_slice(cache.value, v.astype(cache.value.dtype), at)
-            cache = LayerCache(k, v)
+            cache = LayerCache(place(k, 'heads'), place(v, 'heads'))
             mask = jnp.arange(k.shape[2]) <= start + jnp.arange(S)[:, None]
-        x = attention(q, k, v, mask, scale).transpose(0, 2, 1, 3)
-        h_BxSxC = h_BxSxC + linear('attention_proj', (H, K), (C,))(x)
+            x = attention(q, *cache, mask, scale)
+        x = place(x, 'heads').transpose(0, 2, 1, 3)
+        h_BxSxC = place(h_BxSxC + linear('attention_proj', (H, K), (C,))(x), 'tokens')
 
         x = LayerNorm(C, name='mlp_norm')(h_BxSxC)
-        x = gelu(linear('mlp_in', (C,), (4 * C,))(x))
-        return h_BxSxC + linear('mlp_out', (4 * C,), (C,))(x), cache
+        x = gelu(place(linear('mlp_in', (C,), (4 * C,))(x), 'hidden'))
+        return place(h_BxSxC + linear('mlp_out', (4 * C,), (C,))(x), 'tokens'), cache

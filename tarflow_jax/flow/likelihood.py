@@ -6,7 +6,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from tarflow_jax.flow.model import Array, TarFlow, check_labels
+from tarflow_jax.flow.attention import Array
+from tarflow_jax.flow.model import TarFlow, check_labels
 
 
 def prior_variance(variables) -> Array | float:

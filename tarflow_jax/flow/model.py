@@ -5,12 +5,15 @@ Zhai et al., "Normalizing Flows are Capable Generative Models", ICML 2025 (arXiv
 Shape suffixes: B images, T patches, D numbers in a patch, C width.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from tarflow_jax.flow.layers import Array, Layer, Linear, at_least_float32
+from tarflow_jax.flow.attention import Array, at_least_float32
+from tarflow_jax.flow.layers import Layer, Linear, OneDevice
 
 REMAT_POLICIES = ('none', 'layer', 'dots')
 
@@ -75,6 +78,7 @@ class Block(nn.Module):
     dtype: jnp.dtype = jnp.float32
     remat: str = 'none'
     unroll: int = 1
+    layout: Any = OneDevice()
 
     def setup(self):
         normal = nn.initializers.normal(0.01)
@@ -100,7 +104,7 @@ class Block(nn.Module):
             in_axes=nn.broadcast,
             length=self.num_layers,
             unroll=min(self.unroll, self.num_layers),
-        )(self.width, self.head_dim, self.dtype)
+        )(self.width, self.head_dim, self.dtype, self.layout)
         outputs = self.patch_dim if self.volume_preserving else 2 * self.patch_dim
         # Zero kernel: the flow starts near the identity. float32 outputs: they are log-scales.
         self.proj_out = Linear(
@@ -124,15 +128,16 @@ class Block(nn.Module):
     def embed(self, x_BxSxD: Array, positions_SxC: Array, labels_B: Array | None) -> Array:
         """What enters the first layer at S positions, [B, S, C]; label -1 or None: the class mean."""
         h = self.proj_in(x_BxSxD) + positions_SxC.astype(self.dtype)
-        if not self.num_classes:
-            return h
-        mean = self.class_embedding.mean(0)
-        if labels_B is None:
-            return h + mean.astype(self.dtype)
-        # A label past the last class gives NaN (the fill mode of take), never another class.
-        known = jnp.take(self.class_embedding, jnp.maximum(labels_B, 0), axis=0)
-        classes_BxC = jnp.where(labels_B[:, None] < 0, mean, known)
-        return h + classes_BxC[:, None].astype(self.dtype)
+        if self.num_classes:
+            mean = self.class_embedding.mean(0)
+            if labels_B is None:
+                h = h + mean.astype(self.dtype)
+            else:
+                # A label past the last class gives NaN (the fill mode of take), never another class.
+                known = jnp.take(self.class_embedding, jnp.maximum(labels_B, 0), axis=0)
+                classes_BxC = jnp.where(labels_B[:, None] < 0, mean, known)
+                h = h + classes_BxC[:, None].astype(self.dtype)
+        return self.layout.place(h, 'tokens')
 
     def predict(self, h_BxSxC: Array) -> tuple[Array, Array]:
         """Log-scale and shift, [B, S, D] float32 each, that position s predicts for position s + 1."""
@@ -166,6 +171,8 @@ class TarFlow(nn.Module):
         softmax, log-scales and log-determinants are float32 whatever it is.
       remat: what the backward pass recomputes: 'none', every 'layer', or all but the 'dots'.
       unroll: layers per iteration of the loop over layers; more compile longer, run faster on CPU.
+      layout: where activations live and which attention kernel runs; `layers.OneDevice`, or a
+        `training.sharding.Layout` for a mesh.
 
     Raises:
       ValueError: if the fields do not fit together.
@@ -182,6 +189,7 @@ class TarFlow(nn.Module):
     dtype: jnp.dtype = jnp.float32
     remat: str = 'none'
     unroll: int = 1
+    layout: Any = OneDevice()
 
     def __post_init__(self):
         super().__post_init__()
@@ -237,6 +245,7 @@ class TarFlow(nn.Module):
             dtype=self.dtype,
             remat=self.remat,
             unroll=self.unroll,
+            layout=self.layout,
             parent=None,
         )
 
@@ -266,6 +275,7 @@ class TarFlow(nn.Module):
                 f'{", ".join(map(str, expected))}].'
             )
         x = patchify(images, self.patch_size).astype(at_least_float32(images.dtype))
+        x = self.layout.place(x, 'tokens')
         logdet = jnp.zeros(x.shape[0], x.dtype)
         sequences = []
         for b, block in enumerate(self.block):

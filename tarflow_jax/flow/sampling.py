@@ -10,17 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tarflow_jax.flow.attention import Array
 from tarflow_jax.flow.guidance import Guidance, guide
-from tarflow_jax.flow.layers import Layer, empty_cache
+from tarflow_jax.flow.layers import Layer, LayerCache, empty_cache
 from tarflow_jax.flow.likelihood import prior_variance
-from tarflow_jax.flow.model import (
-    Array,
-    Block,
-    TarFlow,
-    check_labels,
-    flip_if,
-    unpatchify,
-)
+from tarflow_jax.flow.model import Block, TarFlow, check_labels, flip_if, unpatchify
 
 METHODS = ('sequential',)
 MAX_REDRAWS = 10
@@ -115,13 +109,13 @@ def _trajectory(model, variables, noise, labels, guidance) -> list[Array]:
         params = variables['params'][f'block_{b}']
         block = model.block_module(b)
         # reverse is traced: blocks of the same depth are one compiled program.
-        x = _invert_block(block, rule, params, x, labels, np.bool_(b % 2), weights, temperature)
+        x = invert_block(block, rule, params, x, labels, np.bool_(b % 2), weights, temperature)
         sequences.append(x)
     return sequences
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _invert_block(block: Block, rule, params, z_BxTxD, labels, reverse, weights, temperature):
+def invert_block(block: Block, rule, params, z_BxTxD, labels, reverse, weights, temperature):
     """The inverse of one block: x_t = z_t * exp(a_t) + m_t, t = 0..T-1 in the block's order.
 
     Args:
@@ -130,6 +124,8 @@ def _invert_block(block: Block, rule, params, z_BxTxD, labels, reverse, weights,
       weights: [T - 1], of the guidance at each generated position.
     """
     B, T, _ = z_BxTxD.shape
+    place = block.layout.place
+    params = block.layout.gather(params)
     z = flip_if(reverse, z_BxTxD, 1)
     positions = flip_if(reverse, params['position_embedding'], 0)
     branches = 1 if rule is None else 2
@@ -141,12 +137,11 @@ def _invert_block(block: Block, rule, params, z_BxTxD, labels, reverse, weights,
         half = jnp.arange(batch)[:, None, None, None] < B
         temperature = jnp.where(half, 1.0, temperature)
 
-    layer = Layer(block.width, block.head_dim, block.dtype)
+    layer = Layer(block.width, block.head_dim, block.dtype, block.layout)
     # Unstacked outside of the scan: inside, each step would copy every layer's weights.
     layers = [jax.tree.map(lambda a: a[i], params['layers']) for i in range(block.num_layers)]
-    caches = [
-        empty_cache(batch, layer.heads, T, block.head_dim, block.dtype) for _ in range(block.num_layers)
-    ]
+    empty = empty_cache(batch, layer.heads, T, block.head_dim, block.dtype)
+    caches = [LayerCache(*(place(x, 'heads') for x in empty)) for _ in range(block.num_layers)]
 
     def step(carry, inputs):
         x_BxD, caches = carry
@@ -169,24 +164,29 @@ def _invert_block(block: Block, rule, params, z_BxTxD, labels, reverse, weights,
     first = z[:, 0]
     inputs = (jnp.arange(T - 1), z[:, 1:].swapaxes(0, 1), positions[:-1], weights)
     _, rest = jax.lax.scan(step, (first, caches), inputs)
-    x = jnp.concatenate([first[None], rest]).swapaxes(0, 1)
+    x = place(jnp.concatenate([first[None], rest]).swapaxes(0, 1), 'tokens')
     return flip_if(reverse, x, 1)
 
 
 def _redraw_failed(model, variables, images, labels, guidance, key, redraws):
     """Draws the images that are not finite again, only those, each from noise of its own."""
+    labels = None if labels is None else model.layout.to_host(labels)
     for attempt in range(MAX_REDRAWS):
-        finite = np.asarray(jnp.isfinite(images).all((1, 2, 3)))
+        finite = model.layout.to_host(jnp.isfinite(images).all((1, 2, 3)))
         failed = np.flatnonzero(~finite)
         if not failed.size:
             break
         # Padded to a power of two, so that few batch sizes are ever compiled.
         rows = np.resize(failed, 1 << (failed.size - 1).bit_length())
-        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, attempt), row))(rows)
-        shape = (model.num_patches, model.patch_dim)
-        noise = jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
-        again = None if labels is None else jnp.asarray(labels)[rows]
-        drawn = _draw(model, variables, noise, again, guidance)
+        noise = _redrawn_noise(model, key, attempt, rows)
+        drawn = _draw(model, variables, noise, None if labels is None else labels[rows], guidance)
         images = images.at[failed].set(drawn[: failed.size])
         redraws[failed] += 1
     return images, redraws
+
+
+@partial(jax.jit, static_argnums=0)
+def _redrawn_noise(model: TarFlow, key, attempt, rows) -> Array:
+    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, attempt), row))(rows)
+    shape = (model.num_patches, model.patch_dim)
+    return model.layout.place(jax.vmap(lambda k: jax.random.normal(k, shape))(keys), 'tokens')

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -18,9 +19,9 @@ from tarflow_jax.training.state import TrainState, variables_of
 
 KEPT = 2
 _WEIGHTS = ('params', 'ema_params', 'prior')
-_PROGRESS = ('step', 'opt_state')
+_PROGRESS = ('step', 'opt_state', 'skipped')
 # Fields that decide how the flow is computed, not what its parameters are.
-_COMPUTE_FIELDS = ('dtype', 'remat', 'unroll', 'parent', 'name')
+_COMPUTE_FIELDS = ('dtype', 'remat', 'unroll', 'layout', 'parent', 'name')
 
 
 class CheckpointError(OSError):
@@ -169,15 +170,17 @@ class Checkpoints:
         empty = dict.fromkeys(TrainState._fields)
         return TrainState(**{**empty, **found['weights'], **found['progress']})
 
-    def restore_variables(self, sharding, step: int | None = None) -> dict:
-        """What `model.apply` takes: the averaged parameters where there are any, else the plain ones."""
+    def restore_variables(self, place: Callable, step: int | None = None) -> dict:
+        """What `model.apply` takes: the averaged parameters where there are any, else the plain ones.
+
+        Args:
+          place: gives the leaves of an abstract tree of variables their shardings.
+        """
         step = self._existing(step)
         with self._reading(step):
             saved = self._manager.item_metadata(step)['weights'].tree
-            abstract = jax.tree.map(
-                lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding), dict(saved)
-            )
-            args = ocp.args.Composite(weights=ocp.args.StandardRestore(abstract))
+            abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), dict(saved))
+            args = ocp.args.Composite(weights=ocp.args.StandardRestore(place(abstract)))
             found = self._manager.restore(step, args=args)['weights']
         return variables_of(found.get('ema_params', found['params']), found.get('prior'))
 
@@ -186,9 +189,3 @@ def _reason(error: Exception) -> str:
     """The end of an error's first line, where Orbax has the cause behind file names."""
     line = str(error).strip().partition('\n')[0] or type(error).__name__
     return line if len(line) <= 200 else f'... {line[-200:]}'
-
-
-def with_sharding(abstract, sharding):
-    """The abstract state with every leaf placed by `sharding`."""
-    place = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)  # noqa: E731
-    return jax.tree.map(place, abstract)

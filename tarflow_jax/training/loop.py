@@ -1,11 +1,9 @@
 """The training loop: data in, steps, and on their way metrics, pictures and checkpoints."""
 
+import collections
 import contextlib
 import functools
 import logging
-import math
-import signal
-import threading
 import time
 from pathlib import Path
 
@@ -16,14 +14,28 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from tarflow_jax.config import Plan, Schedule
 from tarflow_jax.data import pipeline
 from tarflow_jax.training import pictures, sharding
-from tarflow_jax.training.checkpoint import Checkpoints, with_sharding
-from tarflow_jax.training.metrics import MetricWriter, model_flops
+from tarflow_jax.training.checkpoint import Checkpoints
+from tarflow_jax.training.metrics import MetricWriter, NoWriter, model_flops
+from tarflow_jax.training.processes import Stop
 from tarflow_jax.training.state import abstract_state, initial_state, parameter_count
-from tarflow_jax.training.step import train_step
+from tarflow_jax.training.step import jitted_train_step
 
 SHEET_COUNT = 100
+STEPS_AHEAD = 4  # dispatched before the result of a step is looked at
 
 log = logging.getLogger(__name__)
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and its state is saved; `code` is the exit code."""
+
+    def __init__(self, code: int):
+        super().__init__(code)
+        self.code = code
+
+
+class Diverged(ArithmeticError):
+    """Too many steps in a row had a gradient that is not finite."""
 
 
 def train(config, plan: Plan, schedule: Schedule, source, checkpoints: Checkpoints, workdir, mesh):
@@ -37,7 +49,8 @@ def train(config, plan: Plan, schedule: Schedule, source, checkpoints: Checkpoin
       the final `TrainState`.
     Raises:
       CheckpointError: if a checkpoint cannot be written.
-      KeyboardInterrupt: after the state is saved.
+      Stopped: after Ctrl-C or SIGTERM, when the state is saved.
+      Diverged: after train.stop_after_skipped steps in a row that had to be skipped.
     """
     t, model, workdir = config.train, plan.model, Path(workdir)
     init_key, step_key, sheet_key = jax.random.split(jax.random.key(config.seed), 3)
@@ -46,32 +59,32 @@ def train(config, plan: Plan, schedule: Schedule, source, checkpoints: Checkpoin
     log.info('%s parameters, steps %d to %d', f'{parameter_count(state):,}', start + 1,
              schedule.total_steps)
 
-    step_fn = jax.jit(
-        functools.partial(
-            train_step, model=model, optimizer=schedule.optimizer, recipe=plan.recipe
-        ),
-        donate_argnums=0,
-    )
+    step_fn = jitted_train_step(state, mesh, model, schedule.optimizer, plan.recipe)
     batches = pipeline.train_batches(
         source,
         batch_size=t.batch_size,
         seed=config.seed,
         flip=config.data.flip,
         start=start,
+        rows=sharding.local_rows(mesh, t.batch_size),
         workers=config.data.workers,
     )
     clock = _Clock(t.batch_size, model_flops(model))
+    watch = _Watch(t.stop_after_skipped, int(state.skipped), checkpoints)
     steps = range(start + 1, schedule.total_steps + 1)
+    first = jax.process_index() == 0
     with (
         contextlib.closing(batches),
-        MetricWriter(workdir, resume_step=start) as writer,
+        MetricWriter(workdir, resume_step=start) if first else NoWriter() as writer,
         logging_redirect_tqdm(),
-        tqdm(steps, initial=start, total=schedule.total_steps, unit='step', disable=None) as bar,
-        _ctrl_c() as pressed,
+        tqdm(steps, initial=start, total=schedule.total_steps, unit='step',
+             disable=None if first else True) as bar,
+        Stop() as stop,
     ):
         for step in bar:
-            batch = sharding.to_devices(next(batches), mesh)
+            batch = sharding.to_devices(next(batches), mesh, t.batch_size)
             state, metrics = step_fn(state, batch, step_key)
+            watch(step, metrics['skipped'])
             last = step == schedule.total_steps
             if step % t.log_every == 0 or last:
                 metrics = jax.device_get(metrics)
@@ -80,8 +93,6 @@ def train(config, plan: Plan, schedule: Schedule, source, checkpoints: Checkpoin
                 metrics['learning_rate'] = schedule.learning_rate(step - 1)
                 metrics['epoch'] = step / schedule.steps_per_epoch
                 writer.write_scalars(step, metrics | clock.speed(step))
-                if not math.isfinite(metrics['loss']):
-                    log.warning('the loss at step %d is not finite', step)
             if step % t.sample_every == 0 or last:
                 with clock.paused():
                     _write_sheets(writer, plan, state, sheet_key, mesh, config, workdir)
@@ -89,14 +100,15 @@ def train(config, plan: Plan, schedule: Schedule, source, checkpoints: Checkpoin
                 with clock.paused():
                     writer.flush()
                     checkpoints.save(state)
-            if pressed:
+            code = stop.after(step)
+            if code is not None:
                 if checkpoints.latest() != step:
                     writer.flush()
                     checkpoints.save(state)
                 checkpoints.wait()
                 log.warning('stopped after step %d, which is saved; the same command goes on '
                             'from there', step)
-                raise KeyboardInterrupt
+                raise Stopped(code)
     checkpoints.wait()
     return state
 
@@ -105,11 +117,12 @@ def _start(checkpoints: Checkpoints, plan: Plan, schedule: Schedule, key, mesh):
     """The state to begin with: the newest checkpoint's, or a new one."""
     ema = plan.recipe.ema_decay > 0
     describe = dict(model=plan.model, optimizer=schedule.optimizer, ema=ema)
-    everywhere = sharding.replicated(mesh)
+    abstract = sharding.placed(abstract_state(**describe), mesh)
     if checkpoints.latest() is None:
-        return jax.jit(functools.partial(initial_state, **describe), out_shardings=everywhere)(key)
+        places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        return jax.jit(functools.partial(initial_state, **describe), out_shardings=places)(key)
     log.info('continuing from the checkpoint at step %d', checkpoints.latest())
-    return checkpoints.restore(with_sharding(abstract_state(**describe), everywhere))
+    return checkpoints.restore(abstract)
 
 
 def _write_sheets(writer, plan: Plan, state, key, mesh, config, workdir: Path) -> None:
@@ -118,35 +131,44 @@ def _write_sheets(writer, plan: Plan, state, key, mesh, config, workdir: Path) -
     sheets, redraws = pictures.sheets(
         plan, state.variables(), key, labels, SHEET_COUNT, mesh, config.sample.denoise_strength
     )
-    for name, sheet in sheets.items():
-        pictures.save_png(workdir / 'samples' / f'step_{step:07d}_{name}.png', sheet, scale=2)
+    if jax.process_index() == 0:
+        for name, sheet in sheets.items():
+            pictures.save_png(workdir / 'samples' / f'step_{step:07d}_{name}.png', sheet, scale=2)
     writer.write_images(step, {f'samples/{name}': sheet for name, sheet in sheets.items()})
     writer.write_scalars(step, {'samples/redraws': redraws})
 
 
-@contextlib.contextmanager
-def _ctrl_c():
-    """A list that the first Ctrl-C fills, for the loop to look at between steps.
+class _Watch:
+    """Raises Diverged when too many steps in a row were skipped.
 
-    Raised inside of one it could lose the state: its buffers are given to a step before the step
-    returns the next ones. A second Ctrl-C raises at once, and nothing is saved.
+    It looks at every step, some steps late, so that the devices never wait for it.
     """
-    pressed = []
-    before = signal.getsignal(signal.SIGINT)
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if before is not signal.default_int_handler or not in_main_thread:
-        yield pressed  # ignored by nohup and the like, or not this function's to handle
-        return
 
-    def handle(*_):
-        pressed.append(True)
-        signal.signal(signal.SIGINT, before)
+    def __init__(self, limit: int, skipped: int, checkpoints: Checkpoints):
+        self._limit, self._checkpoints = limit, checkpoints
+        self._ahead = collections.deque()
+        self._total = skipped
+        self._in_a_row = 0
 
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
+    def __call__(self, step: int, skipped: jax.Array) -> None:
+        self._ahead.append((step, skipped))
+        if len(self._ahead) <= STEPS_AHEAD:
+            return
+        step, skipped = self._ahead.popleft()
+        before, self._total = self._total, int(skipped)
+        if self._total == before:
+            self._in_a_row = 0
+            return
+        self._in_a_row += 1
+        log.warning('step %d was skipped, as its gradient was not finite (%d so far)', step,
+                    self._total)
+        if self._in_a_row >= self._limit:
+            self._checkpoints.wait()
+            raise Diverged(
+                f'the gradients of {self._limit} steps in a row, up to {step}, were not finite; '
+                f'the checkpoint at step {self._checkpoints.latest()} holds the last good state: '
+                'go on from it with a lower train.peak_learning_rate or train.clip_norm.'
+            )
 
 
 class _Clock:

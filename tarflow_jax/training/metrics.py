@@ -80,6 +80,25 @@ class MetricWriter:
         self.close()
 
 
+class NoWriter:
+    """Has MetricWriter's methods and writes nothing: for all processes but the first."""
+
+    def write_scalars(self, step: int, scalars: dict) -> None:
+        pass
+
+    def write_images(self, step: int, images: dict[str, np.ndarray]) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
 def _step(line: str) -> float:
     """Step of a line of metrics.jsonl; infinite for the half line that a killed run leaves."""
     try:

@@ -4,7 +4,6 @@ import functools
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -16,9 +15,9 @@ from tarflow_jax.flow.sampling import sample
 from tarflow_jax.training import sharding
 
 
-def to_pixels(images) -> np.ndarray:
+def to_pixels(images: np.ndarray) -> np.ndarray:
     """Images in [-1, 1] to uint8, values outside cut off."""
-    return np.asarray(jnp.round((jnp.clip(images, -1, 1) + 1) * 127.5).astype(jnp.uint8))
+    return np.round((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
 def grid(pixels: np.ndarray, columns: int) -> np.ndarray:
@@ -63,8 +62,8 @@ def draw(
     guidance: Guidance | None = None,
     noise_std: float = 0.0,
     denoise_strength: float = 1.0,
-) -> dict[str, jax.Array]:
-    """`count` images, spread over the devices of the mesh.
+) -> dict[str, np.ndarray]:
+    """`count` images, drawn by all devices of the mesh and brought to every process.
 
     Args:
       labels: int32 [count] or None.
@@ -72,14 +71,15 @@ def draw(
     Returns:
       'noise', 'raw' and, if asked for, 'denoised', each [count, H, W, C], and 'redraws' [count].
     """
-    padded = -(-count // mesh.size) * mesh.size
-    noise = jax.random.normal(key, (padded, model.num_patches, model.patch_dim))
-    noise = jax.device_put(noise, sharding.batch_sharding(mesh))
+    multiple = sharding.batch_multiple(mesh)
+    padded = -(-count // multiple) * multiple
+    split = sharding.batch_sharding(mesh)
+    noise = _noise(key, (padded, model.num_patches, model.patch_dim), split)
     if labels is not None:
-        labels = jax.device_put(np.resize(labels, padded), sharding.batch_sharding(mesh))
-    redraw_key = jax.random.fold_in(key, 1)
+        labels = jax.make_array_from_callback((padded,), split, np.resize(labels, padded).__getitem__)
     raw, info = sample(
-        model, variables, noise, labels, guidance=guidance, key=redraw_key, return_info=True
+        model, variables, noise, labels, guidance=guidance, key=jax.random.fold_in(key, 1),
+        return_info=True,
     )
     images = {'noise': unpatchify(noise, model.patch_size, model.image_size), 'raw': raw}
     if noise_std and denoise_strength:
@@ -87,7 +87,12 @@ def draw(
             model, variables, raw, labels, noise_std=noise_std, strength=denoise_strength
         )
     images['redraws'] = info.redraws
-    return {name: value[:count] for name, value in images.items()}
+    return {name: sharding.to_host(value)[:count] for name, value in images.items()}
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _noise(key, shape: tuple[int, ...], where) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jax.random.normal(key, shape), where)
 
 
 def sheets(

@@ -1,12 +1,52 @@
-"""Where arrays live: the device mesh and the one table of sharding rules."""
+"""Where arrays live: the device mesh and the tables of rules for everything that is split over it.
 
+Mesh axes: `data` splits the batch; `fsdp` splits the batch too, and parameters, averages and
+optimizer state, which are gathered layer by layer; `tensor` splits heads and hidden channels.
+"""
+
+import dataclasses
+import functools
 import os
+import re
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-DATA = 'data'
+from tarflow_jax.flow.attention import causal_attention, kernel_for
+
+DATA, FSDP, TENSOR = AXES = ('data', 'fsdp', 'tensor')
+BATCH, BOTH = (DATA, FSDP), (FSDP, TENSOR)
+
+# The end of a parameter's path, and how its axes are split. Averages and optimizer moments have
+# the paths of their parameters. A layer's parameters have the layers on their first axis.
+PARAMETERS = (
+    (r'proj_in/kernel', P(None, BOTH)),  # [D, C]
+    (r'proj_in/bias', P(BOTH)),
+    (r'position_embedding', P(None, BOTH)),  # [T, C]
+    (r'class_embedding', P(None, BOTH)),  # [classes, C]
+    (r'layers/\w+_norm/(scale|bias)', P(None, BOTH)),  # [layers, C]
+    (r'layers/qkv/kernel', P(None, FSDP, None, TENSOR)),  # [layers, C, 3, H, K]
+    (r'layers/qkv/bias', P(None, None, TENSOR, FSDP)),
+    (r'layers/attention_proj/kernel', P(None, TENSOR, None, FSDP)),  # [layers, H, K, C]
+    (r'layers/mlp_in/kernel', P(None, FSDP, TENSOR)),  # [layers, C, 4 C]
+    (r'layers/mlp_in/bias', P(None, BOTH)),
+    (r'layers/mlp_out/kernel', P(None, TENSOR, FSDP)),  # [layers, 4 C, C]
+    (r'layers/(attention_proj|mlp_out)/bias', P(None, BOTH)),
+    (r'proj_out/kernel', P(BOTH)),  # [C, D or 2 D]
+    (r'proj_out/bias', P()),
+    (r'prior/variance', P()),
+    (r'step|skipped|opt_state(/\w+)*/count', P()),
+)
+
+# What flow/ calls its activations and caches.
+ACTIVATIONS = {
+    'tokens': P(BATCH),  # [B, positions, channels]
+    'hidden': P(BATCH, None, TENSOR),  # [B, positions, 4 C]
+    'heads': P(BATCH, TENSOR),  # [B, H, positions, K]
+}
 
 
 def use_cores_as_devices(batch_size: int) -> None:
@@ -25,24 +65,190 @@ def use_cores_as_devices(batch_size: int) -> None:
     )
 
 
-def make_mesh() -> Mesh:
-    """All devices on one axis, `data`."""
-    return jax.make_mesh((jax.device_count(),), (DATA,), axis_types=(AxisType.Auto,))
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh of all devices with these axis sizes; one of them may be -1, "the rest".
+
+    Neighbours along `tensor` and `fsdp` are neighbours on the chip interconnect. With several
+    slices, which only the datacenter network connects, `data` goes across them.
+
+    Raises:
+      ValueError: if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = _sizes((data, fsdp, tensor), len(devices))
+    slices = len({getattr(d, 'slice_index', 0) for d in devices})
+    if sizes[0] % slices:
+        raise ValueError(
+            f'mesh.data is {sizes[0]} on {slices} slices; choose a multiple of {slices}, as only '
+            'the data axis can go across slices.'
+        )
+    if devices[0].platform != 'tpu':
+        arranged = np.array(devices).reshape(sizes)  # in the order of the processes
+    elif slices > 1:
+        within = (sizes[0] // slices, *sizes[1:])
+        arranged = mesh_utils.create_hybrid_device_mesh(
+            within, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
+    else:
+        arranged = mesh_utils.create_device_mesh(
+            sizes, devices, allow_split_physical_axes=True
+        )
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _sizes(given: tuple[int, int, int], devices: int) -> tuple[int, int, int]:
+    named = ', '.join(f'mesh.{axis} {size}' for axis, size in zip(AXES, given))
+    if any(size < 1 and size != -1 for size in given) or given.count(-1) > 1:
+        raise ValueError(f'{named}: each must be at least 1, or for one of them -1, the rest.')
+    known = int(np.prod([size for size in given if size != -1]))
+    rest = devices // known
+    sizes = tuple(rest if size == -1 else size for size in given)
+    if int(np.prod(sizes)) != devices:
+        raise ValueError(
+            f'{named} cannot share {devices} device(s); the product must be {devices}.'
+        )
+    return sizes
+
+
+def check(mesh: Mesh, batch_size: int, field: str, parts: int = 1) -> None:
+    """ValueError unless a batch, in equal parts, can be split evenly over the mesh."""
+    shards = mesh.shape[DATA] * mesh.shape[FSDP] * parts
+    if batch_size % shards:
+        raise ValueError(
+            f'{field} {batch_size} cannot be shared evenly by {shards // parts} devices'
+            f'{f" in {parts} parts" if parts > 1 else ""}; choose a multiple of {shards}.'
+        )
+
+
+def batch_multiple(mesh: Mesh) -> int:
+    """Batches have a multiple of so many images."""
+    return mesh.shape[DATA] * mesh.shape[FSDP]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Parameters, optimizer state and averages: a copy on every device."""
-    return NamedSharding(mesh, PartitionSpec())
+    """A copy on every device."""
+    return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Batches, noise, samples and caches: the leading axis split over the devices."""
-    return NamedSharding(mesh, PartitionSpec(DATA))
+    """Batches, noise and samples: the leading axis split."""
+    return NamedSharding(mesh, P(BATCH))
 
 
-def to_devices(batch, mesh: Mesh):
-    """Host arrays of this process's share of a batch to global arrays split over the mesh."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
-    )
+def _rule(path: str) -> P:
+    found = [spec for pattern, spec in PARAMETERS if re.search(rf'(^|/)({pattern})$', path)]
+    if len(found) != 1:
+        raise ValueError(
+            f'{path} matches {len(found)} of the rules in sharding.PARAMETERS; it must match one.'
+        )
+    return found[0]
+
+
+def shardings(tree, mesh: Mesh, *, gathered: bool = False):
+    """The sharding of every parameter, average and moment of a train state or variables.
+
+    Args:
+      tree: of arrays or abstract arrays.
+      gathered: without the `fsdp` axis.
+    Raises:
+      ValueError: for a path that matches no rule or several, or an axis that cannot be split.
+    """
+
+    def leaf(path, x):
+        path = jax.tree_util.keystr(path, simple=True, separator='/')
+        spec = _rule(path)
+        if gathered:
+            spec = P(*(TENSOR if axes in (BOTH, TENSOR) else None for axes in spec))
+        for size, axes in zip(x.shape, spec):
+            axes = (axes,) if isinstance(axes, str) else axes or ()
+            split = int(np.prod([mesh.shape[a] for a in axes], dtype=int))
+            if size % split:
+                raise ValueError(
+                    f'{path} {x.shape}: its axis of {size} cannot be split by '
+                    f'{" x ".join(f"mesh.{a} {mesh.shape[a]}" for a in axes)}; choose sizes that '
+                    'divide it.'
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree.map_with_path(leaf, tree)
+
+
+def placed(tree, mesh: Mesh):
+    """The abstract tree with the sharding of every leaf."""
+    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    return jax.tree.map(place, tree, shardings(tree, mesh))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What a flow asks about the mesh: `TarFlow.layout`; see `flow.layers.OneDevice`.
+
+    Args:
+      attention: the kernel, one of `flow.attention.KERNELS`; 'auto' is that of the chip.
+    """
+
+    mesh: Mesh
+    attention: str = 'auto'
+
+    def place(self, x, name: str):
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, ACTIVATIONS[name]))
+
+    def gather(self, params):
+        return jax.lax.with_sharding_constraint(
+            params, shardings(params, self.mesh, gathered=True)
+        )
+
+    def to_host(self, x):
+        return to_host(x)
+
+    def kernel(self, dtype, length: int) -> str:
+        if self.attention != 'auto':
+            return self.attention
+        return kernel_for(self.mesh.devices.flat[0].platform, dtype, length)
+
+    def causal_attention(self, q, k, v, scale):
+        kernel = self.kernel(q.dtype, q.shape[2])
+        attend = functools.partial(causal_attention, kernel)
+        if kernel == 'xla' or self.mesh.size == 1:
+            return attend(q, k, v, scale)
+        # The partitioner cannot look into a kernel: each device runs it on its images and heads.
+        spec = ACTIVATIONS['heads']
+        scale = jax.numpy.broadcast_to(scale, (q.shape[0], 1, 1, 1))
+        return jax.shard_map(
+            attend, mesh=self.mesh, in_specs=(spec, spec, spec, P(BATCH)), out_specs=spec,
+            check_vma=False,
+        )(q, k, v, scale)
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The rows of a global batch that this process's devices hold, in order."""
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in places.values()]))
+
+
+def to_devices(batch, mesh: Mesh, batch_size: int):
+    """This process's `local_rows` of a batch of host arrays to global arrays split over the mesh."""
+    rows = local_rows(mesh, batch_size)
+
+    def leaf(x):
+        x = np.asarray(x)
+
+        def shard(index):
+            first, last = index[0].indices(batch_size)[:2]
+            return x[np.searchsorted(rows, first) : np.searchsorted(rows, last - 1) + 1]
+
+        shape = (batch_size, *x.shape[1:])
+        return jax.make_array_from_callback(shape, batch_sharding(mesh), shard)
+
+    return jax.tree.map(leaf, batch)
+
+
+def to_host(tree):
+    """Global arrays as whole numpy arrays on every process; all processes must call it."""
+
+    def leaf(x):
+        if getattr(x, 'is_fully_addressable', True):
+            return np.asarray(x)
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(leaf, tree)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from tarflow_jax.flow.layers import OneDevice
 from tarflow_jax.flow.model import TarFlow
 
 
@@ -21,6 +22,7 @@ class TrainState(NamedTuple):
     ema_params: Any  # None without an exponential moving average
     opt_state: Any
     prior: Any  # {'variance': [T, D]} of volume-preserving flows, else None
+    skipped: jax.Array  # steps so far whose gradient was not finite, which changed nothing else
 
     def variables(self) -> dict:
         """What `model.apply` takes, with the averaged parameters where there are any."""
@@ -40,6 +42,7 @@ def from_variables(variables, optimizer: optax.GradientTransformation, *, ema: b
         ema_params=jax.tree.map(jnp.copy, params) if ema else None,
         opt_state=optimizer.init(params),
         prior=variables.get('prior'),
+        skipped=jnp.zeros((), jnp.int32),
     )
 
 
@@ -47,8 +50,12 @@ def initial_state(
     key: jax.Array, model: TarFlow, optimizer: optax.GradientTransformation, *, ema: bool
 ) -> TrainState:
     """The state before the first step. Runs under jit or `jax.eval_shape`."""
-    images = jnp.zeros((1, model.image_size, model.image_size, model.image_channels))
-    return from_variables(model.init(key, images), optimizer, ema=ema)
+    shape = (1, model.image_size, model.image_size, model.image_channels)
+    # Lazily: the images' way through the flow is not computed, and need not be compiled. Laid out
+    # on one device, as one image cannot be split.
+    model = model.clone(layout=OneDevice())
+    variables = model.lazy_init(key, jax.ShapeDtypeStruct(shape, jnp.float32))
+    return from_variables(variables, optimizer, ema=ema)
 
 
 def abstract_state(model: TarFlow, optimizer: optax.GradientTransformation, *, ema: bool):

@@ -1,13 +1,16 @@
 """The train step: one pure function that training, compilation, benchmarks and tests all call."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from tarflow_jax.flow import likelihood
 from tarflow_jax.flow.model import TarFlow
+from tarflow_jax.training import sharding
 from tarflow_jax.training.state import TrainState, variables_of
 
 NOISES = ('gaussian', 'uniform')
@@ -65,13 +68,26 @@ def train_step(
       key: of the whole run; the step folds its own number into it.
     Returns:
       the next state, and metrics: the loss and its two terms (nats per dimension), the gradient's
-      global norm before clipping, and the mean square of every block's output.
+      global norm before clipping, the mean square of every block's output, and how many steps so
+      far were skipped. A step whose gradient is not finite is: only `step` and `skipped` go on.
     """
     noise_key, label_key = jax.random.split(jax.random.fold_in(key, state.step))
     images = add_noise(noise_key, batch['image'], recipe)
     dropped = jax.random.bernoulli(label_key, recipe.label_dropout, batch['label'].shape)
     labels = jnp.where(dropped, -1, batch['label'])
     return update(state, images, labels, model=model, optimizer=optimizer, recipe=recipe)
+
+
+def jitted_train_step(state: TrainState, mesh: Mesh, model, optimizer, recipe: Recipe):
+    """`train_step` compiled for a mesh, as a function of (state, batch, key) that takes the state over.
+
+    The state, whose arrays may be abstract, stays where it is; metrics are on every device.
+    """
+    return jax.jit(
+        functools.partial(train_step, model=model, optimizer=optimizer, recipe=recipe),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh)),
+    )
 
 
 def update(
@@ -94,7 +110,12 @@ def update(
         # A young average follows closely, so that short runs are not mostly initialisation.
         decay = jnp.minimum(recipe.ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema_params = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema_params, params)
-    return TrainState(state.step + 1, params, ema_params, opt_state, prior), metrics
+
+    finite = jnp.isfinite(metrics['gradient_norm'])  # of one number that is not, neither is this
+    after = state._replace(params=params, ema_params=ema_params, opt_state=opt_state, prior=prior)
+    after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+    metrics['skipped'] = state.skipped + jnp.where(finite, 0, 1)
+    return after._replace(step=state.step + 1, skipped=metrics['skipped']), metrics
 
 
 def _gradients(state: TrainState, images, labels, model: TarFlow, parts: int):

@@ -1,5 +1,6 @@
 """Checkpoints: bits go in and come out, whatever happens meanwhile."""
 
+import functools
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import pytest
 from tiny_flow import tiny
 
 from tarflow_jax.training import checkpoint, sharding
-from tarflow_jax.training.checkpoint import CheckpointError, Checkpoints, with_sharding
+from tarflow_jax.training.checkpoint import CheckpointError, Checkpoints
 from tarflow_jax.training.optimizer import adamw
 from tarflow_jax.training.state import TrainState, abstract_state
 
@@ -26,6 +27,15 @@ def everywhere():
     return sharding.replicated(sharding.make_mesh())
 
 
+def at(place, tree):
+    """The abstract tree with every leaf placed there."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+
+def copied(tree):
+    return at(everywhere(), tree)
+
+
 def state_at(step, model=MODEL, ema=True):
     """A state whose numbers differ from those of every other step, and from each other."""
     rng = np.random.default_rng(step)
@@ -35,7 +45,7 @@ def state_at(step, model=MODEL, ema=True):
 
 
 def abstract(model=MODEL, ema=True):
-    return with_sharding(abstract_state(model, ADAMW, ema=ema), everywhere())
+    return copied(abstract_state(model, ADAMW, ema=ema))
 
 
 def save(workdir, *steps, model=MODEL, ema=True):
@@ -81,7 +91,7 @@ def test_save_keeps_the_state_of_that_moment(tmp_path, devices):
     place = everywhere() if devices == 8 else jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = np.random.default_rng(0).random((64, 2**16), np.float32)
     params = {f'w{i}': jax.device_put(row, place) for i, row in enumerate(wanted)}
-    state = TrainState(jax.device_put(jnp.int32(1), place), params, None, None, None)
+    state = TrainState(jax.device_put(jnp.int32(1), place), params, None, None, None, None)
     overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
     overwrite(jax.tree.map(jnp.copy, state))  # compiles it
     with Checkpoints(tmp_path, MODEL, {}) as checkpoints:
@@ -91,7 +101,7 @@ def test_save_keeps_the_state_of_that_moment(tmp_path, devices):
         jax.block_until_ready(state)
         assert folders(tmp_path) == ['1.orbax-checkpoint-tmp']
         checkpoints.wait()
-        found = checkpoints.restore_variables(place)['params']
+        found = checkpoints.restore_variables(functools.partial(at, place))['params']
     np.testing.assert_allclose(state.params['w0'], wanted[0] + 3, rtol=1e-6)
     for i, row in enumerate(wanted):
         assert np.asarray(found[f'w{i}']).tobytes() == row.tobytes()
@@ -112,7 +122,7 @@ def test_averaged_parameters_are_what_is_sampled_from(tmp_path):
         ('ema', state_at(1).ema_params), ('plain', state_at(1, ema=False).params)
     ):
         with Checkpoints(tmp_path / name, MODEL) as checkpoints:
-            found = checkpoints.restore_variables(everywhere())
+            found = checkpoints.restore_variables(copied)
         assert set(found) == {'params'}
         assert_identical(found['params'], wanted)
 
@@ -122,7 +132,7 @@ def test_prior_belongs_to_the_variables(tmp_path):
     save(tmp_path, 1, model=model)
     with Checkpoints(tmp_path, model) as checkpoints:
         assert_identical(
-            checkpoints.restore_variables(everywhere()), state_at(1, model).variables()
+            checkpoints.restore_variables(copied), state_at(1, model).variables()
         )
 
 
@@ -143,7 +153,7 @@ def test_no_checkpoint(tmp_path):
         for read in (
             checkpoints.about,
             lambda: checkpoints.restore(abstract()),
-            lambda: checkpoints.restore_variables(everywhere()),
+            lambda: checkpoints.restore_variables(copied),
         ):
             with pytest.raises(FileNotFoundError) as error:
                 read()
@@ -242,7 +252,7 @@ def test_damaged_checkpoint_is_named(tmp_path):
     with Checkpoints(tmp_path, MODEL) as checkpoints:
         for read in (
             lambda: checkpoints.restore(abstract()),
-            lambda: checkpoints.restore_variables(everywhere()),
+            lambda: checkpoints.restore_variables(copied),
         ):
             with pytest.raises(CheckpointError) as error:
                 read()
@@ -260,7 +270,7 @@ def test_restore_goes_where_it_is_told(tmp_path):
     save(tmp_path, 2)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[3])
     with Checkpoints(tmp_path, MODEL) as checkpoints:
-        found = checkpoints.restore(with_sharding(abstract_state(MODEL, ADAMW, ema=True), one))
+        found = checkpoints.restore(at(one, abstract_state(MODEL, ADAMW, ema=True)))
     assert all(leaf.sharding == one for leaf in jax.tree.leaves(found))
     np.testing.assert_array_equal(
         found.params['block_0']['proj_in']['bias'], state_at(2).params['block_0']['proj_in']['bias']

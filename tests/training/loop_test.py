@@ -37,11 +37,11 @@ def at_step(monkeypatch, number, action):
     """Has `action` done when the loop fetches the batch of this step, counted in this process."""
     seen, original = [], loop.sharding.to_devices
 
-    def to_devices(batch, mesh):
+    def to_devices(batch, *where):
         seen.append(batch)
         if len(seen) == number:
             action()
-        return original(batch, mesh)
+        return original(batch, *where)
 
     monkeypatch.setattr(loop.sharding, 'to_devices', to_devices)
     return seen
@@ -60,7 +60,7 @@ def test_what_a_run_leaves(uninterrupted):
     assert lines[-1] == {'step': 12, 'samples/redraws': 0.0}
     assert set(lines[0]) == {
         'step', 'loss', 'prior', 'logdet', 'gradient_norm', 'mean_square/block_0',
-        'learning_rate', 'epoch',
+        'learning_rate', 'epoch', 'skipped',
     }
     np.testing.assert_allclose([line['epoch'] for line in lines[:12]], np.arange(1, 13) / 6)
     # Three steps of warm-up; the first update uses the floor, step 4 the peak.

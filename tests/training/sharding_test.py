@@ -1,24 +1,192 @@
-"""The mesh, the table of rules, and cores as devices."""
+"""The mesh, the tables of rules, each process's rows, and cores as devices."""
 
 import os
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.sharding import PartitionSpec as P
+from tiny_flow import tiny
 
+from tarflow_jax.flow.attention import causal_attention
 from tarflow_jax.training import sharding
+from tarflow_jax.training.optimizer import adamw
+from tarflow_jax.training.state import abstract_state
 
 
-def test_batches_are_split_and_parameters_copied():
-    mesh = sharding.make_mesh()
-    assert mesh.size == 8 and mesh.axis_names == ('data',)
-    batch = sharding.to_devices({'image': np.arange(16).reshape(16, 1), 'mask': np.ones(8)}, mesh)
-    shards = batch['image'].addressable_shards
-    assert [s.data.ravel().tolist() for s in shards] == [[i, i + 1] for i in range(0, 16, 2)]
-    copies = jax.device_put(np.arange(3), sharding.replicated(mesh)).addressable_shards
-    assert [s.data.tolist() for s in copies] == [[0, 1, 2]] * 8
+def state_of(**fields):
+    fields = dict(width=256, head_dim=32, num_classes=8) | fields
+    return abstract_state(tiny((2, 1), **fields), adamw(lambda k: 1e-3), ema=True)
+
+
+@pytest.mark.parametrize('given, sizes', [
+    (dict(), (8, 1, 1)),
+    (dict(fsdp=8), (1, 8, 1)),
+    (dict(data=2, fsdp=-1, tensor=2), (2, 2, 2)),
+    (dict(data=1, tensor=-1), (1, 1, 8)),
+])
+def test_mesh_sizes(given, sizes):
+    mesh = sharding.make_mesh(**given)
+    assert dict(mesh.shape) == dict(zip(('data', 'fsdp', 'tensor'), sizes))
+
+
+@pytest.mark.parametrize('given, says', [
+    (dict(data=3), 'mesh.data 3, mesh.fsdp 1, mesh.tensor 1 cannot share 8 device'),
+    (dict(fsdp=3), 'mesh.fsdp 3, mesh.tensor 1 cannot share 8 device'),
+    (dict(fsdp=-1), 'for one of them -1'),
+    (dict(tensor=0), 'mesh.tensor 0: each must be at least 1'),
+    (dict(fsdp=16), 'the product must be 8'),
+])
+def test_mesh_refuses(given, says):
+    with pytest.raises(ValueError, match=says):
+        sharding.make_mesh(**given)
+
+
+def test_slices_are_joined_by_the_data_axis(monkeypatch):
+    class Device:
+        platform = 'tpu'
+        device_kind = 'TPU v5 lite'
+        process_index = 0
+
+        def __init__(self, i):
+            self.id, self.slice_index, self.coords = i, i // 4, [i % 2, i % 4 // 2, 0]
+            self.core_on_chip = 0
+
+    devices = [Device(i) for i in range(8)]
+    for fsdp in (1, 4):
+        mesh = sharding.make_mesh(fsdp=fsdp, devices=devices)
+        slices = np.vectorize(lambda d: d.slice_index)(mesh.devices)
+        assert mesh.devices.shape == (8 // fsdp, fsdp, 1)
+        assert (slices[: 4 // fsdp] == 0).all() and (slices[4 // fsdp :] == 1).all()
+    with pytest.raises(ValueError, match='mesh.data is 1 on 2 slices; choose a multiple of 2'):
+        sharding.make_mesh(data=1, fsdp=8, devices=devices)
+
+
+def test_every_leaf_of_a_train_state_has_a_rule():
+    mesh = sharding.make_mesh(2, 2, 2)
+    for fields in (dict(), dict(num_classes=0), dict(volume_preserving=True)):
+        found = sharding.shardings(state_of(**fields), mesh)
+        params, layer = found.params['block_0'], found.params['block_1']['layers']
+        assert layer['qkv']['kernel'].spec == P(None, 'fsdp', None, 'tensor')
+        assert layer['mlp_out']['kernel'].spec == P(None, 'tensor', 'fsdp')
+        assert params['proj_out']['kernel'].spec == P(('fsdp', 'tensor'))
+        # Averages and moments are split as their parameters.
+        assert found.ema_params == found.params
+        assert found.opt_state[1][0].mu == found.opt_state[1][0].nu == found.params
+        assert found.step.spec == found.opt_state[1][0].count.spec == P()
+
+
+def test_no_rule_and_two_rules_are_errors(monkeypatch):
+    mesh = sharding.make_mesh(2, 2, 2)
+    x = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    with pytest.raises(ValueError, match='block_0/lora/kernel matches 0 of the rules'):
+        sharding.shardings({'block_0': {'lora': {'kernel': x}}}, mesh)
+    monkeypatch.setattr(
+        sharding, 'PARAMETERS', (*sharding.PARAMETERS, (r'proj_\w+/kernel', P()))
+    )
+    with pytest.raises(ValueError, match='proj_in/kernel matches 2 of the rules'):
+        sharding.shardings({'proj_in': {'kernel': x}}, mesh)
+
+
+def test_what_cannot_be_split_is_named():
+    says = r'class_embedding \(8, 256\): its axis of 256 cannot be split by mesh.fsdp 3 x mesh.tensor 1'
+    mesh = sharding.make_mesh(1, 3, 1, devices=jax.devices()[:3])
+    with pytest.raises(ValueError, match=says):
+        sharding.shardings(state_of().params, mesh)
+    mesh = sharding.make_mesh(1, 1, 8)
+    with pytest.raises(ValueError, match=r'qkv/kernel .* its axis of 4 cannot .* mesh.tensor 8'):
+        sharding.shardings(state_of(head_dim=64).params, mesh)
+
+
+@pytest.mark.parametrize('sizes', [(1, 8, 1), (2, 2, 2), (1, 2, 4), (8, 1, 1)])
+def test_state_per_device_falls_by_fsdp_times_tensor(sizes):
+    def held(state):
+        return sum(s.sharding.shard_shape(s.shape) != () and np.prod(s.sharding.shard_shape(s.shape))
+                   * s.dtype.itemsize for s in jax.tree.leaves(state))
+
+    state = sharding.placed(state_of(), sharding.make_mesh(*sizes))
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    for part, all_of_it in (
+        (held(state), whole),
+        (held(state.params), whole / 4),
+        (held((state.opt_state[1][0].mu, state.opt_state[1][0].nu)), whole / 2),
+    ):
+        assert part == pytest.approx(all_of_it / (sizes[1] * sizes[2]), rel=0.05)
+
+
+def test_gathered_parameters_keep_the_tensor_axis():
+    mesh = sharding.make_mesh(2, 2, 2)
+    found = sharding.shardings(state_of().params['block_0'], mesh, gathered=True)
+    assert found['layers']['qkv']['kernel'].spec == P(None, None, None, 'tensor')
+    assert found['proj_in']['kernel'].spec == P(None, 'tensor')
+
+
+@pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 2, 2), (1, 1, 8), (1, 4, 2)])
+def test_batches_are_split_over_data_and_fsdp(sizes):
+    mesh = sharding.make_mesh(*sizes)
+    images = np.arange(16).reshape(16, 1)
+    assert sharding.local_rows(mesh, 16).tolist() == list(range(16))
+    batch = sharding.to_devices({'image': images, 'mask': np.ones(16)}, mesh, 16)
+    np.testing.assert_array_equal(batch['image'], images)
+    shards = {s.device: s.data.ravel().tolist() for s in batch['image'].addressable_shards}
+    size = 16 // (sizes[0] * sizes[1])
+    for i, device in enumerate(mesh.devices.reshape(-1)):
+        first = i // sizes[2] * size
+        assert shards[device] == list(range(first, first + size))
+
+
+def test_a_process_gets_the_rows_of_its_devices(monkeypatch):
+    # As on a TPU slice, where the mesh goes through the chips of several hosts in turn.
+    mesh = sharding.make_mesh(4, 1, 2)
+    own = {0: [0, 1], 2: [4, 5]}  # mesh positions along data -> rows of a batch of 8
+
+    class Half:
+        def __init__(self, where):
+            self._where = where
+
+        def addressable_devices_indices_map(self, shape):
+            places = self._where.devices_indices_map(shape)
+            keep = {d for i in own for d in mesh.devices[i].flat}
+            return {d: index for d, index in places.items() if d in keep}
+
+    original = sharding.batch_sharding
+    monkeypatch.setattr(sharding, 'batch_sharding', lambda mesh: Half(original(mesh)))
+    assert sharding.local_rows(mesh, 8).tolist() == [0, 1, 4, 5]
+
+
+@pytest.mark.parametrize('kernel', ['xla', 'splash_interpreted'])
+def test_attention_on_a_mesh(kernel):
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, g = (jax.random.normal(key, (4, 2, 128, 16)) for key in keys)
+    scale = jnp.array([0.25, 0.5, 0.25, 1.0]).reshape(4, 1, 1, 1)
+    layout = sharding.Layout(sharding.make_mesh(2, 2, 2), kernel)
+
+    def result(attend):
+        out, pull = jax.vjp(lambda *x: attend(*x, scale), q, k, v)
+        return (out, *pull(g))
+
+    wanted = jax.jit(lambda: result(lambda *x: causal_attention('xla', *x)))()
+    for found, want in zip(jax.jit(lambda: result(layout.causal_attention))(), wanted):
+        np.testing.assert_allclose(found, want, atol=3e-6 * np.abs(want).max())
+
+
+def test_batch_sizes_are_checked():
+    mesh = sharding.make_mesh(2, 2, 2)
+    sharding.check(mesh, 8, 'train.batch_size', parts=2)
+    with pytest.raises(ValueError, match='train.batch_size 12 cannot .* 4 devices in 2 parts; '
+                                         'choose a multiple of 8'):
+        sharding.check(mesh, 12, 'train.batch_size', parts=2)
+
+
+def test_sizes_with_no_optimizer_state():
+    found = sharding.shardings(
+        abstract_state(tiny((1,)), optax.sgd(0.1), ema=False), sharding.make_mesh()
+    )
+    assert found.ema_params is None and jax.tree.leaves(found.opt_state) == []
 
 
 COUNT_DEVICES = """

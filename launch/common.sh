@@ -1,0 +1,94 @@
+# shellcheck shell=bash
+# Sourced by the scripts of this folder: flags, quoting, waiting and the log.
+
+program=$(basename "$0")
+words=()      # what parse_flags found outside flags
+rest=()       # what stood after --
+dry_run=''
+
+# The comment at the top of a script is its usage text.
+usage() { awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"; }
+
+log() { printf '%s %s: %s\n' "$(date '+%Y-%m-%d %H:%M:%S')" "$program" "$*" >&2; }
+
+refuse() {
+  printf '%s: %s; --help lists the flags.\n' "$program" "$*" >&2
+  exit 2
+}
+
+# Words as one line of shell that means them again.
+quoted() {
+  local line
+  printf -v line '%q ' "$@"
+  printf '%s' "${line% }"
+}
+
+# Runs a command, or with --dry_run prints it.
+execute() {
+  if [[ $dry_run ]]; then
+    quoted "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+
+# parse_flags 'NAME= SWITCH ...' "$@" sets the variable of each flag that is given (1 for a switch).
+parse_flags() {
+  # Underlined lest they hide the variable of a flag.
+  local _known=" ${1//[[:space:]]/ } dry_run " _arg _flag
+  shift
+  while (($#)); do
+    _arg=$1
+    shift
+    _flag=${_arg#--}
+    _flag=${_flag%%=*}
+    case $_arg in
+      --) rest=("$@"); return ;;
+      --help) usage; exit 0 ;;
+      --*=*)
+        [[ $_known == *" $_flag= "* ]] || refuse "--$_flag=... is not a flag"
+        printf -v "$_flag" %s "${_arg#*=}" ;;
+      --*)
+        [[ $_known != *" $_flag= "* ]] || refuse "--$_flag needs a value, as in --$_flag=VALUE"
+        [[ $_known == *" $_flag "* ]] || refuse "$_arg is not a flag"
+        printf -v "$_flag" 1 ;;
+      -*) refuse "$_arg is not a flag" ;;
+      *) words+=("$_arg") ;;
+    esac
+  done
+}
+
+# Variables that must have been given.
+require() {
+  local _flag
+  for _flag; do [[ ${!_flag} ]] || refuse "--$_flag is missing"; done
+}
+
+# Variables that must be whole numbers, and have few digits lest arithmetic overflow.
+whole_numbers() {
+  local _flag
+  for _flag; do
+    [[ ${!_flag} =~ ^(0|[1-9][0-9]{0,8})$ ]] || refuse "--$_flag=${!_flag} is not a whole number"
+  done
+}
+
+# Sleeps, a second at a time: a trap runs between two, and ends it by setting `stopping`.
+stopping=''
+pause() {
+  local i
+  for ((i = 0; i < ${1%%.*}; i++)); do
+    [[ ! $stopping ]] || return 0
+    sleep 1
+  done
+  if [[ $1 == *.* ]]; then sleep "0.${1#*.}"; fi
+}
+
+# Exit codes of the training program that another start would only repeat.
+is_final() { [[ $1 == 0 || $1 == 2 || $1 == 76 || $1 == 130 ]]; }
+
+# A prefix for commands that must not outlive this script, not even when it is killed.
+# shellcheck disable=SC2034  # the scripts use it
+with_me=()
+# shellcheck disable=SC2034
+if command -v setpriv >/dev/null; then with_me=(setpriv --pdeathsig=TERM); fi

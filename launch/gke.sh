@@ -1,0 +1,178 @@
+#!/usr/bin/env bash
+# Trains on TPU slices of Google Kubernetes Engine, as a JobSet that restarts as a whole.
+#
+#   launch/gke.sh --name=NAME --image=IMAGE --accelerator=tpu-v5-lite-podslice --topology=16x16 \
+#       --bucket=B [FLAGS] -- ARGS OF tarflow_jax.main
+#
+#   --accelerator=A      node label cloud.google.com/gke-tpu-accelerator
+#   --topology=AxB[xC]   chips of a slice; with --chips_per_node it gives the number of hosts
+#   --chips_per_node=N   TPU chips of a node (4)
+#   --slices=N           that many slices (1)
+#   --spot               Spot nodes
+#   --namespace=NS       Kubernetes namespace (that of kubectl)
+#   --claim=PVC          PersistentVolumeClaim to mount at /workdir, or
+#   --bucket=B           bucket to mount at /workdir, by the Cloud Storage FUSE CSI driver
+#   --service_account=A  Kubernetes service account, which must be allowed to use the bucket
+#   --max_restarts=N     restarts of the whole, preemptions included (100)
+#   --action=ACTION      apply (default), logs (of every worker) or delete
+#   --dry_run            print the command, with the manifest, and run nothing
+set -euo pipefail
+# shellcheck source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+name='' image='' accelerator='' topology='' chips_per_node=4 slices=1 spot='' namespace='' claim=''
+bucket='' service_account='' max_restarts=100 action=apply
+parse_flags 'name= image= accelerator= topology= chips_per_node= slices= spot namespace= claim=
+  bucket= service_account= max_restarts= action= ' "$@"
+((${#words[@]} == 0)) || refuse "${words[0]} is not a flag"
+require name
+[[ $name =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] || refuse "--name=$name is not a short DNS name"
+kubectl=(kubectl)
+[[ ! $namespace ]] || kubectl+=("--namespace=$namespace")
+
+case $action in
+  logs)
+    execute "${kubectl[@]}" logs "--selector=jobset.sigs.k8s.io/jobset-name=$name" \
+      --container=trainer --prefix --tail=-1 --max-log-requests=10000
+    exit ;;
+  delete)
+    execute "${kubectl[@]}" delete jobset "$name"
+    exit ;;
+  apply) ;;
+  *) refuse "--action=$action is none of apply, logs and delete" ;;
+esac
+
+require image accelerator topology
+whole_numbers chips_per_node slices max_restarts
+((slices > 0 && chips_per_node > 0)) || refuse '--slices and --chips_per_node must be at least 1'
+[[ $topology =~ ^[1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){1,2}$ ]] ||
+  refuse "--topology=$topology does not look like 16x16 or 4x4x8"
+[[ $claim || $bucket ]] || refuse '--claim or --bucket is missing; the workdir is there'
+[[ ! $claim || ! $bucket ]] || refuse '--claim and --bucket exclude each other'
+chips=$((${topology//x/*}))
+if ((chips < chips_per_node)); then chips_per_node=$chips; fi
+((chips % chips_per_node == 0)) ||
+  refuse "--topology=$topology has $chips chips, which --chips_per_node=$chips_per_node does not divide"
+hosts=$((chips / chips_per_node))
+
+# A JSON string, which is a YAML one too.
+json() {
+  local s=${1//\\/\\\\}
+  s=${s//'"'/'\"'}
+  s=${s//$'\n'/\\n}
+  s=${s//$'\t'/\\t}
+  s=${s//$'\r'/\\r}
+  printf '"%s"' "$s"
+}
+
+manifest() {
+  local arg
+  cat <<YAML
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: $name
+YAML
+  # One slice a node pool, so that no slice is put together from two.
+  if ((slices > 1)); then cat <<YAML; fi
+  annotations:
+    alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
+YAML
+  cat <<YAML
+spec:
+  failurePolicy:
+    maxRestarts: $max_restarts
+    rules:
+    # Only podFailurePolicy below gives this reason: exit codes that a restart would repeat.
+    - action: FailJobSet
+      onJobFailureReasons:
+      - PodFailurePolicy
+  replicatedJobs:
+  - name: slice
+    replicas: $slices
+    template:
+      spec:
+        parallelism: $hosts
+        completions: $hosts
+        completionMode: Indexed
+        # One lost worker ends the job, and with it the whole set starts again.
+        backoffLimit: 0
+        podFailurePolicy:
+          rules:
+          - action: FailJob
+            onExitCodes:
+              containerName: trainer
+              operator: In
+              values: [2, 76, 130]
+        template:
+YAML
+  if [[ $bucket ]]; then cat <<YAML; fi
+          metadata:
+            annotations:
+              gke-gcsfuse/volumes: "true"
+YAML
+  cat <<YAML
+          spec:
+            restartPolicy: Never
+            terminationGracePeriodSeconds: 120
+YAML
+  if [[ $service_account ]]; then printf '            serviceAccountName: %s\n' "$(json "$service_account")"; fi
+  cat <<YAML
+            nodeSelector:
+              cloud.google.com/gke-tpu-accelerator: $(json "$accelerator")
+              cloud.google.com/gke-tpu-topology: $(json "$topology")
+YAML
+  if [[ $spot ]]; then cat <<YAML; fi
+              cloud.google.com/gke-spot: "true"
+            tolerations:
+            - key: cloud.google.com/gke-spot
+              operator: Equal
+              value: "true"
+              effect: NoSchedule
+YAML
+  cat <<YAML
+            containers:
+            - name: trainer
+              image: $(json "$image")
+              command: ["python", "-m", "tarflow_jax.main"]
+              args:
+YAML
+  # Nothing in the environment would say so where every slice is a single host.
+  if ((slices > 1)); then echo '              - "--distributed=on"'; fi
+  # Kubernetes reads $(NAME) as a variable and $$ as a dollar sign.
+  # shellcheck disable=SC2016
+  local dollars='$$'
+  for arg in "${rest[@]}"; do printf '              - %s\n' "$(json "${arg//'$'/"$dollars"}")"; done
+  cat <<YAML
+              ports:
+              - containerPort: 8471
+              - containerPort: 8080
+              resources:
+                limits:
+                  google.com/tpu: $chips_per_node
+              volumeMounts:
+              - name: workdir
+                mountPath: /workdir
+            volumes:
+            - name: workdir
+YAML
+  if [[ $claim ]]; then cat <<YAML; else cat <<YAML_BUCKET; fi
+              persistentVolumeClaim:
+                claimName: $(json "$claim")
+YAML
+              csi:
+                driver: gcsfuse.csi.storage.gke.io
+                volumeAttributes:
+                  bucketName: $(json "$bucket")
+                  mountOptions: implicit-dirs
+YAML_BUCKET
+}
+
+((${#rest[@]})) || refuse 'the arguments of tarflow_jax.main are missing; they stand after --'
+if [[ $dry_run ]]; then
+  echo "$(quoted "${kubectl[@]}" apply -f -) <<'MANIFEST'"
+  manifest
+  echo MANIFEST
+else
+  manifest | "${kubectl[@]}" apply -f -
+fi

@@ -1,0 +1,1 @@
+"""What a TPU slice will do with a program, found without one: compiled, counted, timed."""

@@ -1,0 +1,146 @@
+"""Published figures of Google's TPU chips, and the compiler's out-of-memory message.
+
+Sources: the tables at docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e. They give the
+interconnect's bandwidth per chip as the sum of both directions (v4: as 2400 Gbit/s one way, six
+links of 50 GB/s); `ici_bandwidth` is one direction, which the tables' all-reduce bandwidth of a
+pod confirms (v5e: 256 chips x 200 GB/s = 51.2 TB/s).
+"""
+
+import dataclasses
+import itertools
+import re
+
+# What a collective waits at every hop beside the transfer: a guess of the right order, unpublished.
+HOP_SECONDS = 1e-6
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One chip.
+
+    Args:
+      bf16_flops: peak FLOP/s.
+      hbm_bytes: capacity.
+      usable_hbm_bytes: what the TPU compiler lets a program use, from its own error message.
+      hbm_bandwidth: bytes/s.
+      ici_bandwidth: bytes/s that it can send to its neighbours over all its ports together.
+      torus_axes: dimensions of the interconnect; every axis has two ports.
+      wrap: an axis of the slice closes to a ring where its length is a multiple of this.
+      clock: cycles/s in which the compiler estimates, from the peak and the size of the MXUs.
+    """
+
+    name: str
+    bf16_flops: float
+    hbm_bytes: float
+    usable_hbm_bytes: float
+    hbm_bandwidth: float
+    ici_bandwidth: float
+    torus_axes: int
+    wrap: int
+    clock: float
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip('v4', 275e12, 32 * GIB, 30.5 * GIB, 1200e9, 300e9, 3, 4, 1.05e9),
+        Chip('v5e', 197e12, 16 * GIB, 15.75 * GIB, 819e9, 200e9, 2, 16, 1.5e9),
+        Chip('v5p', 459e12, 95 * GIB, 95.74 * GIB, 2765e9, 600e9, 3, 4, 1.75e9),
+        Chip('v6e', 918e12, 32 * GIB, 31.25 * GIB, 1638e9, 400e9, 2, 16, 1.75e9),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class OutOfMemory:
+    """What a program that does not fit would need of the HBM and what there is, in bytes."""
+
+    needed_bytes: int
+    available_bytes: int
+
+
+_SIZE = r'(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?'
+_MESSAGES = (
+    re.compile(rf'Used {_SIZE} of {_SIZE} hbm', re.IGNORECASE),
+    re.compile(rf'\({_SIZE}\) exceeds available HBM \({_SIZE}\)', re.IGNORECASE),
+)
+
+
+def out_of_memory(message: str) -> OutOfMemory | None:
+    """Reads the compiler's RESOURCE_EXHAUSTED error; None if the message is about other things."""
+    for pattern in _MESSAGES:
+        if found := pattern.search(message):
+            size, unit, limit, limit_unit = found.groups()
+            return OutOfMemory(_bytes(size, unit), _bytes(limit, limit_unit))
+    return None
+
+
+def _bytes(number: str, unit: str) -> int:
+    return round(float(number) * 1024 ** ' KMGT'.index(unit.upper() or ' '))
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Chips joined in a box, on which a program runs.
+
+    Args:
+      shape: chips along each axis, such as (16, 16); trailing axes of 1 may be left out.
+      coordinates: where each partition of the program sits, in the order of the mesh's devices
+        (`device.coords`); left out, partitions run through the box with the last axis fastest.
+    """
+
+    chip: Chip
+    shape: tuple[int, ...]
+    coordinates: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def places(self) -> tuple[tuple[int, ...], ...]:
+        """The coordinates of every partition."""
+        return self.coordinates or tuple(itertools.product(*map(range, self.shape)))
+
+    def _axes(self, groups: tuple[tuple[int, ...], ...]) -> dict[int, int]:
+        """The axes along which a group reaches, each with the number of places on it."""
+        places = self.places
+        reach = [
+            {axis: len(set(along)) for axis, along in enumerate(zip(*(places[i] for i in group)))}
+            for group in groups
+        ]
+        widest = {axis: max(r[axis] for r in reach) for axis in reach[0]}
+        return {axis: size for axis, size in widest.items() if size > 1}
+
+    def _bandwidth(self, axis: int) -> float:
+        """Bytes/s that a chip sends along one axis: both its ports, or half in an open line."""
+        ring = self.shape[axis] % self.chip.wrap == 0
+        return self.chip.ici_bandwidth / self.chip.torus_axes * (1.0 if ring else 0.5)
+
+    def collective_seconds(
+        self, kind: str, num_bytes: float, groups: tuple[tuple[int, ...], ...]
+    ) -> float:
+        """Time of one collective by itself, the interconnect idle otherwise.
+
+        Rings along the axes that a group spans, all of them at once, each chip using both ports of
+        those axes: an all-reduce sends 2 (n-1)/n of its bytes, an all-gather or reduce-scatter
+        (n-1)/n of the full array. An all-to-all is bound by the middle of its longest axis. A
+        permutation sends all its bytes through one port; that its routes may cross is left out.
+
+        Args:
+          num_bytes: of one device: the array reduced or permuted, or the full (gathered) array.
+          groups: of devices; for a permutation (source, target) pairs.
+        """
+        axes = self._axes(groups)
+        size = max(len(set(group)) for group in groups)
+        if size == 1:
+            return 0.0
+        port = self.chip.ici_bandwidth / self.chip.torus_axes / 2
+        hops = sum(size - 1 for size in axes.values()) or 1
+        bandwidth = sum(self._bandwidth(axis) for axis in axes) or self.chip.ici_bandwidth
+        if kind == 'collective-permute':
+            return num_bytes / port + HOP_SECONDS
+        if kind == 'all-reduce':
+            return 2 * (size - 1) / size * num_bytes / bandwidth + 2 * hops * HOP_SECONDS
+        seconds = (size - 1) / size * num_bytes / bandwidth
+        if kind in ('all-to-all', 'ragged-all-to-all'):
+            across = (n / 4 * num_bytes / self._bandwidth(axis) for axis, n in axes.items())
+            seconds = max([seconds, *across])
+        return seconds + hops * HOP_SECONDS

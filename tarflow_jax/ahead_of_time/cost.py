@@ -1,0 +1,232 @@
+"""What one run of a compiled TPU program costs a device: FLOPs, HBM bytes, collectives, seconds.
+
+Counted from the optimized, scheduled HLO text, every loop's body times its trip count.
+"""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Callable
+
+from tarflow_jax.ahead_of_time import hlo
+from tarflow_jax.ahead_of_time.chips import Slice
+from tarflow_jax.ahead_of_time.counting import FREE, Counter, KernelCost, Work
+
+# how often a loop runs, from the `while` and the count found in the program (None: not found)
+TripCount = Callable[[hlo.Instruction, int | None], int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """An instruction in the schedule: how often it runs, its work, and its time, each time.
+
+    Args:
+      seconds: that it holds up the program, `waited` among them for the interconnect.
+    """
+
+    instruction: hlo.Instruction
+    times: int
+    work: Work
+    seconds: float
+    waited: float
+    op_name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """One run of a program on one device.
+
+    Args:
+      lines: every instruction that costs something, in the order of the schedule.
+      predicted_seconds: walking the schedule, each instruction at the roofline.
+      compiler_seconds: the same walk, each instruction at the compiler's own estimate if that is
+        more: it knows the vector unit and the padding of the MXU, which the roofline does not.
+    """
+
+    lines: tuple[Line, ...]
+    compute_seconds: float
+    memory_seconds: float
+    interconnect_seconds: float
+    exposed_seconds: float
+    predicted_seconds: float
+    compiler_seconds: float
+
+    def total(self, field: str) -> float:
+        """Sum over the run of a field of Work: 'flops', 'mxu_flops', 'hbm_bytes', ..."""
+        return sum(line.times * getattr(line.work, field) for line in self.lines)
+
+    @property
+    def collectives(self) -> tuple[Line, ...]:
+        return tuple(line for line in self.lines if line.work.collective)
+
+    def by_kind(self) -> dict[str, tuple[int, int]]:
+        """Collectives by kind: how many per run, and their bytes (see Collective)."""
+        table = {}
+        for line in self.collectives:
+            count, size = table.get(line.work.collective.kind, (0, 0))
+            size += line.times * line.work.collective.num_bytes
+            table[line.work.collective.kind] = (count + line.times, size)
+        return table
+
+    def largest_moved(self) -> Line | None:
+        """The collective with the largest single array; None without collectives."""
+        size = lambda line: line.work.collective.largest.bytes
+        return max(self.collectives, key=size, default=None)
+
+    def uncounted_kernels(self) -> dict[str, int]:
+        """Kernels whose flops nobody told, with how often they run; their bytes are counted."""
+        names = collections.Counter()
+        for line in self.lines:
+            if line.work.uncounted:
+                names[line.op_name or line.instruction.name] += line.times
+        return dict(names)
+
+    def groups(self, value: Callable[[Line], float]) -> list[tuple[str, float]]:
+        """Sums of value x times over lines alike in all but numbers, the largest first."""
+        sums = collections.Counter()
+        for line in self.lines:
+            name = f'{re.sub(r"[.0-9]+$", "", line.instruction.name)}: {line.op_name}'
+            sums[re.sub(r'\d+', '*', name)] += line.times * value(line)
+        return sums.most_common()
+
+
+def analyse(
+    text: str,
+    where: Slice,
+    *,
+    trip_count: TripCount | None = None,
+    kernel_cost: KernelCost | None = None,
+) -> Costs:
+    """The costs of a program, from the text of its optimized, scheduled HLO.
+
+    Raises:
+      ValueError: at a loop of unknown length, unless `trip_count` gives one; if the slice is too
+        small for the program.
+    """
+    module = hlo.parse(text)
+    if module.num_devices > len(where.places):
+        raise ValueError(
+            f'The program is for {module.num_devices} devices, the slice has {len(where.places)}.'
+        )
+    counter = Counter(module, where, kernel_cost)
+    walk = _Walk(module, counter, trip_count or _known, compiler=False)
+    clock, lines = walk.run(module.computations[module.entry], 1, {})
+    walk = _Walk(module, counter, trip_count or _known, compiler=True)
+    compiler, _ = walk.run(module.computations[module.entry], 1, {})
+    rates = where.chip
+    collectives = [line for line in lines if line.work.collective]
+    return Costs(
+        lines=tuple(lines),
+        compute_seconds=sum(i.times * i.work.mxu_flops for i in lines) / rates.bf16_flops,
+        memory_seconds=sum(i.times * i.work.hbm_bytes for i in lines) / rates.hbm_bandwidth,
+        interconnect_seconds=sum(i.times * i.work.collective.seconds for i in collectives),
+        exposed_seconds=sum(i.times * i.waited for i in lines),
+        predicted_seconds=clock.seconds,
+        compiler_seconds=compiler.seconds,
+    )
+
+
+def _known(loop: hlo.Instruction, count: int | None) -> int:
+    if count is None:
+        raise ValueError(
+            f'How often {loop.name} ({loop.op_name}) runs cannot be told from the program; '
+            'trip_count must say.'
+        )
+    return count
+
+
+@dataclasses.dataclass
+class _Clock:
+    """Time, and the two queues that work beside the core: copies in HBM, and the interconnect.
+
+    Queues are in seconds of work, served in order. Copies get what the core leaves of the HBM.
+    """
+
+    seconds: float = 0.0
+    queued: dict[str, float] = dataclasses.field(default_factory=lambda: {'hbm': 0.0, 'ici': 0.0})
+    served: dict[str, float] = dataclasses.field(default_factory=lambda: {'hbm': 0.0, 'ici': 0.0})
+    busy: dict[str, float] = dataclasses.field(default_factory=lambda: {'hbm': 0.0, 'ici': 0.0})
+
+    def advance(self, seconds: float, hbm: float = 0.0, ici: float = 0.0) -> None:
+        """Lets time pass, of which the core itself uses this much HBM and interconnect time."""
+        self.seconds += seconds
+        for queue, used in (('hbm', hbm), ('ici', ici)):
+            self.busy[queue] += used
+            done = self.served[queue] + max(0.0, seconds - used)
+            self.served[queue] = min(self.queued[queue], done)
+
+    def start(self, queue: str, seconds: float) -> float:
+        """Queues work and returns the mark at which it is done."""
+        self.queued[queue] += seconds
+        self.busy[queue] += seconds
+        return self.queued[queue]
+
+    def wait(self, queue: str, mark: float) -> float:
+        seconds = max(0.0, mark - self.served[queue])
+        self.advance(seconds)
+        return seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """Runs through the schedule. `compiler` adds the compiler's estimates to the roofline."""
+
+    module: hlo.Module
+    counter: Counter
+    trip_count: TripCount
+    compiler: bool
+
+    def run(
+        self, computation: hlo.Computation, times: int, known: dict[int, int]
+    ) -> tuple[_Clock, list[Line]]:
+        """One run of a computation that runs `times` in all; `known` as in hlo.trip_count."""
+        clock, lines, marks = _Clock(), [], {}
+        for i in computation.instructions:
+            if i.opcode == 'while':
+                count, fixed = hlo.trip_count(self.module, computation, i, known)
+                count = self.trip_count(i, count)
+                for part in ('condition', 'body'):
+                    inner = self.module.computations[i.attribute(part).strip('%')]
+                    self._nested(clock, lines, [self.run(inner, times * count, fixed)], count)
+            elif i.opcode in ('conditional', 'call'):
+                called = [self.module.computations[name] for name in i.computations()]
+                self._nested(clock, lines, [self.run(inner, times, {}) for inner in called], 1)
+            elif self.counter.role(i) == 'done':
+                queue, mark = marks.pop(self.counter.started(computation, i), ('hbm', 0.0))
+                seconds = clock.wait(queue, mark)
+                waited = seconds if queue == 'ici' else 0.0
+                lines.append(Line(i, times, Work(), seconds, waited, _op_name(computation, i)))
+            elif i.opcode not in FREE and not i.opcode.endswith('-update'):
+                self._instruction(clock, lines, marks, computation, i, times)
+        return clock, lines
+
+    def _nested(self, clock, lines, runs, count: int) -> None:
+        """Adds `count` runs of the slowest of several computations."""
+        inner, inner_lines = max(runs, key=lambda run: run[0].seconds)
+        busy = {queue: count * seconds for queue, seconds in inner.busy.items()}
+        clock.advance(count * inner.seconds, **busy)
+        lines += inner_lines
+
+    def _instruction(self, clock, lines, marks, computation, i, times: int) -> None:
+        work = self.counter.work(computation, i)
+        rates = self.counter.where.chip
+        hbm = work.hbm_bytes / rates.hbm_bandwidth
+        busy = max(work.mxu_flops / rates.bf16_flops, hbm)
+        busy = max(busy, work.compiler_seconds) if self.compiler else busy
+        ici = work.collective.seconds if work.collective else 0.0
+        if self.counter.role(i) == 'start':
+            queue = 'ici' if work.collective else 'hbm'
+            marks[i.name] = (queue, clock.start(queue, ici if work.collective else hbm))
+            seconds, waited = work.mxu_flops / rates.bf16_flops, 0.0
+            clock.advance(seconds)
+        else:
+            seconds, waited = max(busy, ici), max(0.0, ici - busy)
+            clock.advance(seconds, hbm=hbm, ici=ici)
+        lines.append(Line(i, times, work, seconds, waited, _op_name(computation, i)))
+
+
+def _op_name(computation: hlo.Computation, i: hlo.Instruction) -> str:
+    """Its own op_name or that of what it copies."""
+    while not i.op_name and i.operands:
+        i = computation.by_name[i.operands[0]]
+    return i.op_name

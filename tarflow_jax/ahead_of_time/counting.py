@@ -1,0 +1,373 @@
+"""What single instructions of a TPU program do: FLOPs, bytes, collectives.
+
+Bytes follow XLA's own HloCostAnalysis (a fusion that reads an array only in slices reads the
+slices; one that updates a slice in place touches the slice), except that only HBM counts, not
+VMEM, that an asynchronous copy counts once and not at its start and end both, and that padding
+counts.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from tarflow_jax.ahead_of_time import hlo
+from tarflow_jax.ahead_of_time.chips import Slice
+
+COLLECTIVES = (
+    'all-reduce',
+    'all-gather',
+    'reduce-scatter',
+    'all-to-all',
+    'ragged-all-to-all',
+    'collective-permute',
+    'collective-broadcast',
+)
+FREE = frozenset(
+    'parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id'
+    ' opt-barrier add-dependency domain'.split()
+)
+_FREE_TARGETS = ('ConcatBitcast', 'AllocateBuffer', 'AssumeGatherIndicesInBound')
+_SLICES = ('slice', 'dynamic-slice', 'gather')
+_SAME_ELEMENTS = ('bitcast', 'reshape', 'transpose', 'convert', 'copy')
+
+# (flops, flops with MXU padding, HBM bytes) of a Pallas kernel call, or None for what it says itself
+KernelCost = Callable[[hlo.Instruction], tuple[float, float, float] | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective.
+
+    Args:
+      num_bytes: of one device: the arrays reduced, exchanged or permuted; of an all-gather the
+        gathered, of a reduce-scatter the unscattered ones.
+      groups: of devices by partition number; of a permutation (source, target) pairs.
+      largest: the largest array among those that it takes in or gives out.
+      seconds: by itself, on an idle interconnect.
+    """
+
+    kind: str
+    num_bytes: int
+    groups: tuple[tuple[int, ...], ...]
+    largest: hlo.Array
+    seconds: float
+
+    @property
+    def group_size(self) -> int:
+        """Devices in a group; 2 in a permutation."""
+        return max(map(len, self.groups))
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one instruction does each time.
+
+    Args:
+      flops: of matrix products and convolutions, 2 per multiply-add, and of kernels that tell.
+      mxu_flops: the same times the passes that the MXU takes: a float32 product with precision
+        'highest' takes 6, with 'high' 3.
+      hbm_bytes: read and written.
+      memory_bytes: the same with VMEM.
+      compiler_seconds: the compiler's own estimate; 0 where it gives none.
+    """
+
+    flops: float = 0.0
+    mxu_flops: float = 0.0
+    hbm_bytes: float = 0.0
+    memory_bytes: float = 0.0
+    compiler_seconds: float = 0.0
+    collective: Collective | None = None
+    uncounted: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Counter:
+    """Counts single instructions."""
+
+    module: hlo.Module
+    where: Slice
+    kernel_cost: KernelCost | None
+
+    def work(self, computation: hlo.Computation, i: hlo.Instruction) -> Work:
+        hbm_bytes, memory_bytes = self._bytes(computation, i)
+        flops, mxu_flops = self._flops(computation, i)
+        uncounted = False
+        if i.opcode == 'custom-call' and 'tpu_custom_call' in i.attributes:
+            told = self.kernel_cost and self.kernel_cost(i) or _cost_estimate(i)
+            flops, mxu_flops, kernel_bytes = told or (0.0, 0.0, 0.0)
+            hbm_bytes = kernel_bytes or hbm_bytes
+            uncounted = not told
+        cycles = i.backend_config.get('window_config', {}).get('estimated_cycles', 0)
+        return Work(
+            flops=flops,
+            mxu_flops=mxu_flops,
+            hbm_bytes=hbm_bytes,
+            memory_bytes=memory_bytes,
+            compiler_seconds=int(cycles) / self.where.chip.clock,
+            collective=self._collective(computation, i),
+            uncounted=uncounted,
+        )
+
+    def role(self, i: hlo.Instruction) -> str | None:
+        """'start' or 'done' of something asynchronous, 'step' of a collective amid other work.
+
+        TPU programs start and finish some collectives in fusions, and carry them on in fusions that
+        mostly compute; all of these contain the same collective, marked with a chain_id.
+        """
+        if i.opcode.endswith(('-start', '-done')):
+            return i.opcode.rpartition('-')[2]
+        if i.opcode != 'fusion':
+            return None
+        inside = self.module.computations[i.computations()[0]].instructions
+        attributes = ' '.join(j.attributes for j in inside if j.opcode == 'custom-call')
+        for role in ('Start', 'Done'):
+            if f'"AsyncCollective{role}"' in attributes:
+                return role.lower()
+        return 'step' if any(_is_piece(j) for j in inside) else None
+
+    def started(self, computation: hlo.Computation, done: hlo.Instruction) -> str:
+        """The name of the instruction that started what `done` waits for."""
+        i = computation.by_name[done.operands[0]]
+        while self.role(i) != 'start' and i.operands:  # `recv` has no start: the loop ends there
+            operand = 0
+            if i.opcode == 'get-tuple-element':
+                source = computation.by_name[i.operands[0]]
+                if self.role(source) == 'step':
+                    callee = self.module.computations[source.computations()[0]]
+                    handed_on = callee.root.operands[int(i.attribute('index'))]
+                    operand, i = int(callee.by_name[handed_on].inside), source
+            i = computation.by_name[i.operands[operand]]
+        return i.name
+
+    # FLOPs
+
+    def _flops(self, computation: hlo.Computation, i: hlo.Instruction) -> tuple[float, float]:
+        """Multiply-adds times 2, and that times MXU passes, of an instruction and its callees."""
+        if i.opcode in ('dot', 'convolution'):
+            operands = [computation.by_name[name].arrays[0] for name in i.operands]
+            flops = (_dot_flops if i.opcode == 'dot' else _convolution_flops)(i, *operands)
+            return flops, flops * _passes(i, [operand.dtype for operand in operands])
+        if i.opcode in ('fusion', 'call') or i.opcode.endswith('-start'):
+            return self._callee_flops(i.computations())
+        return 0.0, 0.0
+
+    def _callee_flops(self, names: tuple[str, ...]) -> tuple[float, float]:
+        flops = mxu_flops = 0.0
+        for name in names:
+            callee = self.module.computations[name]
+            for inner in callee.instructions:
+                more = self._flops(callee, inner)
+                flops, mxu_flops = flops + more[0], mxu_flops + more[1]
+        return flops, mxu_flops
+
+    # Bytes
+
+    def _bytes(self, computation: hlo.Computation, i: hlo.Instruction) -> tuple[float, float]:
+        """Bytes of an instruction in HBM, and in any memory."""
+        role = self.role(i)
+        free = any(f'"{target}"' in i.attributes for target in _FREE_TARGETS)
+        if free or i.opcode in FREE or role == 'done':
+            return 0.0, 0.0
+        operands = [computation.by_name[name].arrays for name in i.operands]
+        reads = [(a.space, a.padded_bytes) for operand in operands for a in operand]
+        writes = [(a.space, a.padded_bytes) for a in i.arrays]
+        opcode, inner = i.opcode.removesuffix('-start'), None
+        if opcode == 'async' or opcode == 'fusion':
+            inner = self.module.computations[i.computations()[0]]
+        if i.opcode.endswith('-start'):
+            done = _done(computation, i)
+            writes = [(a.space, a.padded_bytes) for a in done.arrays]
+            opcode = inner.root.opcode if inner else opcode
+        if i.opcode == 'fusion':
+            reads = [
+                (a.space, a.padded_bytes if touched is None else min(touched, a.padded_bytes))
+                for number, operand in enumerate(operands)
+                for touched in [self._touched(inner, inner.parameters[number].name)]
+                for a in operand
+            ]
+            roots = [inner.root.name]
+            if inner.root.opcode == 'tuple':
+                roots = inner.root.operands
+            if role == 'start':  # its first result is its operand, handed on
+                writes = writes[1:]
+            elif len(roots) == len(writes):
+                written = [_written(inner, root) for root in roots]
+                writes = [(s, size if w is None else w) for (s, size), w in zip(writes, written)]
+        elif opcode in _SLICES:
+            reads = [(reads[0][0], sum(size for _, size in writes)), *reads[1:]]
+        elif opcode == 'dynamic-update-slice':
+            reads, writes = reads[1:], [(reads[0][0], reads[1][1])]
+        moved = reads + writes
+        return (
+            float(sum(size for space, size in moved if space == hlo.HBM)),
+            float(sum(size for _, size in moved)),
+        )
+
+    def _touched(self, computation: hlo.Computation, name: str) -> float | None:
+        """Bytes of a fusion's parameter that the fusion reads; None for all."""
+        total = 0.0
+        if computation.by_name[name].is_root:
+            return None
+        for user in computation.users[name]:
+            first = user.operands.index(name) == 0 and user.operands.count(name) == 1
+            if _is_piece(user) or user.is_root and user.opcode == 'tuple':
+                size = 0.0
+            elif user.opcode in _SLICES and first:
+                size = user.arrays[0].padded_bytes
+            elif user.opcode == 'dynamic-update-slice' and first:
+                size = computation.by_name[user.operands[1]].arrays[0].padded_bytes
+            elif user.opcode in _SAME_ELEMENTS:
+                size = self._touched(computation, user.name)
+            elif user.opcode == 'fusion':
+                callee = self.module.computations[user.computations()[0]]
+                sizes = [
+                    self._touched(callee, callee.parameters[number].name)
+                    for number, operand in enumerate(user.operands)
+                    if operand == name
+                ]
+                size = None if None in sizes else sum(sizes)
+            else:
+                size = None
+            if size is None:
+                return None
+            total += size
+        return total
+
+    # Collectives
+
+    def _collective(self, computation: hlo.Computation, i: hlo.Instruction) -> Collective | None:
+        """The collective that an instruction is, or that its fusion contains."""
+        opcode = i.opcode.removesuffix('-start')
+        if opcode not in COLLECTIVES:
+            if i.opcode not in ('fusion', 'async-start') or self.role(i) == 'step':
+                return None
+            for name in i.computations():
+                callee = self.module.computations[name]
+                for inner in callee.instructions:
+                    if found := self._collective(callee, inner):
+                        return found
+            return None
+        taken = [a for name in i.operands for a in computation.by_name[name].arrays]
+        groups = hlo.groups(i, self.module.num_devices)
+        num_bytes = sum(array.bytes for array in taken)
+        if opcode == 'all-gather':
+            num_bytes *= max(map(len, groups))
+        elif opcode == 'all-reduce' and _scatters(computation, i.name):
+            opcode = 'reduce-scatter'  # the TPU's fused all-reduce and dynamic-slice
+        return Collective(
+            kind=opcode,
+            num_bytes=num_bytes,
+            groups=groups,
+            largest=max((*taken, *i.arrays), key=lambda array: array.bytes),
+            seconds=self.where.collective_seconds(opcode, num_bytes, groups),
+        )
+
+
+def _scatters(computation: hlo.Computation, name: str) -> bool:
+    """Whether a fused all-reduce is only used in slices."""
+    users = computation.users[name]
+    return bool(users) and all(
+        user.opcode == 'dynamic-slice'
+        or user.opcode in _SAME_ELEMENTS
+        and _scatters(computation, user.name)
+        for user in users
+    )
+
+
+def _is_piece(i: hlo.Instruction) -> bool:
+    """Whether it is one of the fused pieces of an asynchronous collective."""
+    return i.opcode in COLLECTIVES and 'chain_id=' in i.attributes
+
+
+def _done(computation: hlo.Computation, start: hlo.Instruction) -> hlo.Instruction:
+    for user in computation.users[start.name]:
+        if user.opcode.endswith('-done'):
+            return user
+        if user.opcode.endswith('-update'):
+            return _done(computation, user)
+    raise ValueError(f'{start.name} is never waited for.')
+
+
+def _written(computation: hlo.Computation, name: str) -> float | None:
+    """Bytes that a fusion's result writes if it updates a slice in place; None for all."""
+    i = computation.by_name[name]
+    while i.opcode == 'bitcast':
+        i = computation.by_name[i.operands[0]]
+    if i.opcode == 'parameter' or _is_piece(i):
+        return 0.0
+    if i.opcode != 'dynamic-update-slice':
+        return None
+    return computation.by_name[i.operands[1]].arrays[0].padded_bytes
+
+
+def _cost_estimate(kernel: hlo.Instruction) -> tuple[float, float, float] | None:
+    """What `pallas_call(cost_estimate=...)` left in the program."""
+    estimate = kernel.backend_config.get('custom_call_config', {}).get('cost_estimate')
+    if not estimate:
+        return None
+    flops = float(estimate['flops'])
+    return flops, flops, float(estimate['bytes_accessed'])
+
+
+def _passes(i: hlo.Instruction, dtypes: list[str]) -> int:
+    """How often the MXU, which multiplies bfloat16, goes over the operands."""
+    algorithm = i.attribute('algorithm') or ''
+    if found := re.search(r'_x(\d)$', algorithm):
+        return int(found.group(1))
+    wide = sum(dtype in ('f32', 'f64') for dtype in dtypes)
+    if not wide:
+        return 1
+    precision = re.findall(r'\w+', i.attribute('operand_precision') or '')
+    if 'highest' in precision or algorithm == 'dot_f32_f32_f32':
+        return 6 if wide == 2 else 3  # float32 is a sum of three bfloat16, low products left out
+    return (3 if wide == 2 else 2) if 'high' in precision else 1
+
+
+def _dot_flops(dot: hlo.Instruction, left: hlo.Array, right: hlo.Array) -> float:
+    contracted = re.findall(r'\d+', dot.attribute('lhs_contracting_dims') or '')
+    return 2.0 * math.prod(dot.arrays[0].dims) * math.prod(left.dims[int(d)] for d in contracted)
+
+
+def _convolution_flops(i: hlo.Instruction, image: hlo.Array, kernel: hlo.Array) -> float:
+    """Multiply-adds with the image, not with its padding, as XLA counts: matrix products appear on
+    TPU as convolutions whose window is mostly padding."""
+    of_image, of_kernel, of_result = re.split('_|->', i.attribute('dim_labels'))
+    window = dict(re.findall(r'(\w+)=([\dx_\-]+)', i.attribute('window') or ''))
+    per_axis = lambda key, default: window[key].split('x') if key in window else [default] * 9
+    pairs = 1
+    for axis in sorted(set(of_image) & set('0123456789')):
+        n, out, width = (
+            array.dims[labels.index(axis)]
+            for array, labels in ((image, of_image), (i.arrays[0], of_result), (kernel, of_kernel))
+        )
+        pairs *= _window_pairs(
+            n,
+            out,
+            width,
+            stride=int(per_axis('stride', 1)[int(axis)]),
+            low=int(str(per_axis('pad', '0_0')[int(axis)]).split('_')[0]),
+            image_dilation=int(per_axis('lhs_dilate', 1)[int(axis)]),
+            kernel_dilation=int(per_axis('rhs_dilate', 1)[int(axis)]),
+        )
+    batch = image.dims[of_image.index('b')] // int(i.attribute('batch_group_count') or 1)
+    features = image.dims[of_image.index('f')] // int(i.attribute('feature_group_count') or 1)
+    return 2.0 * batch * features * kernel.dims[of_kernel.index('o')] * pairs
+
+
+@functools.lru_cache(maxsize=None)
+def _window_pairs(
+    size: int,
+    out: int,
+    width: int,
+    stride: int,
+    low: int,
+    image_dilation: int,
+    kernel_dilation: int,
+) -> int:
+    """(output, kernel) positions along one axis that meet an element of the image."""
+    at = np.arange(out)[:, None] * stride - low + np.arange(width) * kernel_dilation
+    return int(((at >= 0) & (at < size * image_dilation) & (at % image_dilation == 0)).sum())

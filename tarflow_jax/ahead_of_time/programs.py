@@ -1,0 +1,153 @@
+"""The programs that training, evaluation and sampling run, lowered for devices that are not there."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from tarflow_jax import config as configs
+from tarflow_jax.ahead_of_time import hlo
+from tarflow_jax.evaluation import bits_per_dim
+from tarflow_jax.flow import sampling
+from tarflow_jax.flow.likelihood import denoise
+from tarflow_jax.training import sharding
+from tarflow_jax.training.metrics import model_flops
+from tarflow_jax.training.state import abstract_state, variables_of
+from tarflow_jax.training.step import jitted_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One compiled program of a step.
+
+    Args:
+      lower: gives the `jax.stages.Lowered`.
+      times: that it runs in a step.
+    """
+
+    name: str
+    lower: Callable
+    times: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What runs again and again: a train step, the evaluation of a batch, a batch of samples.
+
+    Args:
+      batch_size: over all devices.
+      model_flops: over all devices, recomputation not counted.
+      resident: the arrays, abstract, that stay on the devices all the time.
+      cache_bytes: of the key/value caches over all devices.
+    """
+
+    programs: tuple[Program, ...]
+    batch_size: int
+    model_flops: float
+    resident: object
+    cache_bytes: float = 0.0
+
+
+def train(config, plan, mesh) -> Step:
+    """A train step on config.train.batch_size images."""
+    batch_size = config.train.batch_size
+    sharding.check(mesh, batch_size, 'train.batch_size', config.train.accumulation)
+    optimizer = configs.optimizer(config, lambda k: 1e-4)
+    state = abstract_state(plan.model, optimizer, ema=plan.recipe.ema_decay > 0)
+    state = sharding.placed(state, mesh)
+    step = jitted_train_step(state, mesh, plan.model, optimizer, plan.recipe)
+    program = Program('train_step', lambda: step.lower(state, _batch(plan, mesh, batch_size), _key()))
+    return Step((program,), batch_size, batch_size * model_flops(plan.model), state)
+
+
+def evaluate(config, plan, mesh) -> Step:
+    """The likelihood and the training loss of config.evaluate.batch_size images."""
+    batch_size = config.evaluate.batch_size
+    sharding.check(mesh, batch_size, 'evaluate.batch_size')
+    variables = _variables(plan, mesh)
+    program = Program('evaluate', lambda: bits_per_dim.scores.lower(
+        plan.model, plan.recipe, variables, _batch(plan, mesh, batch_size), _key()
+    ))
+    # Two forward passes, each a third of a train step.
+    flops = batch_size * model_flops(plan.model) * 2 / 3
+    return Step((program,), batch_size, flops, variables)
+
+
+def sample(config, plan, mesh) -> Step:
+    """config.sample.batch_size images with the config's guidance and denoising."""
+    model, batch_size, guidance = plan.model, config.sample.batch_size, plan.guidance
+    sharding.check(mesh, batch_size, 'sample.batch_size')
+    variables = _variables(plan, mesh)
+    split = sharding.batch_sharding(mesh)
+    sequence = _split((batch_size, model.num_patches, model.patch_dim), jnp.float32, split)
+    images = _batch(plan, mesh, batch_size)['image']
+    images = _split(images.shape, jnp.float32, split)
+    labels = _split((batch_size,), jnp.int32, split) if model.num_classes else None
+    guided = guidance.weight > 0
+    rule = (guidance.target, guidance.rule) if guided else None
+    weights = jax.ShapeDtypeStruct((model.num_patches - 1,), jnp.float32) if guided else None
+
+    def block(index: int) -> Callable:
+        return lambda: sampling.invert_block.lower(
+            model.block_module(index), rule, variables['params'][f'block_{index}'], sequence,
+            labels, np.bool_(False), weights, guidance.temperature if guided else 1.0,
+        )
+
+    depths = model.layers_per_block
+    programs = [
+        Program(f'invert_block of {depth} layers', block(depths.index(depth)), depths.count(depth))
+        for depth in dict.fromkeys(depths)
+    ]
+    branches = 2 if guided else 1
+    flops = batch_size * branches * model_flops(model) / 3
+    if plan.gaussian_noise_std and config.sample.denoise_strength:
+        step = jax.jit(lambda v, x, y: denoise(model, v, x, y, noise_std=plan.gaussian_noise_std))
+        programs.append(Program('denoise', lambda: step.lower(variables, images, labels)))
+        flops += batch_size * model_flops(model) * 2 / 3  # forward, and backward to the images
+    cache = branches * batch_size * max(depths) * 2 * model.num_patches * model.width
+    cache *= jnp.dtype(model.dtype).itemsize
+    return Step(tuple(programs), batch_size, flops, variables, cache)
+
+
+PROGRAMS = {'train': train, 'evaluate': evaluate, 'sample': sample}
+
+
+def _split(shape, dtype, where):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+
+def _key():
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def _batch(plan, mesh, batch_size: int) -> dict:
+    model, where = plan.model, sharding.batch_sharding(mesh)
+    shape = (batch_size, model.image_size, model.image_size, model.image_channels)
+    return {
+        'image': _split(shape, jnp.uint8, where), 'label': _split((batch_size,), jnp.int32, where)
+    }
+
+
+def _variables(plan, mesh) -> dict:
+    state = abstract_state(plan.model, optax.identity(), ema=False)
+    return sharding.placed(variables_of(state.params, state.prior), mesh)
+
+
+def splash_cost(call: hlo.Instruction) -> tuple[float, float, float] | None:
+    """FLOPs, FLOPs with the MXU's padding, and HBM bytes of a splash attention kernel.
+
+    The kernel leaves out the tiles above the diagonal. Its matrix products have head_dim as a
+    contracted or as the last axis, of which the MXU takes 128 at once.
+    """
+    products = {'fwd': 2, 'dq': 3, 'dkv': 4}
+    found = [count for name, count in products.items() if f'splash_mha_{name}' in call.op_name]
+    if not found:
+        return None
+    batch, heads, length, head_dim = next(a.dims for a in call.arrays if len(a.dims) == 4)
+    tiles = max(1, length // 512)
+    part = (tiles + 1) / (2 * tiles)
+    flops = found[0] * 2.0 * batch * heads * length * length * head_dim * part
+    return flops, flops * max(1.0, 128 / head_dim), 0.0

@@ -1,0 +1,253 @@
+"""A step compiled for a TPU slice on a machine without one: whether it fits, and how long it takes."""
+
+import logging
+import time
+from pathlib import Path
+
+import jax
+
+from tarflow_jax import config as configs
+from tarflow_jax.ahead_of_time import cost, programs
+from tarflow_jax.ahead_of_time.chips import CHIPS, out_of_memory
+from tarflow_jax.ahead_of_time.topology import Topology
+from tarflow_jax.training import sharding
+
+GIB = 2**30
+
+log = logging.getLogger(__name__)
+
+
+def compile_for(config, topology: Topology, program: str, save_to: Path | None = None) -> dict:
+    """Compiles a step of the config for the topology and says what it costs.
+
+    Args:
+      config: as `tarflow_jax.config.default` makes; `mesh` and the batch size are for the slice.
+      program: one of programs.PROGRAMS.
+      save_to: folder for the text of the compiled programs.
+    Returns:
+      JSON values; sizes in bytes, times in seconds, both per chip and step; see README.
+    Raises:
+      ValueError: if the config and the slice do not fit together.
+    """
+    plan = configs.plan(config)
+    mesh = sharding.make_mesh(**config.mesh, devices=topology.devices)
+    plan = plan.on(sharding.Layout(mesh, config.model.attention))
+    step = programs.PROGRAMS[program](config, plan, mesh)
+    chip = CHIPS[topology.chip]
+    row = {
+        'topology': topology.name,
+        'program': program,
+        'chips': topology.chips,
+        'mesh': dict(mesh.shape),
+        'batch_size': step.batch_size,
+        'remat': config.model.remat,
+        'attention': plan.model.layout.kernel(plan.model.dtype, plan.model.num_patches),
+        'parameters': _size(getattr(step.resident, 'params', step.resident), sharded=False) // 4,
+        'parameter_bytes': _size(getattr(step.resident, 'params', step.resident)),
+        'model_flops': step.model_flops / topology.chips,
+        'cache_bytes': step.cache_bytes / topology.chips,
+        'hbm_capacity_bytes': chip.hbm_bytes,
+        'hbm_usable_bytes': chip.usable_hbm_bytes,
+        'compile_seconds': 0.0,
+    }
+    parts, memory = [], []
+    for part in step.programs:
+        start = time.perf_counter()
+        try:
+            compiled = part.lower().compile()
+        except jax.errors.JaxRuntimeError as error:
+            needed = out_of_memory(str(error))
+            if needed is None:
+                raise
+            return row | {
+                'fits': False,
+                'hbm_total_bytes': needed.needed_bytes,
+                'does_not_fit': part.name,
+                'predicted_step_seconds': None,
+                'predicted_mfu': None,
+            }
+        row['compile_seconds'] += time.perf_counter() - start
+        text = compiled.as_text()
+        if save_to:
+            save_to.mkdir(parents=True, exist_ok=True)
+            name = f'{topology.name}_{part.name}'.replace(':', '_').replace(' ', '_')
+            (save_to / f'{name}.hlo.txt').write_text(text)
+        costs = cost.analyse(text, topology.where(mesh), kernel_cost=programs.splash_cost)
+        parts.append((part.times, costs))
+        memory.append(compiled.memory_analysis())
+    return row | _memory(step, memory, chip) | _time(parts, row['model_flops'], chip)
+
+
+def _size(tree, sharded: bool = True) -> int:
+    """Bytes of one device's part of the arrays, or of them all."""
+    shape = lambda x: x.sharding.shard_shape(x.shape) if sharded else x.shape  # noqa: E731
+    return sum(
+        jax.ShapeDtypeStruct(shape(x), x.dtype).size * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )
+
+
+def _memory(step, memory, chip) -> dict:
+    """HBM by kind, of the largest of the programs while the resident arrays stay."""
+
+    def kinds(m) -> dict:
+        return {
+            'arguments': max(m.argument_size_in_bytes, _size(step.resident)),
+            'temporaries': m.temp_size_in_bytes,
+            'output': m.output_size_in_bytes - m.alias_size_in_bytes,
+            'code': m.generated_code_size_in_bytes,
+        }
+
+    largest = max(map(kinds, memory), key=lambda k: sum(k.values()))
+    total = sum(largest.values())
+    return {
+        'hbm_bytes': largest,
+        'hbm_total_bytes': total,
+        'fits': total <= chip.usable_hbm_bytes,
+    }
+
+
+def _time(parts, model_flops: float, chip) -> dict:
+    total = lambda value: sum(times * value(costs) for times, costs in parts)  # noqa: E731
+    collectives = {}
+    for times, costs in parts:
+        for kind, (count, size) in costs.by_kind().items():
+            before = collectives.get(kind, {'count': 0, 'bytes': 0})
+            collectives[kind] = {
+                'count': before['count'] + times * count, 'bytes': before['bytes'] + times * size
+            }
+    moved = [line for _, costs in parts if (line := costs.largest_moved())]
+    largest = max(moved, key=lambda line: line.work.collective.largest.bytes, default=None)
+    seconds = total(lambda c: c.predicted_seconds)
+    attention = total(lambda c: sum(
+        line.times * line.work.hbm_bytes for line in c.lines if '/attention/' in line.op_name
+    ))
+    moved_bytes = total(lambda c: c.total('hbm_bytes'))
+    return {
+        'flops': total(lambda c: c.total('flops')),
+        'hbm_traffic_bytes': moved_bytes,
+        'attention_traffic_share': attention / moved_bytes,
+        'collectives': collectives,
+        'collective_bytes': sum(kind['bytes'] for kind in collectives.values()),
+        'largest_array_moved': largest and {
+            'shape': list(largest.work.collective.largest.dims), 'op': largest.op_name
+        },
+        'compute_seconds': total(lambda c: c.compute_seconds),
+        'memory_seconds': total(lambda c: c.memory_seconds),
+        'interconnect_seconds': total(lambda c: c.interconnect_seconds),
+        'exposed_interconnect_seconds': total(lambda c: c.exposed_seconds),
+        'predicted_step_seconds': seconds,
+        'predicted_mfu': model_flops / seconds / chip.bf16_flops,
+        'compiler_step_seconds': total(lambda c: c.compiler_seconds),
+        'uncounted_kernels': sum((list(c.uncounted_kernels()) for _, c in parts), []),
+    }
+
+
+def smallest_change(config, topology: Topology, program: str) -> dict | None:
+    """The first of some changes with which the step fits, tried one after another.
+
+    Less is kept for the backward pass, then the state is split over more chips, then the batch is
+    made smaller.
+
+    Returns:
+      the row of `compile_for`, with 'change'; None if nothing helped.
+    """
+    for change in _changes(config, topology, program):
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict(change)
+        text = ' '.join(f'--config.{field}={value}' for field, value in change.items())
+        try:
+            row = compile_for(changed, topology, program)
+        except ValueError:  # sizes that do not divide
+            continue
+        log.info('%s with %s: %s', topology.name, text, 'fits' if row['fits'] else 'does not fit')
+        if row['fits']:
+            return row | {'change': text}
+    return None
+
+
+def _changes(config, topology: Topology, program: str):
+    remat = {}
+    if program == 'train' and config.model.remat != 'layer':
+        remat = {'model.remat': 'layer'}
+        yield remat
+    chips = topology.chips // topology.slices // max(config.mesh.tensor, 1)
+    fsdp = config.mesh.fsdp
+    while 1 <= fsdp * 4 <= chips:
+        fsdp *= 4
+        yield {**remat, 'mesh.data': -1, 'mesh.fsdp': fsdp}
+    split = {'mesh.data': -1, 'mesh.fsdp': fsdp} if fsdp > config.mesh.fsdp else {}
+    size = config[program].batch_size
+    for part in (2, 4, 8):
+        if size % part == 0:
+            yield {**remat, **split, f'{program}.batch_size': size // part}
+
+
+def lines(row: dict) -> list[str]:
+    """What a person reads of one row."""
+    gib = lambda size: f'{size / GIB:.2f} GiB'  # noqa: E731
+    mesh = ' x '.join(f'{axis} {size}' for axis, size in row['mesh'].items() if size > 1) or 'one'
+    found = [
+        f'{row["topology"]}: {row["program"]}, {row["chips"]} chips as {mesh}, batch '
+        f'{row["batch_size"]}, remat {row["remat"]}, attention {row["attention"]}',
+        f'  parameters   {row["parameters"]:,}, {gib(row["parameter_bytes"])} per chip',
+    ]
+    limit = f'of {gib(row["hbm_usable_bytes"])} usable of {gib(row["hbm_capacity_bytes"])}'
+    if not row['fits'] and 'hbm_bytes' not in row:
+        return [*found, f'  HBM          DOES NOT FIT: {row["does_not_fit"]} needs '
+                        f'{gib(row["hbm_total_bytes"])} {limit}']
+    kinds = ', '.join(f'{kind} {gib(size)}' for kind, size in row['hbm_bytes'].items() if size)
+    verdict = 'fits' if row['fits'] else 'DOES NOT FIT'
+    found += [f'  HBM          {verdict}: {gib(row["hbm_total_bytes"])} {limit} ({kinds})']
+    if row['cache_bytes']:
+        found += [f'  KV cache     {gib(row["cache_bytes"])} per chip, among the temporaries']
+    found += [
+        f'  compute      {row["compute_seconds"]:.4f} s: {row["flops"] / 1e12:.1f} TFLOP, '
+        f'{row["model_flops"] / 1e12:.1f} of them the model\'s',
+        f'  memory       {row["memory_seconds"]:.4f} s: {row["hbm_traffic_bytes"] / 1e9:.1f} GB, '
+        f'{row["attention_traffic_share"]:.0%} of them for attention',
+        f'  interconnect {row["interconnect_seconds"]:.4f} s, of which '
+        f'{row["exposed_interconnect_seconds"]:.4f} s are waited for',
+    ]
+    found += [
+        f'    {kind:18} {value["count"]:6d} x, {value["bytes"] / 1e6:10.1f} MB'
+        for kind, value in row['collectives'].items()
+    ]
+    if row['uncounted_kernels']:
+        found += [f'  not counted  kernels {", ".join(row["uncounted_kernels"])}']
+    found += [
+        f'  step         {row["predicted_step_seconds"]:.4f} s predicted, '
+        f'{row["predicted_mfu"]:.1%} of the peak '
+        f'(compiler\'s estimate {row["compiler_step_seconds"]:.4f} s)',
+        f'  compiled in  {row["compile_seconds"]:.1f} s',
+    ]
+    return found
+
+
+COLUMNS = (
+    ('topology', 14, lambda r: r['topology']),
+    ('chips', 5, lambda r: str(r['chips'])),
+    ('batch', 6, lambda r: str(r['batch_size'])),
+    ('fits', 4, lambda r: 'yes' if r['fits'] else 'NO'),
+    ('HBM GiB', 7, lambda r: f'{r["hbm_total_bytes"] / GIB:.2f}'),
+    ('of GiB', 6, lambda r: f'{r["hbm_usable_bytes"] / GIB:.2f}'),
+    ('coll. MB', 8, lambda r: f'{r["collective_bytes"] / 1e6:.0f}'),
+    ('step s', 8, lambda r: f'{r["predicted_step_seconds"]:.4f}'),
+    ('MFU', 5, lambda r: f'{r["predicted_mfu"]:.0%}'),
+    ('compile s', 9, lambda r: f'{r["compile_seconds"]:.0f}'),
+)
+
+
+def table(rows: list[dict]) -> list[str]:
+    """One line per topology under one of headings."""
+
+    def cell(row, value) -> str:
+        try:
+            return value(row)
+        except (KeyError, TypeError):  # of a step that does not fit there is no time
+            return '-'
+
+    head = '  '.join(f'{name:>{width}}' for name, width, _ in COLUMNS)
+    return [head] + [
+        '  '.join(f'{cell(row, value):>{width}}' for _, width, value in COLUMNS) for row in rows
+    ]

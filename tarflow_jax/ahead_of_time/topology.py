@@ -1,0 +1,93 @@
+"""Slices of TPUs by name, described by the TPU compiler on a machine that has none."""
+
+import dataclasses
+import math
+import os
+import re
+
+import jax
+from jax.experimental import topologies
+
+from tarflow_jax.ahead_of_time.chips import CHIPS, Slice
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A slice of TPU chips, or several of the same kind joined by the datacenter network.
+
+    Args:
+      name: such as 'v5e:16x16', 'v4:4x4x4' or '2*v5e:16x16' for two slices.
+      devices: to build a mesh of, as `jax.devices()` would give them there.
+    """
+
+    name: str
+    chip: str
+    shape: tuple[int, ...]
+    slices: int
+    devices: tuple
+
+    @property
+    def chips(self) -> int:
+        return self.slices * math.prod(self.shape)
+
+    def where(self, mesh) -> Slice:
+        """The place of every partition of a program for this mesh of its devices.
+
+        With several slices they are put side by side along the first axis, as if the chip
+        interconnect joined them.
+        """
+        axes = len(self.shape)
+
+        def place(device):
+            first, *rest = device.coords[:axes]
+            return (first + getattr(device, 'slice_index', 0) * self.shape[0], *rest)
+
+        shape = (self.slices * self.shape[0], *self.shape[1:])
+        return Slice(CHIPS[self.chip], shape, tuple(place(d) for d in mesh.devices.flat))
+
+
+def check(name: str) -> tuple[str, tuple[int, ...], int]:
+    """Chip, shape and number of slices that a name stands for; ValueError if it is none."""
+    found = re.fullmatch(r'(?:(\d+)\*)?(\w+):(\d+(?:x\d+)*)', name)
+    if not found or found[2] not in CHIPS:
+        raise ValueError(
+            f'--topology {name!r} is none of {", ".join(CHIPS)} with a shape, such as v5e:16x16, '
+            'v4:4x4x4, or 2*v5e:16x16 for two slices.'
+        )
+    chip, shape = found[2], tuple(map(int, found[3].split('x')))
+    axes = CHIPS[chip].torus_axes
+    if len(shape) != axes:
+        example = 'x'.join(['4'] * axes)
+        raise ValueError(f'--topology {name!r}: slices of {chip} have {axes} axes, as {example}.')
+    return chip, shape, int(found[1] or 1)
+
+
+def describe(name: str) -> Topology:
+    """The topology of this name, from the TPU compiler (libtpu).
+
+    Raises:
+      ValueError: if there is no such topology, or libtpu is not installed.
+    """
+    chip, shape, slices = check(name)
+    # Nobody is to be asked which TPU this is: it is none.
+    os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+    os.environ.setdefault('TPU_ACCELERATOR_TYPE', f'{chip}-1')
+    os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+    jax.config.update('jax_platforms', 'cpu')
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            "--mode=compile needs the TPU compiler; install it with pip install 'tarflow-jax[tpu]'."
+        ) from None
+    more = {'num_slices': slices} if slices > 1 else {}
+    if chip == 'v4':
+        more['chip_config_name'] = 'megacore'  # one device per chip, as JAX has it on a real v4
+    text = 'x'.join(map(str, shape))
+    try:
+        found = topologies.get_topology_desc(
+            platform='tpu', topology_name=f'{chip}:{text}', **more
+        )
+    except Exception as error:  # whatever the plugin raises
+        raise ValueError(f'--topology {name!r} is unknown to the TPU compiler: {error}') from error
+    return Topology(name, chip, shape, slices, tuple(found.devices))

@@ -1,0 +1,102 @@
+"""Attention: over a key/value cache, and causal over whole sequences by the kernel of the chip.
+
+Shape suffixes: B images, H heads, S queries, T keys, K head_dim.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def at_least_float32(dtype) -> jnp.dtype:
+    """float32 for narrower types; float64 stays (the tests differentiate in float64)."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def attention(q_BxHxSxK: Array, k_BxHxTxK: Array, v_BxHxTxK: Array, mask: Array, scale) -> Array:
+    """Softmax attention, logits and softmax in float32. Returns [B, H, S, K] in q's type.
+
+    Args:
+      mask: broadcastable to [B, H, S, T], True where a query may look.
+      scale: multiplies the logits; a number, or an array broadcastable to [B, H, S, T].
+    """
+    wide = at_least_float32(q_BxHxSxK.dtype)
+    precision = None if q_BxHxSxK.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    logits = jnp.einsum(
+        'bhsk,bhtk->bhst', q_BxHxSxK, k_BxHxTxK, precision=precision, preferred_element_type=wide
+    )
+    logits = jnp.where(mask, logits * scale, -jnp.inf)
+    weights = jax.nn.softmax(logits, axis=-1).astype(q_BxHxSxK.dtype)
+    out = jnp.einsum(
+        'bhst,bhtk->bhsk', weights, v_BxHxTxK, precision=precision, preferred_element_type=wide
+    )
+    return out.astype(q_BxHxSxK.dtype)
+
+
+def kernel_for(platform: str, dtype, length: int) -> str:
+    """The kernel for causal attention over `length` positions on 'tpu', 'gpu' or 'cpu'.
+
+    'splash' and 'cudnn' keep the T x T logits on the chip. Both are for bfloat16: their float32
+    products are rounded, which would cost the likelihood its digits. 'xla' is for everything else.
+    """
+    if dtype != jnp.bfloat16:
+        return 'xla'
+    if platform == 'tpu' and length % _BLOCK == 0:
+        return 'splash'
+    return 'cudnn' if platform == 'gpu' else 'xla'
+
+
+def causal_attention(kernel: str, q: Array, k: Array, v: Array, scale) -> Array:
+    """Attention of every position to itself and those before it: [B, H, T, K] each, and returned.
+
+    Args:
+      kernel: one of KERNELS, as `kernel_for` chooses.
+      scale: multiplies the logits; a number, or [B, 1, 1, 1].
+    """
+    return KERNELS[kernel](q, k, v, scale)
+
+
+def _xla(q, k, v, scale):
+    T = q.shape[2]
+    return attention(q, k, v, jnp.tril(jnp.ones((T, T), bool)), scale)
+
+
+def _cudnn(q, k, v, scale):
+    # Scaling q instead of the logits allows one scale per image, and is exact for a power of two.
+    q, k, v = (x.swapaxes(1, 2) for x in ((q * scale).astype(q.dtype), k, v))
+    return jax.nn.dot_product_attention(
+        q, k, v, scale=1.0, is_causal=True, implementation='cudnn'
+    ).swapaxes(1, 2)
+
+
+_BLOCK = 128  # the kernel's tiles are multiples of the 128 lanes of the chip
+
+
+def _splash(q, k, v, scale, interpret=False):
+    kernel = _splash_kernel(q.shape[1], q.shape[2], interpret)
+    return jax.vmap(kernel)((q * scale).astype(q.dtype), k, v)
+
+
+def _splash_kernel(heads: int, length: int, interpret: bool):
+    # Imported here: it takes a third of a second, which only TPUs should pay for.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    block = max(b for b in (128, 256, 512) if length % b == 0)
+    sizes = splash.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block,
+        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
+        block_q_dq=block, block_kv_dq=block,
+    )
+    mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
+    return splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
+
+
+KERNELS = {
+    'xla': _xla,
+    'cudnn': _cudnn,
+    'splash': _splash,
+    'splash_interpreted': functools.partial(_splash, interpret=True),  # runs anywhere, slowly
+}

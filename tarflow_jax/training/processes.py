@@ -1,0 +1,109 @@
+"""Many processes as one run: starting them, stopping them together, and what the exit codes mean."""
+
+import contextlib
+import os
+import signal
+import threading
+
+import jax
+from jax.experimental import multihost_utils
+
+MODES = ('auto', 'on', 'off')
+START_AGAIN = 75  # exit code: stopped by SIGTERM and saved; the same command goes on from there
+DIVERGED = 76  # exit code: starting again would only diverge again
+# A worker that is gone is noticed, and all others end, after so many seconds.
+HEARTBEAT_SECONDS = 30
+
+_EXPLICIT = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
+
+
+def start(mode: str = 'auto') -> None:
+    """Joins the other processes of this run, if there are any. Call before JAX's backend starts.
+
+    With 'auto', where the environment speaks of more than one process: the three variables
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (launch/local_processes.sh), a
+    Slurm step, or GKE's TPU_WORKER_HOSTNAMES. With 'on' always, and JAX finds out about the others
+    (on Cloud TPU VMs only the metadata server knows them).
+
+    Raises:
+      ValueError: if the environment contradicts itself.
+      RuntimeError: if the others cannot be reached.
+    """
+    given = {name: os.environ[name] for name in _EXPLICIT if os.environ.get(name)}
+    explicit = len(given) == len(_EXPLICIT)
+    if given and not explicit and mode != 'off':
+        missing = ', '.join(name for name in _EXPLICIT if name not in given)
+        raise ValueError(f'{", ".join(given)} is set and {missing} is not; set all three or none.')
+    if mode == 'off' or (mode == 'auto' and not _several(given if explicit else {})):
+        return
+    # With it a SIGTERM to any process makes all stop at the same step; see `Stop`.
+    jax.config.update('jax_enable_preemption_service', True)
+    where = {}
+    if explicit:
+        address, count, index = (given[name] for name in _EXPLICIT)
+        try:
+            where = dict(num_processes=int(count), process_id=int(index))
+        except ValueError:
+            raise ValueError(
+                f'JAX_NUM_PROCESSES {count!r} and JAX_PROCESS_ID {index!r} must be numbers.'
+            ) from None
+        where |= dict(coordinator_address=address, cluster_detection_method='deactivate')
+    jax.distributed.initialize(
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+        **where,
+    )
+
+
+def _several(given: dict) -> bool:
+    if given:
+        return given['JAX_NUM_PROCESSES'] != '1'
+    tasks = os.environ.get('SLURM_STEP_NUM_TASKS', '1') if 'SLURM_JOB_ID' in os.environ else '1'
+    return tasks != '1' or ',' in os.environ.get('TPU_WORKER_HOSTNAMES', '')
+
+
+class Stop:
+    """Whether, and with which exit code, a run is to stop: asked between steps, a context manager.
+
+    Ctrl-C or SIGTERM inside of a step could lose the state: its buffers are given to the step
+    before the step returns the next ones. So they are only noted. Of several processes each gets
+    the signal at another step, or only one does: JAX agrees on one step for all.
+
+    A second Ctrl-C raises at once.
+    """
+
+    def __init__(self):
+        self._code = None
+        self._restore = contextlib.ExitStack()
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            # A Ctrl-C that is ignored, under nohup and the like, stays so.
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                self._handle(signal.SIGINT, 130)
+            if jax.process_count() == 1 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+                self._handle(signal.SIGTERM, START_AGAIN)
+        return self
+
+    def __exit__(self, *_):
+        self._restore.close()
+
+    def _handle(self, number, code: int) -> None:
+        before = signal.getsignal(number)
+
+        def note(*_):
+            self._code = code
+            signal.signal(number, before)
+            if jax.process_count() > 1:
+                os.kill(os.getpid(), signal.SIGTERM)  # JAX tells the others
+
+        signal.signal(number, note)
+        self._restore.callback(signal.signal, number, before)
+
+    def after(self, step: int) -> int | None:
+        """The exit code if the run is to stop after this step; all processes ask at every step."""
+        if jax.process_count() == 1:
+            return self._code
+        if multihost_utils.reached_preemption_sync_point(step):
+            return self._code or START_AGAIN
+        return None
