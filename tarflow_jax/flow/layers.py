@@ -37,6 +37,10 @@ class OneDevice:
         """The parameters of one block, brought together for a loop of many short steps."""
         return params
 
+    def gather_one(self, kernel: Array, path: str) -> Array:
+        """A kernel brought together for one product; its path is that within a block."""
+        return kernel
+
     def to_host(self, x: Array) -> np.ndarray:
         return np.asarray(x)
 
@@ -64,25 +68,44 @@ class Linear(nn.Module):
 
     Kernel [*inputs, *outputs], bias [*outputs]; both start uniform in +-1/sqrt(fan_in) (the
     recipe's initialisation), or the kernel at zero.
+
+    Args:
+      path: of the module within a block, for the layout.
+      parts: the outputs are so many arrays, each [*outputs], of a kernel [*inputs, parts, *outputs].
     """
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    path: str = ''
     dtype: jnp.dtype = jnp.float32
+    layout: Any = OneDevice()
     zero_kernel: bool = False
     output_dtype: jnp.dtype | None = None
+    parts: int = 0
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array) -> Array | list[Array]:
         bound = 1.0 / math.sqrt(math.prod(self.inputs))
 
         def uniform(key, shape, dtype=jnp.float32):
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
         kernel_init = nn.initializers.zeros if self.zero_kernel else uniform
-        kernel = self.param('kernel', kernel_init, self.inputs + self.outputs)
-        bias = self.param('bias', uniform, self.outputs)
+        outputs = (self.parts,) * bool(self.parts) + self.outputs
+        kernel = self.param('kernel', kernel_init, self.inputs + outputs)
+        bias = self.param('bias', uniform, outputs)
+        # Cast first: half the bytes to gather.
+        kernel = self.layout.gather_one(kernel.astype(self.dtype), f'{self.path}/kernel')
+        if not self.parts:
+            return self._affine(x, kernel, bias)
+        # One product per part: cutting up a large one would copy it, padding and all, on TPU.
+        axis = len(self.inputs)
+        return [
+            self._affine(x, jax.lax.index_in_dim(kernel, i, axis, keepdims=False), bias[i])
+            for i in range(self.parts)
+        ]
 
+    def _affine(self, x: Array, kernel: Array, bias: Array) -> Array:
         n_in = len(self.inputs)
         leading = x.shape[: x.ndim - n_in]
         # One token axis: XLA's CPU backend has a slow path for the gradient of a matmul with two.
@@ -93,7 +116,7 @@ class Linear(nn.Module):
         exact = self.dtype != jnp.bfloat16
         y = jax.lax.dot_general(
             x,
-            kernel.astype(self.dtype),
+            kernel,
             (contract, ((), ())),
             precision=jax.lax.Precision.HIGHEST if exact else None,
             preferred_element_type=at_least_float32(self.dtype),
@@ -155,12 +178,16 @@ class Layer(nn.Module):
         """
         B, S, C = h_BxSxC.shape
         H, K = self.heads, self.head_dim
-        linear = lambda name, i, o: Linear(i, o, self.dtype, name=name)  # noqa: E731
         place = self.layout.place
 
+        def linear(name, inputs, outputs, **more):
+            path = f'layers/{name}'
+            return Linear(inputs, outputs, path, self.dtype, self.layout, name=name, **more)
+
+
         x = LayerNorm(C, name='attention_norm')(h_BxSxC)
-        qkv = linear('qkv', (C,), (3, H, K))(x)
-        q, k, v = (place(qkv[:, :, i].transpose(0, 2, 1, 3), 'heads') for i in range(3))
+        qkv = linear('qkv', (C,), (H, K), parts=3)(x)
+        q, k, v = (place(part.transpose(0, 2, 1, 3), 'heads') for part in qkv)
         scale = K**-0.5 / temperature
         if cache is None:
             with jax.named_scope('attention'):

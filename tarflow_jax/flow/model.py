@@ -82,7 +82,9 @@ class Block(nn.Module):
 
     def setup(self):
         normal = nn.initializers.normal(0.01)
-        self.proj_in = Linear((self.patch_dim,), (self.width,), self.dtype)
+        self.proj_in = Linear(
+            (self.patch_dim,), (self.width,), 'proj_in', self.dtype, self.layout
+        )
         self.position_embedding = self.param(
             'position_embedding', normal, (self.num_patches, self.width)
         )
@@ -108,7 +110,8 @@ class Block(nn.Module):
         outputs = self.patch_dim if self.volume_preserving else 2 * self.patch_dim
         # Zero kernel: the flow starts near the identity. float32 outputs: they are log-scales.
         self.proj_out = Linear(
-            (self.width,), (outputs,), self.dtype, True, at_least_float32(self.dtype)
+            (self.width,), (outputs,), 'proj_out', self.dtype, self.layout, zero_kernel=True,
+            output_dtype=at_least_float32(self.dtype),
         )
 
     def __call__(

@@ -144,6 +144,10 @@ def _rule(path: str) -> P:
     return found[0]
 
 
+def _gathered(spec: P) -> P:
+    return P(*(TENSOR if axes in (BOTH, TENSOR) else None for axes in spec))
+
+
 def shardings(tree, mesh: Mesh, *, gathered: bool = False):
     """The sharding of every parameter, average and moment of a train state or variables.
 
@@ -157,8 +161,7 @@ def shardings(tree, mesh: Mesh, *, gathered: bool = False):
     def leaf(path, x):
         path = jax.tree_util.keystr(path, simple=True, separator='/')
         spec = _rule(path)
-        if gathered:
-            spec = P(*(TENSOR if axes in (BOTH, TENSOR) else None for axes in spec))
+        spec = _gathered(spec) if gathered else spec
         for size, axes in zip(x.shape, spec):
             axes = (axes,) if isinstance(axes, str) else axes or ()
             split = int(np.prod([mesh.shape[a] for a in axes], dtype=int))
@@ -197,6 +200,12 @@ class Layout:
         return jax.lax.with_sharding_constraint(
             params, shardings(params, self.mesh, gathered=True)
         )
+
+    def gather_one(self, kernel, path: str):
+        spec = _gathered(_rule(path))
+        if path.startswith('layers/'):
+            spec = P(*spec[1:])  # one layer of the stack
+        return jax.lax.with_sharding_constraint(kernel, NamedSharding(self.mesh, spec))
 
     def to_host(self, x):
         return to_host(x)

@@ -74,7 +74,7 @@ def test_layer_norm():
 )
 def test_linear(inputs, outputs):
     x, kernel, bias = normal(0, 2, 3, *inputs), normal(1, *inputs, *outputs), normal(2, *outputs)
-    module = layers.Linear(inputs, outputs, jnp.float64)
+    module = layers.Linear(inputs, outputs, dtype=jnp.float64)
 
     def function(x, kernel, bias):
         return module.apply({'params': {'kernel': kernel, 'bias': bias}}, x)

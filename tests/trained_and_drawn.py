@@ -1,0 +1,31 @@
+"""Trains by the command line in this process, then draws images and saves them unrounded.
+
+    python trained_and_drawn.py IMAGES.npy FLAGS...
+"""
+
+import functools
+import sys
+
+import jax
+import numpy as np
+
+from tarflow_jax import commands, main
+from tarflow_jax.training import pictures, sharding
+from tarflow_jax.training.checkpoint import Checkpoints
+
+if __name__ == '__main__':
+    file, *flags = sys.argv[1:]
+    code = main.main(['main', *flags])
+    if code:
+        sys.exit(code)
+    given = main._parse(['main', *flags])
+    plan, mesh = commands._plan(given.config)
+    with Checkpoints(given.workdir, plan.model) as checkpoints:
+        variables = checkpoints.restore_variables(functools.partial(sharding.placed, mesh=mesh))
+    labels = np.arange(11, dtype=np.int32) % 5
+    images = pictures.draw(
+        plan.model, variables, jax.random.key(7), labels, 11, mesh=mesh, guidance=plan.guidance,
+        noise_std=plan.gaussian_noise_std,
+    )
+    if jax.process_index() == 0:
+        np.save(file, images['denoised'])
