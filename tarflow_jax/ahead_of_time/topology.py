@@ -73,6 +73,7 @@ def describe(name: str) -> Topology:
     os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
     os.environ.setdefault('TPU_ACCELERATOR_TYPE', f'{chip}-1')
     os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+    os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # no chip that two could fight over
     jax.config.update('jax_platforms', 'cpu')
     try:
         import libtpu  # noqa: F401

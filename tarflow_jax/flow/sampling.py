@@ -131,11 +131,12 @@ def invert_block(block: Block, rule, params, z_BxTxD, labels, reverse, weights, 
     branches = 1 if rule is None else 2
     batch = B * branches
     if branches == 2:
-        # Both branches run as one batch: first the conditional, then the unconditional half.
+        # Both branches run as one batch, side by side so that they are on the same device: the
+        # conditional one of each image, then the unconditional.
         given = jnp.full(B, -1) if labels is None else labels
-        labels = jnp.concatenate([given, jnp.full(B, -1)])
-        half = jnp.arange(batch)[:, None, None, None] < B
-        temperature = jnp.where(half, 1.0, temperature)
+        labels = jnp.stack([given, jnp.full(B, -1)], 1).reshape(batch)
+        conditional = jnp.arange(batch)[:, None, None, None] % 2 == 0
+        temperature = jnp.where(conditional, 1.0, temperature)
 
     layer = Layer(block.width, block.head_dim, block.dtype, block.layout)
     # Unstacked outside of the scan: inside, each step would copy every layer's weights.
@@ -146,18 +147,17 @@ def invert_block(block: Block, rule, params, z_BxTxD, labels, reverse, weights, 
     def step(carry, inputs):
         x_BxD, caches = carry
         t, z_next_BxD, position_C, weight = inputs
-        x = jnp.concatenate([x_BxD] * branches)[:, None]
+        x = jnp.repeat(x_BxD, branches, axis=0)[:, None]
         h = block.apply({'params': params}, x, position_C, labels, method='embed')
         new_caches = []
         for layer_params, cache in zip(layers, caches):
             h, cache = layer.apply({'params': layer_params}, h, temperature, cache, t)
             new_caches.append(cache)
         log_scale, shift = block.apply({'params': params}, h, method='predict')
-        log_scale, shift = log_scale[:, 0], shift[:, 0]
+        both = [x.reshape(B, branches, -1) for x in (log_scale, shift)]
+        log_scale, shift = (x[:, 0] for x in both)
         if branches == 2:
-            log_scale, shift = guide(
-                *rule, weight, (log_scale[:B], shift[:B]), (log_scale[B:], shift[B:])
-            )
+            log_scale, shift = guide(*rule, weight, (log_scale, shift), [x[:, 1] for x in both])
         x_next_BxD = z_next_BxD * jnp.exp(log_scale) + shift
         return (x_next_BxD, new_caches), x_next_BxD
 

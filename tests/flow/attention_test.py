@@ -1,0 +1,74 @@
+"""Attention: all kernels that run here against a plain softmax, values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tarflow_jax.flow.attention import KERNELS, causal_attention, kernel_for
+
+# cuDNN needs a GPU, the compiled Pallas kernel a TPU; what runs there is interpreted here.
+HERE = ['xla', 'splash_interpreted']
+if jax.default_backend() == 'gpu':
+    HERE.append('cudnn')
+if jax.default_backend() == 'tpu':
+    HERE.append('splash')
+
+
+def plain(q, k, v, scale):
+    """The formula, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    logits = np.einsum('bhsk,bhtk->bhst', q, k) * np.asarray(scale, np.float64)
+    logits = np.where(np.tri(q.shape[2], dtype=bool), logits, -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return np.einsum('bhst,bhtk->bhsk', weights / weights.sum(-1, keepdims=True), v)
+
+
+def inputs(dtype, length=256, head_dim=64):
+    keys = jax.random.split(jax.random.key(0), 4)
+    return [jax.random.normal(key, (2, 3, length, head_dim)).astype(dtype) for key in keys]
+
+
+def value_and_gradient(kernel, scale, q, k, v, g):
+    out, pull = jax.vjp(lambda *x: causal_attention(kernel, *x, scale), q, k, v)
+    return (out, *pull(g))
+
+
+@pytest.mark.parametrize('kernel', HERE)
+@pytest.mark.parametrize('dtype, tolerance', [(jnp.float32, 2e-6), (jnp.bfloat16, 1e-2)])
+@pytest.mark.parametrize('scale', [0.125, np.array([0.125, 0.4]).reshape(2, 1, 1, 1)], ids=str)
+def test_kernels_agree(kernel, dtype, tolerance, scale):
+    if kernel == 'cudnn' and dtype == jnp.float32:
+        pytest.skip('cuDNN attention is for 16 bits')
+    q, k, v, g = inputs(dtype)
+    run = jax.jit(value_and_gradient, static_argnums=0)
+    found = run(kernel, scale, q, k, v, g)
+    wanted = run('xla', scale, *(x.astype(jnp.float32) for x in (q, k, v, g)))
+    np.testing.assert_allclose(wanted[0], plain(q, k, v, scale), atol=1e-5)
+    for name, one, other in zip(('out', 'dq', 'dk', 'dv'), found, wanted):
+        assert one.dtype == dtype
+        error = np.abs(np.asarray(one, np.float32) - other).max() / np.abs(other).max()
+        assert error < tolerance, (name, error)
+
+
+@pytest.mark.parametrize('kernel', HERE)
+def test_nothing_is_seen_of_what_comes_later(kernel):
+    q, k, v, _ = inputs(jnp.float32, length=128, head_dim=16)
+    out = jax.jit(causal_attention, static_argnums=0)
+    before = out(kernel, q, k, v, 0.25)
+    after = out(kernel, q.at[:, :, 70:].add(1), k.at[:, :, 70:].add(1), v.at[:, :, 70:].add(1), 0.25)
+    np.testing.assert_array_equal(before[:, :, :70], after[:, :, :70])
+    assert np.abs(before[:, :, 70:] - after[:, :, 70:]).min(-1).max() > 0.1
+
+
+@pytest.mark.parametrize('platform, dtype, length, kernel', [
+    ('tpu', jnp.bfloat16, 1024, 'splash'),
+    ('tpu', jnp.bfloat16, 49, 'xla'),  # not a whole number of tiles
+    ('tpu', jnp.float32, 1024, 'xla'),  # likelihoods keep their digits
+    ('gpu', jnp.bfloat16, 49, 'cudnn'),
+    ('gpu', jnp.float32, 1024, 'xla'),
+    ('cpu', jnp.bfloat16, 1024, 'xla'),
+])
+def test_kernel_of_the_chip(platform, dtype, length, kernel):
+    assert kernel_for(platform, dtype, length) == kernel
+    assert kernel in KERNELS
