@@ -10,6 +10,7 @@ import pytest
 from command_line import CLOCK, call, flags, metrics, saved, start, write_images
 
 from tarflow_jax.training import loop
+from tarflow_jax.training.processes import DIVERGED
 
 STEPS = 12
 
@@ -130,6 +131,21 @@ def test_finished_run_trains_no_more(uninterrupted, images, tmp_path, monkeypatc
     assert_same_run(workdir, uninterrupted)
 
 
+def test_diverged_run_stops_with_its_last_good_state(images, tmp_path, capfd):
+    # The second update makes the parameters huge; every gradient after it overflows.
+    broken = dict(train__peak_learning_rate=1e30, train__stop_after_skipped=3)
+    assert call(*flags(tmp_path, images, **broken)) == DIVERGED
+    said = capfd.readouterr().err
+    assert 'step 3 was skipped, as its gradient was not finite (1 so far)' in said
+    assert 'the gradients of 3 steps in a row, up to 5, were not finite; the checkpoint at step' in said
+    last = max(int(path.name) for path in (tmp_path / 'checkpoints').iterdir())
+    state = saved(tmp_path, last)
+    assert all(np.isfinite(np.frombuffer(state[name], np.float32)).all()
+               for name in state if "['params']" in name)
+    skipped = [line['skipped'] for line in metrics(tmp_path)]
+    assert skipped[:5] == [0, 0, 1, 2, 3]
+
+
 @pytest.mark.slow
 def test_more_epochs_lengthen_a_finished_run(uninterrupted, images, tmp_path, monkeypatch):
     workdir = shutil.copytree(uninterrupted, tmp_path / 'run')
@@ -209,6 +225,9 @@ def test_killed_at_any_moment(tmp_path):
 
     output = finish(start(*flags(workdir, **SLOW)), [])
     assert 'continuing from the checkpoint at step 48' in output
+    # The programs of the killed runs are kept in the workdir.
+    saving = re.search(r'(\d+) programs of earlier runs were reused, which saved ([\d.]+) s', output)
+    assert int(saving[1]) >= 1 and float(saving[2]) > 0.5 and any((workdir / 'compiled').iterdir())
     assert metrics(workdir) == metrics(wanted)
     assert len(metrics(wanted)) == 145
     assert saved(workdir, 144) == saved(wanted, 144)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -186,6 +187,44 @@ def test_sigterm_to_one_stops_all_at_one_step(images, tmp_path):
     step, _ = parameters(tmp_path)
     assert f'stopped after step {step}, which is saved' in results[0][1]
     assert step > 20 and step < 240
+
+
+def process_number(index, workdir) -> int | None:
+    """The id of the running process of this index."""
+    for folder in Path('/proc').glob('[0-9]*'):
+        try:
+            environment = (folder / 'environ').read_bytes().split(b'\0')
+            arguments = (folder / 'cmdline').read_bytes().split(b'\0')
+        except OSError:  # it ended meanwhile
+            continue
+        if f'JAX_PROCESS_ID={index}'.encode() in environment and arguments[0].endswith(b'python'):
+            if f'--workdir={workdir}'.encode() in arguments:
+                return int(folder.name)
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path('/proc').exists(), reason='finds the process in /proc')
+def test_launcher_starts_again_what_was_killed(uninterrupted, images, tmp_path):
+    workdir = tmp_path / 'run'
+    path = os.pathsep.join(
+        p for p in (str(Path(sys.executable).parent), os.environ['PATH']) if p
+    )
+    launcher = subprocess.Popen(
+        [str(ROOT / 'launch' / 'local_processes.sh'), '2', f'--logs={tmp_path / "logs"}',
+         '--wait=0', '--grace=20', '--', *flags(workdir, images, **FLOW | LONG)],
+        env=os.environ | dict(PATH=path, PYTHONPATH=str(ROOT)), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
+    )
+    wait_for_step(workdir, 60, [launcher])
+    os.kill(process_number(1, workdir), signal.SIGKILL)
+    [(code, output)] = ended([launcher])
+    assert code == 0, output
+    assert re.search('continuing from the checkpoint at step (40|80|120)', output)
+    step, found = parameters(workdir)
+    assert step == 240
+    assert_close(found, parameters(uninterrupted)[1], atol=1e-5)
+    assert process_number(0, workdir) is process_number(1, workdir) is None
 
 
 def test_alone_sigterm_and_ctrl_c_are_noted_and_handlers_restored():

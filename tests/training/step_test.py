@@ -206,6 +206,31 @@ def test_metrics():
     np.testing.assert_allclose(metrics['block_mean_square'][-1], 2 * metrics['prior'], rtol=1e-5)
 
 
+@pytest.mark.parametrize('parts', [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_gradient_that_is_not_finite_changes_nothing(parts):
+    model = tiny((1,), volume_preserving=True)
+    optimizer = adamw(lambda k: 0.1, clip_norm=1.0)
+    recipe = Recipe(ema_decay=0.9, accumulation=parts)
+    step_fn = jax.jit(functools.partial(update, model=model, optimizer=optimizer, recipe=recipe))
+    state = from_variables(random_variables(model), optimizer, ema=True)
+    images, labels = images_and_labels(model)
+    broken = images.at[3, 2, 1, 0].set(jnp.nan)
+
+    good, metrics = step_fn(state, images, labels)
+    assert int(metrics['skipped']) == int(good.skipped) == 0
+    same, metrics = step_fn(good, broken, labels)
+    assert not np.isfinite(metrics['gradient_norm']) and int(metrics['skipped']) == 1
+    assert int(same.step) == 2 and int(same.skipped) == 1
+    unchanged = same._replace(step=good.step, skipped=good.skipped)
+    jax.tree.map(np.testing.assert_array_equal, unchanged, good)
+    # It goes on as if the step had not been, but for its number.
+    after, metrics = step_fn(same, images, labels)
+    assert int(metrics['skipped']) == 1 and int(after.step) == 3
+    wanted, _ = step_fn(good, images, labels)
+    assert largest_difference(after.params, wanted.params) == 0
+    assert largest_difference(after.params, good.params) > 1e-3
+
+
 def test_loss_is_that_of_the_likelihood():
     images, labels = images_and_labels()
     nats = tfj.log_prob(MODEL, sgd_state().variables(), images, labels).mean() / MODEL.num_dims
