@@ -1,12 +1,14 @@
 """What all scripts share."""
 
-import pathlib
+import os
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-LAUNCH = pathlib.Path(__file__).parents[2] / 'launch'
+LAUNCH = Path(__file__).parents[2] / 'launch'
 SCRIPTS = ['supervise.sh', 'local_processes.sh', 'tpu_vm.sh', 'gke.sh', 'slurm.sh']
 
 
@@ -16,10 +18,14 @@ def test_all_scripts_are_listed():
     assert all(script in readme for script in SCRIPTS)
 
 
-@pytest.mark.skipif(not shutil.which('shellcheck'), reason='shellcheck is not installed')
+# That of this environment, even where it is not activated.
+SHELLCHECK = shutil.which('shellcheck', path=f'{Path(sys.executable).parent}:{os.environ["PATH"]}')
+
+
+@pytest.mark.skipif(not SHELLCHECK, reason='shellcheck is not installed')
 @pytest.mark.parametrize('script', [*SCRIPTS, 'common.sh'])
 def test_shellcheck_finds_nothing(script):
-    found = subprocess.run(['shellcheck', LAUNCH / script], capture_output=True, text=True)
+    found = subprocess.run([SHELLCHECK, LAUNCH / script], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
 
 
