@@ -116,6 +116,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
     c.data.update(source='embedded', path='', name='', train_split='train', test_split='test')
     c.model.update(image_size=28, image_channels=1, patch_size=4, width=64)
     c.model.layers_per_block = (1, 1)
+    c.mesh.update(data=-1, fsdp=1, tensor=1)
     c.model.num_classes = 10 if c.model.num_classes else 0
     c.train.update(batch_size=8, epochs=0.008, warmup_epochs=0.004)
     c.train.update(log_every=2, sample_every=1000, checkpoint_every=1000)

@@ -69,11 +69,13 @@ def describe(name: str) -> Topology:
       ValueError: if there is no such topology, or libtpu is not installed.
     """
     chip, shape, slices = check(name)
-    # Nobody is to be asked which TPU this is: it is none.
-    os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-    os.environ.setdefault('TPU_ACCELERATOR_TYPE', f'{chip}-1')
-    os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
-    os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # no chip that two could fight over
+    os.environ |= {
+        # Nobody is to be asked which TPU this is: it is none. (JAX has asked at its import.)
+        'TPU_SKIP_MDS_QUERY': '1',
+        'TPU_ACCELERATOR_TYPE': f'{chip}-1',
+        'TPU_WORKER_HOSTNAMES': 'localhost',
+        'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # no chip that two processes could fight over
+    }
     jax.config.update('jax_platforms', 'cpu')
     try:
         import libtpu  # noqa: F401

@@ -19,9 +19,11 @@ from tarflow_jax.flow.attention import causal_attention, kernel_for
 
 DATA, FSDP, TENSOR = AXES = ('data', 'fsdp', 'tensor')
 BATCH, BOTH = (DATA, FSDP), (FSDP, TENSOR)
+TENSOR_FSDP = (TENSOR, FSDP)  # where computing splits over `tensor`, and fsdp the parts again
 
 # The end of a parameter's path, and how its axes are split. Averages and optimizer moments have
-# the paths of their parameters. A layer's parameters have the layers on their first axis.
+# the paths of their parameters. A layer's parameters have the layers on their first axis. The last
+# axis of a large kernel stays whole: TPUs pad it to a multiple of 128.
 PARAMETERS = (
     (r'proj_in/kernel', P(None, BOTH)),  # [D, C]
     (r'proj_in/bias', P(BOTH)),
@@ -29,11 +31,11 @@ PARAMETERS = (
     (r'class_embedding', P(None, BOTH)),  # [classes, C]
     (r'layers/\w+_norm/(scale|bias)', P(None, BOTH)),  # [layers, C]
     (r'layers/qkv/kernel', P(None, FSDP, None, TENSOR)),  # [layers, C, 3, H, K]
-    (r'layers/qkv/bias', P(None, None, TENSOR, FSDP)),
-    (r'layers/attention_proj/kernel', P(None, TENSOR, None, FSDP)),  # [layers, H, K, C]
+    (r'layers/qkv/bias', P(None, None, TENSOR)),
+    (r'layers/attention_proj/kernel', P(None, TENSOR, FSDP)),  # [layers, H, K, C]
     (r'layers/mlp_in/kernel', P(None, FSDP, TENSOR)),  # [layers, C, 4 C]
     (r'layers/mlp_in/bias', P(None, BOTH)),
-    (r'layers/mlp_out/kernel', P(None, TENSOR, FSDP)),  # [layers, 4 C, C]
+    (r'layers/mlp_out/kernel', P(None, TENSOR_FSDP)),  # [layers, 4 C, C]
     (r'layers/(attention_proj|mlp_out)/bias', P(None, BOTH)),
     (r'proj_out/kernel', P(BOTH)),  # [C, D or 2 D]
     (r'proj_out/bias', P()),
@@ -145,7 +147,7 @@ def _rule(path: str) -> P:
 
 
 def _gathered(spec: P) -> P:
-    return P(*(TENSOR if axes in (BOTH, TENSOR) else None for axes in spec))
+    return P(*(TENSOR if axes in (TENSOR, TENSOR_FSDP) else None for axes in spec))
 
 
 def shardings(tree, mesh: Mesh, *, gathered: bool = False):

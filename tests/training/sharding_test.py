@@ -72,7 +72,7 @@ def test_every_leaf_of_a_train_state_has_a_rule():
         found = sharding.shardings(state_of(**fields), mesh)
         params, layer = found.params['block_0'], found.params['block_1']['layers']
         assert layer['qkv']['kernel'].spec == P(None, 'fsdp', None, 'tensor')
-        assert layer['mlp_out']['kernel'].spec == P(None, 'tensor', 'fsdp')
+        assert layer['mlp_out']['kernel'].spec == P(None, ('tensor', 'fsdp'))
         assert params['proj_out']['kernel'].spec == P(('fsdp', 'tensor'))
         # Averages and moments are split as their parameters.
         assert found.ema_params == found.params
@@ -98,7 +98,7 @@ def test_what_cannot_be_split_is_named():
     with pytest.raises(ValueError, match=says):
         sharding.shardings(state_of().params, mesh)
     mesh = sharding.make_mesh(1, 1, 8)
-    with pytest.raises(ValueError, match=r'qkv/kernel .* its axis of 4 cannot .* mesh.tensor 8'):
+    with pytest.raises(ValueError, match=r'attention_proj/kernel .* its axis of 4 cannot .* mesh.tensor 8'):
         sharding.shardings(state_of(head_dim=64).params, mesh)
 
 
@@ -122,7 +122,8 @@ def test_gathered_parameters_keep_the_tensor_axis():
     mesh = sharding.make_mesh(2, 2, 2)
     found = sharding.shardings(state_of().params['block_0'], mesh, gathered=True)
     assert found['layers']['qkv']['kernel'].spec == P(None, None, None, 'tensor')
-    assert found['proj_in']['kernel'].spec == P(None, 'tensor')
+    assert found['layers']['mlp_out']['kernel'].spec == P(None, 'tensor')
+    assert found['proj_in']['kernel'].spec == P(None, None)
 
 
 @pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 2, 2), (1, 1, 8), (1, 4, 2)])
