@@ -16,6 +16,7 @@ def at_least_float32(dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+@jax.named_scope('attention')  # in profiles and compiled programs
 def attention(q_BxHxSxK: Array, k_BxHxTxK: Array, v_BxHxTxK: Array, mask: Array, scale) -> Array:
     """Softmax attention, logits and softmax in float32. Returns [B, H, S, K] in q's type.
 
@@ -49,6 +50,7 @@ def kernel_for(platform: str, dtype, length: int) -> str:
     return 'cudnn' if platform == 'gpu' else 'xla'
 
 
+@jax.named_scope('attention')
 def causal_attention(kernel: str, q: Array, k: Array, v: Array, scale) -> Array:
     """Attention of every position to itself and those before it: [B, H, T, K] each, and returned.
 

@@ -184,14 +184,12 @@ class Layer(nn.Module):
             path = f'layers/{name}'
             return Linear(inputs, outputs, path, self.dtype, self.layout, name=name, **more)
 
-
         x = LayerNorm(C, name='attention_norm')(h_BxSxC)
         qkv = linear('qkv', (C,), (H, K), parts=3)(x)
         q, k, v = (place(part.transpose(0, 2, 1, 3), 'heads') for part in qkv)
         scale = K**-0.5 / temperature
         if cache is None:
-            with jax.named_scope('attention'):
-                x = self.layout.causal_attention(q, k, v, scale)
+            x = self.layout.causal_attention(q, k, v, scale)
         else:
             at = (0, 0, start, 0)
             k = jax.lax.dynamic_update_slice(cache.key, k.astype(cache.key.dtype), at)
