@@ -157,7 +157,7 @@ def convert(config, given) -> Callable[[], None]:
 def compile_ahead(config, given) -> Callable[[], None]:
     """Compiles a step for each of the TPU topologies, of which none is needed; prints what it costs."""
     # Imported here: the other modes need nothing of it.
-    from tarflow_jax.ahead_of_time import programs, report, topology
+    from tarflow_jax.ahead_of_time import report, topology
 
     _only(given, 'topology', 'program', 'batch_per_chip', 'json', 'out')
     if not given.topology:
@@ -167,15 +167,12 @@ def compile_ahead(config, given) -> Callable[[], None]:
     if given.json and not Path(given.json).absolute().parent.is_dir():
         raise ValueError(f'--json={given.json}: its folder does not exist; create it first.')
     found = [topology.describe(name) for name in given.topology]
-    config = config.copy_and_resolve_references()
     setups = []
     for slice_ in found:
         own = config.copy_and_resolve_references()
         if given.batch_per_chip:
             own[given.program].batch_size = given.batch_per_chip * slice_.chips
-        mesh = sharding.make_mesh(**own.mesh, devices=slice_.devices)
-        plan = configs.plan(own).on(sharding.Layout(mesh, own.model.attention))
-        programs.PROGRAMS[given.program](own, plan, mesh)  # whatever cannot be says so here
+        report.planned(own, slice_, given.program)  # whatever cannot be says so here
         setups.append((own, slice_))
 
     def job():

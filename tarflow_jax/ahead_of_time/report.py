@@ -17,6 +17,17 @@ GIB = 2**30
 log = logging.getLogger(__name__)
 
 
+def planned(config, topology: Topology, program: str):
+    """What compile_for compiles: the plan on its mesh, the mesh, and the step. Compiles nothing.
+
+    Raises:
+      ValueError: if the config and the slice do not fit together.
+    """
+    mesh = sharding.make_mesh(**config.mesh, devices=topology.devices)
+    plan = configs.plan(config).on(sharding.Layout(mesh, config.model.attention))
+    return plan, mesh, programs.PROGRAMS[program](config, plan, mesh)
+
+
 def compile_for(config, topology: Topology, program: str, save_to: Path | None = None) -> dict:
     """Compiles a step of the config for the topology and says what it costs.
 
@@ -27,12 +38,9 @@ def compile_for(config, topology: Topology, program: str, save_to: Path | None =
     Returns:
       JSON values; sizes in bytes, times in seconds, both per chip and step; see README.
     Raises:
-      ValueError: if the config and the slice do not fit together.
+      ValueError: as `planned`.
     """
-    plan = configs.plan(config)
-    mesh = sharding.make_mesh(**config.mesh, devices=topology.devices)
-    plan = plan.on(sharding.Layout(mesh, config.model.attention))
-    step = programs.PROGRAMS[program](config, plan, mesh)
+    plan, mesh, step = planned(config, topology, program)
     chip = CHIPS[topology.chip]
     row = {
         'topology': topology.name,

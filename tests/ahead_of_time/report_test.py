@@ -9,7 +9,7 @@ import pytest
 from command_line import ROOT, call
 
 from tarflow_jax import config as configs
-from tarflow_jax.ahead_of_time import programs, report, topology
+from tarflow_jax.ahead_of_time import report, topology
 
 pytest.importorskip('libtpu')
 
@@ -35,11 +35,11 @@ def data_parallel(slice_of_16, tmp_path_factory):
     return report.compile_for(tiny_config(), slice_of_16, 'train', folder), folder
 
 
-def test_train_step_on_16_chips(data_parallel):
+def test_train_step_on_16_chips(data_parallel, slice_of_16):
     row, folder = data_parallel
     assert row['chips'] == 16 and row['fits'] and row['mesh'] == {'data': 16, 'fsdp': 1, 'tensor': 1}
     assert row['attention'] == 'splash' and row['uncounted_kernels'] == []
-    state = programs.train(tiny_config(), *planned(row)).resident
+    state = report.planned(tiny_config(), slice_of_16, 'train')[2].resident
     numbers = sum(leaf.size for leaf in jax.tree.leaves(state))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     assert row['parameters'] == parameters and row['parameter_bytes'] == 4 * parameters
@@ -60,13 +60,6 @@ def test_train_step_on_16_chips(data_parallel):
     assert file.name == 'v5e_4x4_train_step.hlo.txt' and 'ENTRY' in file.read_text()
     text = '\n'.join(report.lines(row))
     assert 'fits' in text and 'all-reduce' in text and f'{row["parameters"]:,}' in text
-
-
-def planned(row):
-    from tarflow_jax.training import sharding
-
-    mesh = sharding.make_mesh(**row['mesh'], devices=topology.describe(row['topology']).devices)
-    return configs.plan(tiny_config()).on(sharding.Layout(mesh)), mesh
 
 
 def test_fsdp_splits_the_state(data_parallel, slice_of_16):
