@@ -80,6 +80,9 @@ class Stubs:
         return subprocess.Popen(
             [LAUNCH / script, *map(str, args)], env=self.env | env, cwd=self.folder, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            # Tests in the background of a shell ignore SIGINT, and bash cannot trap what it
+            # inherits as ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
     def run(self, script, *args, **env):
