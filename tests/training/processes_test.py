@@ -178,6 +178,20 @@ def test_a_killed_worker_ends_the_run_and_fewer_go_on(uninterrupted, images, tmp
 
 
 @pytest.mark.slow
+def test_a_silent_worker_ends_the_run(images, tmp_path):
+    # As a machine that vanishes: no connection breaks, only the heartbeats stop.
+    started = run(tmp_path, images, count=2, **LONG | dict(train__epochs=1000.0))
+    try:
+        wait_for_step(tmp_path, 20, started)
+        started[1].send_signal(signal.SIGSTOP)
+        assert started[0].communicate(timeout=60) and started[0].returncode not in (0, START_AGAIN)
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.slow
 def test_sigterm_to_one_stops_all_at_one_step(images, tmp_path):
     started = run(tmp_path, images, count=2, **LONG)
     wait_for_step(tmp_path, 20, started)
