@@ -80,9 +80,6 @@ class Stubs:
         return subprocess.Popen(
             [LAUNCH / script, *map(str, args)], env=self.env | env, cwd=self.folder, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            # Tests in the background of a shell ignore SIGINT, and bash cannot trap what it
-            # inherits as ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
     def run(self, script, *args, **env):
@@ -138,9 +135,14 @@ class Stubs:
 
 @pytest.fixture
 def stubs(tmp_path):
-    stubs = Stubs(tmp_path)
-    yield stubs
-    stubs.assert_all_ended()
+    # Tests in the background of a shell ignore SIGINT; bash cannot trap what it inherits so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        stubs = Stubs(tmp_path)
+        yield stubs
+        stubs.assert_all_ended()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def commands(text):
