@@ -1,0 +1,238 @@
+"""Follows the pickle of a torch state dict without unpickling it.
+
+A pickle is a program, and `pickle.Unpickler` runs it: even one that may import nothing can be made
+to exhaust the memory (a memo index of four bytes) or the C stack (a deeply nested dict key). So
+the pickle is never unpickled. `interpret` follows the few opcodes that a state dict needs, in
+plain Python, and has no means of calling or importing what the file names.
+Source: `pickletools`, and the "Serialization semantics" note of the PyTorch documentation.
+"""
+
+import pickletools
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+_STORAGES = {
+    'torch.FloatStorage': np.dtype('<f4'),
+    'torch.DoubleStorage': np.dtype('<f8'),
+    'torch.HalfStorage': np.dtype('<f2'),
+    'torch.BFloat16Storage': np.dtype(ml_dtypes.bfloat16),
+    'torch.LongStorage': np.dtype('<i8'),
+    'torch.IntStorage': np.dtype('<i4'),
+    'torch.ShortStorage': np.dtype('<i2'),
+    'torch.CharStorage': np.dtype('i1'),
+    'torch.ByteStorage': np.dtype('u1'),
+    'torch.BoolStorage': np.dtype('?'),
+}
+_ORDERED_DICT = 'collections.OrderedDict'
+_TENSOR = 'torch._utils._rebuild_tensor_v2'
+_PARAMETER = 'torch._utils._rebuild_parameter'
+
+_PUSH_ARGUMENT = {'BININT', 'BININT1', 'BININT2', 'LONG1', 'BINFLOAT', 'BINUNICODE'}
+_PUSH_CONSTANT = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False, 'EMPTY_TUPLE': ()}
+_TUPLE_SIZES = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3}
+
+TRUST = (
+    'read only files from a source you trust, and save the state dict alone with '
+    'torch.save(model.state_dict(), path)'
+)
+
+
+class _Global(NamedTuple):
+    name: str
+
+
+class Storage(NamedTuple):
+    key: str
+    dtype: np.dtype
+    numel: int
+
+
+class Tensor(NamedTuple):
+    storage: Storage
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def _opcodes(data: bytes | BinaryIO) -> Iterator[tuple[str, Any]]:
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            yield opcode.name, argument
+    except ValueError as error:
+        reason = str(error)[:200]
+        raise ValueError(f'its pickle is damaged ({reason}), copy the file again') from None
+
+
+def interpret(data: bytes | BinaryIO) -> Any:
+    """What the pickle describes, made of dicts, lists, tuples, scalars and `Tensor`s.
+
+    Args:
+      data: the pickle. A stream is left behind the end of the pickle.
+    Raises:
+      ValueError: if the pickle is damaged or uses more than a state dict needs.
+    """
+    try:
+        return _follow(data)
+    except (IndexError, KeyError):
+        raise ValueError(f'its pickle is malformed; {TRUST}') from None
+
+
+def _follow(data: bytes | BinaryIO) -> Any:
+    stack: list = []
+    below: list[list] = []  # the stacks put aside at each mark
+    memo: dict[int, Any] = {}
+    for name, argument in _opcodes(data):
+        if name in _PUSH_ARGUMENT:
+            # No torch number exceeds int64; larger ones would overflow numpy.
+            if type(argument) is int and not -(2**63) <= argument < 2**63:
+                raise ValueError(f'its pickle holds a number beyond 64 bits; {TRUST}')
+            stack.append(argument)
+        elif name in _PUSH_CONSTANT:
+            stack.append(_PUSH_CONSTANT[name])
+        elif name == 'EMPTY_DICT':
+            stack.append({})
+        elif name == 'EMPTY_LIST':
+            stack.append([])
+        elif name in ('BINPUT', 'LONG_BINPUT'):
+            memo[argument] = stack[-1]
+        elif name in ('BINGET', 'LONG_BINGET'):
+            stack.append(memo[argument])
+        elif name == 'MARK':
+            below.append(stack)
+            stack = []
+        elif name == 'TUPLE':
+            items, stack = tuple(stack), below.pop()
+            stack.append(items)
+        elif name in _TUPLE_SIZES:
+            items = tuple(stack.pop() for _ in range(_TUPLE_SIZES[name]))[::-1]
+            stack.append(items)
+        elif name == 'APPEND':
+            _extend(stack[-2], [stack.pop()])
+        elif name == 'APPENDS':
+            items, stack = stack, below.pop()
+            _extend(stack[-1], items)
+        elif name == 'SETITEM':
+            value, key = stack.pop(), stack.pop()
+            _set_items(stack[-1], [key, value])
+        elif name == 'SETITEMS':
+            items, stack = stack, below.pop()
+            _set_items(stack[-1], items)
+        elif name == 'GLOBAL':
+            stack.append(_global(argument.replace(' ', '.')))
+        elif name == 'BINPERSID':
+            stack.append(_storage(stack.pop()))
+        elif name == 'REDUCE':
+            arguments, function = stack.pop(), stack.pop()
+            stack.append(_reduce(function, arguments))
+        elif name == 'BUILD':
+            # Attributes of the OrderedDict (torch keeps version numbers there): not needed.
+            stack.pop()
+            if type(stack[-1]) is not dict:
+                raise ValueError(f'its pickle sets attributes of a {_kind(stack[-1])}; {TRUST}')
+        elif name == 'STOP':
+            return stack.pop()
+        elif name != 'PROTO':
+            raise ValueError(
+                f'its pickle uses {name}, which no state dict of the default pickle protocol '
+                f'(2) needs; {TRUST}'
+            )
+    raise IndexError
+
+
+def _kind(value: Any) -> str:
+    return 'tensor' if type(value) is Tensor else type(value).__name__.strip('_')
+
+
+def _extend(target: Any, items: list) -> None:
+    if type(target) is not list:
+        raise ValueError(f'its pickle appends to a {_kind(target)}; {TRUST}')
+    target.extend(items)
+
+
+def _set_items(target: Any, items: list) -> None:
+    if type(target) is not dict or len(items) % 2:
+        raise ValueError(f'its pickle sets items of a {_kind(target)}; {TRUST}')
+    for key, value in zip(items[::2], items[1::2]):
+        # Only these: the hash of a nested tuple recurses on the C stack without limit.
+        if type(key) not in (str, int):
+            raise ValueError(f'its pickle holds a dict key of type {_kind(key)}; {TRUST}')
+        if key in target:
+            raise ValueError(f'its pickle sets the dict key {short(key)} twice; {TRUST}')
+        target[key] = value
+
+
+def short(key: str | int) -> str:
+    return repr(key if type(key) is int or len(key) <= 100 else key[:97] + '...')
+
+
+def _global(name: str) -> _Global:
+    if name in _STORAGES or name in (_ORDERED_DICT, _TENSOR, _PARAMETER):
+        return _Global(name)
+    raise ValueError(
+        f'its pickle names {short(name)}, which no state dict needs and which was not run; '
+        f'{TRUST}'
+    )
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _storage(reference: Any) -> Storage:
+    match reference:
+        # The last item, a view into the storage, is of the format before PyTorch 1.6 and unused.
+        case (
+            ('storage', _Global(name), str(key), str(), int(numel))
+            | ('storage', _Global(name), str(key), str(), int(numel), None)
+        ):
+            if name in _STORAGES and _is_size(numel):
+                return Storage(key, _STORAGES[name], numel)
+    raise ValueError(f'its pickle holds a malformed reference to a storage; {TRUST}')
+
+
+def _reduce(function: Any, arguments: Any) -> Any:
+    """The result of the few functions that a state dict calls, by their names alone."""
+    match function, arguments:
+        case _Global(name), () if name == _ORDERED_DICT:
+            return {}
+        case _Global(name), (Tensor() as tensor, bool(), _) if name == _PARAMETER:
+            return tensor
+        case _Global(name), (Storage() as s, offset, tuple(size), tuple(stride), _, _, *flags):
+            # Flags, such as a pending negation, change what the numbers mean: none is supported.
+            plain = name == _TENSOR and not any(flags)
+            numbers = all(_is_size(n) for n in (offset, *size, *stride))
+            if plain and numbers and len(size) == len(stride) <= 32:
+                return Tensor(s, offset, size, stride)
+    called = function.name if type(function) is _Global else f'a {_kind(function)}'
+    raise ValueError(
+        f'its pickle calls {called} with arguments that torch.save does not write; {TRUST}'
+    )
+
+
+def state_dict(state: Any) -> dict[str, Tensor]:
+    """The interpreted state, if it is a dict of tensors with string keys; else ValueError."""
+    if type(state) is not dict:
+        raise ValueError(
+            f'it holds a {_kind(state)} instead of a dict of tensors; save the state dict with '
+            'torch.save(model.state_dict(), path)'
+        )
+    for name, tensor in state.items():
+        if type(name) is not str:
+            raise ValueError(f'it holds the key {name!r}, which is not a string; {TRUST}')
+        if type(tensor) is not Tensor:
+            inner = [key for key, value in state.items() if _is_state_dict(value)]
+            chosen = f'torch.load(path)[{short(inner[0])}]' if inner else 'model.state_dict()'
+            raise ValueError(
+                f'its key {short(name)} holds a {_kind(tensor)} instead of a tensor, as in a '
+                'checkpoint of a whole training run; save the state dict alone with '
+                f'torch.save({chosen}, new_path)'
+            )
+    return state
+
+
+def _is_state_dict(value: Any) -> bool:
+    tensors = type(value) is dict and [type(v) is Tensor for v in value.values()]
+    return bool(tensors) and all(tensors)

@@ -1,0 +1,115 @@
+"""Writes the `.pth` file of `torch.save(state_dict, path)` without torch; see `torch_file`.
+
+The format is described there. Of the pickle's opcodes a state dict of dense tensors needs a dozen,
+and none of the memo.
+"""
+
+import os
+import struct
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+_STORAGES = {
+    'float64': 'DoubleStorage',
+    'float32': 'FloatStorage',
+    'float16': 'HalfStorage',
+    'int64': 'LongStorage',
+    'int32': 'IntStorage',
+    'int16': 'ShortStorage',
+    'int8': 'CharStorage',
+    'uint8': 'ByteStorage',
+    'bool': 'BoolStorage',
+}
+
+_PROTOCOL_2 = b'\x80\x02'
+_STOP = b'.'
+_MARK, _TUPLE, _EMPTY_TUPLE = b'(', b't', b')'
+_SET_ITEMS = b'u'
+_CALL = b'R'
+_PERSISTENT_ID = b'Q'
+_FALSE = b'\x89'
+
+
+def write_torch_file(path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays as an OrderedDict of tensors, each with a storage of its own.
+
+    `torch.load(path, weights_only=True)` gives them back, and so does
+    `torch_file.read_torch_file`. The file appears complete or not at all; one that is there is
+    replaced. Equal arrays make equal files.
+
+    Raises:
+      FileNotFoundError: if the folder of `path` does not exist.
+      ValueError: for an array of a dtype that torch has no storage for.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f'the folder {path.parent} does not exist; create it first.')
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    for name, array in arrays.items():
+        if array.dtype.name not in _STORAGES:
+            raise ValueError(
+                f'{name} is {array.dtype}, which is written for no torch tensor; cast it to one '
+                f'of {", ".join(_STORAGES)}.'
+            )
+    # A folder of its own, so that the file gets the usual permissions.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}.') as folder:
+        temporary = Path(folder) / path.name
+        with zipfile.ZipFile(temporary, 'w') as archive:
+
+            def put(name: str, data: bytes) -> None:
+                archive.writestr(zipfile.ZipInfo(f'archive/{name}'), data)  # stored, and undated
+
+            put('data.pkl', _state_dict(arrays))
+            put('byteorder', b'little')
+            for key, array in enumerate(arrays.values()):
+                put(f'data/{key}', array.astype(array.dtype.newbyteorder('<')).tobytes())
+            put('version', b'3\n')
+        os.replace(temporary, path)
+
+
+def _state_dict(arrays: dict[str, np.ndarray]) -> bytes:
+    items = [_text(name) + _tensor(str(key), a) for key, (name, a) in enumerate(arrays.items())]
+    return b''.join([_PROTOCOL_2, _ordered_dict(), _MARK, *items, _SET_ITEMS, _STOP])
+
+
+def _tensor(key: str, array: np.ndarray) -> bytes:
+    """_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)."""
+    kind = _global('torch', _STORAGES[array.dtype.name])
+    place = [_text('storage'), kind, _text(key), _text('cpu'), _integer(array.size)]
+    stride = [int(np.prod(array.shape[axis + 1 :], dtype=np.int64)) for axis in range(array.ndim)]
+    arguments = [
+        _tuple(place) + _PERSISTENT_ID,
+        _integer(0),
+        _tuple(map(_integer, array.shape)),
+        _tuple(map(_integer, stride)),
+        _FALSE,
+        _ordered_dict(),
+    ]
+    return _global('torch._utils', '_rebuild_tensor_v2') + _tuple(arguments) + _CALL
+
+
+def _ordered_dict() -> bytes:
+    return _global('collections', 'OrderedDict') + _EMPTY_TUPLE + _CALL
+
+
+def _global(module: str, name: str) -> bytes:
+    return f'c{module}\n{name}\n'.encode()
+
+
+def _tuple(items) -> bytes:
+    return _MARK + b''.join(items) + _TUPLE
+
+
+def _text(text: str) -> bytes:
+    data = text.encode()
+    return b'X' + struct.pack('<I', len(data)) + data
+
+
+def _integer(number: int) -> bytes:
+    if number < 2**31:
+        return b'J' + struct.pack('<i', number)
+    return b'\x8a\x08' + struct.pack('<q', number)
