@@ -1,13 +1,15 @@
-"""Random-access sources of images: the embedded set, a folder of IDX files, or a TFDS set.
+"""Random-access sources of images: the embedded set, IDX files, a prepared set, or a TFDS set.
 
 A source has `len(source)` and `source[i] -> {'image': uint8 [H,W,C], 'label': int32 scalar}`, which
-is what Grain reads from. Images stay uint8: they are scaled and dequantised on the device.
+is what Grain reads from. Images stay uint8: they are scaled and dequantised on the device. Its
+`about` is a dict for JSON that says which images these are: 'dataset', 'split', 'images' and more.
 """
 
 import contextlib
 import difflib
+import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +20,19 @@ EMBEDDED_FOLDER = Path(__file__).parent / 'embedded'
 IDX_PREFIXES = {'train': 'train', 'test': 't10k'}
 
 
-def load(kind, split, *, path='', name=''):
+def load(kind, split, *, path='', name='', verify=(0, 1)):
     """Opens a split of a set of images.
 
     Args:
         kind: 'embedded' (a part of Fashion-MNIST that comes with this package), 'idx' (a folder of
-            IDX files) or 'tfds' (a prepared TFDS set).
-        split: 'train' or 'test'; for TFDS the set's own name of it, such as 'validation'.
-        path: the folder of the IDX files, or the `data_dir` of TFDS.
+            IDX files), 'prepared' (what `python -m tarflow_jax.data.prepare` wrote) or 'tfds' (a
+            TFDS set that lies ready).
+        split: 'train' or 'test'; for prepared sets and TFDS, the set's own name of it, such as
+            'validation'.
+        path: the folder of the IDX files or of the prepared set, or the `data_dir` of TFDS.
         name: the TFDS name, such as 'imagenet_resized/64x64'.
+        verify: of a prepared set, the share of the checksums that this process compares: its
+            index, and the number of processes.
 
     Returns:
         A source, see the top of this file.
@@ -38,6 +44,7 @@ def load(kind, split, *, path='', name=''):
     openers = {
         'embedded': lambda: embedded(split),
         'idx': lambda: idx_folder(path, split),
+        'prepared': lambda: _prepared(path, split, verify),
         'tfds': lambda: tfds_source(name, split, path),
     }
     if kind not in openers:
@@ -52,7 +59,8 @@ def load(kind, split, *, path='', name=''):
 def check(source, *, image_size, channels, num_classes, what):
     """Refuses a source that does not fit the model.
 
-    Looks at the first image, and at every label where they are in memory, else at the first.
+    Looks at the first image, and at every label where they are in memory; else at the first label
+    and at the number of classes, where the source knows it.
 
     Args:
         source: see the top of this file.
@@ -76,7 +84,10 @@ def check(source, *, image_size, channels, num_classes, what):
         )
     if num_classes == 0:
         return
-    labels = source.label_N if isinstance(source, InMemory) else np.array([first['label']])
+    if isinstance(source, InMemory):
+        labels = source.label_N
+    else:
+        labels = np.array([first['label'], (source.about.get('classes') or 1) - 1])
     wrong = labels[(labels < 0) | (labels >= num_classes)]
     if wrong.size:
         raise ValueError(
@@ -86,12 +97,19 @@ def check(source, *, image_size, channels, num_classes, what):
         )
 
 
+def _prepared(path, split, verify):
+    from tarflow_jax.data import prepared  # slow to import, and only this source needs it
+
+    return prepared.prepared_source(path, split, verify)
+
+
 @dataclass(frozen=True)
 class InMemory:
     """A source whose images, uint8 [N,H,W,C], and labels, int32 [N], are in memory."""
 
     image_NxHxWxC: np.ndarray
     label_N: np.ndarray
+    about: dict = field(default_factory=dict)
 
     def __len__(self):
         return len(self.image_NxHxWxC)
@@ -106,7 +124,8 @@ def embedded(split):
     Raises:
         ValueError: the split is neither 'train' nor 'test'.
     """
-    return idx_folder(EMBEDDED_FOLDER, split)
+    source = idx_folder(EMBEDDED_FOLDER, split)
+    return replace(source, about=source.about | {'dataset': 'embedded part of Fashion-MNIST'})
 
 
 def idx_folder(path, split):
@@ -139,7 +158,13 @@ def idx_folder(path, split):
             f'{label.shape}; fetch both again, from the same place.'
         )
     image_NxHxWxC = image[..., None] if image.ndim == 3 else image
-    return InMemory(image_NxHxWxC, label.astype(np.int32))
+    about = {
+        'dataset': Path(path).absolute().name,
+        'split': split,
+        'images': len(image),
+        'pixels_sha256': hashlib.sha256(image.tobytes()).hexdigest(),
+    }
+    return InMemory(image_NxHxWxC, label.astype(np.int32), about)
 
 
 def _find_idx(folder, name):
@@ -162,6 +187,13 @@ class TfdsSource:
     def __init__(self, examples, recipe):
         self._examples = examples
         self._recipe = recipe
+        name, split, _ = recipe
+        self.about = {
+            'dataset': name,
+            'split': split,
+            'images': len(examples),
+            'version': str(examples.dataset_info.version),
+        }
 
     def __len__(self):
         return len(self._examples)

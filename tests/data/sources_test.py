@@ -60,6 +60,22 @@ def test_embedded_is_the_start_of_fashion_mnist(split, counts, pixel_sum, first)
     fits(source)
 
 
+def test_sources_say_what_they_are(tmp_path):
+    embedded = sources.load('embedded', 'test')
+    assert embedded.about == {
+        'dataset': 'embedded part of Fashion-MNIST', 'split': 'test', 'images': 2000,
+        'pixels_sha256': hashlib.sha256(embedded.image_NxHxWxC.tobytes()).hexdigest(),
+    }
+    folder = tmp_path / 'digits'
+    folder.mkdir()
+    image, _ = write_folder(folder)
+    assert sources.load('idx', 'train', path=str(folder)).about == {
+        'dataset': 'digits', 'split': 'train', 'images': 5,
+        'pixels_sha256': hashlib.sha256(image.tobytes()).hexdigest(),
+    }
+    assert sources.InMemory(image, np.zeros(5, np.int32)).about == {}
+
+
 def test_embedded_carries_its_licence():
     licence = (sources.EMBEDDED_FOLDER / 'LICENSE').read_text(encoding='utf-8')
     assert 'MIT' in licence and '2017 Zalando SE, https://tech.zalando.com' in licence
@@ -126,6 +142,7 @@ def test_missing_idx_files_are_named_with_the_folder(tmp_path):
 @pytest.mark.parametrize('arguments, says', [
     (('embeded', 'train'), "data.source is 'embeded', .* the closest is 'embedded'"),
     (('tdfs', 'train'), "the closest is 'tfds'"),
+    (('prepare', 'train'), "the closest is 'prepared'"),
     (('embedded', 'validation'), "the split is 'validation', .* choose one of train, test"),
     (('idx', 'train'), 'data.path is empty'),
     (('tfds', 'train'), 'data.name is empty'),
@@ -207,6 +224,9 @@ def test_tfds_reads_array_record(tfds_folder):
         assert element['label'].dtype == np.int32
         assert element['label'] == element['image'][0, 0, 0] % 4
     fits(source, image_size=8, channels=3, num_classes=4)
+    assert source.about == {
+        'dataset': 'tiny_pictures', 'split': 'train', 'images': 7, 'version': '1.0.0'
+    }
     assert len(sources.load('tfds', 'validation', path=str(tfds_folder), name='tiny_pictures')) == 3
 
 

@@ -1,0 +1,159 @@
+"""manifest.json of a prepared set: what it holds and how it was made, and whether it still does.
+
+Beside it lie TFDS's own dataset_info.json and features.json, so that
+`tfds.builder_from_directory(folder).as_data_source(split)` reads the set too.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+FILE = 'manifest.json'
+FORMAT = 1
+PROGRESS = 'progress'
+_VERIFY_THREADS = 8
+_CHUNK_BYTES = 2**20
+
+
+def folder_path(folder: str) -> epath.Path:
+    """The folder, local or `gs://`.
+
+    Raises:
+        ValueError: the folder is in a bucket and the package for buckets is missing.
+    """
+    path = epath.Path(os.path.expanduser(folder))
+    try:
+        path.exists()
+    except ImportError as error:
+        raise ValueError(
+            f'{folder} is in a bucket, and the package to reach it is missing: pip install gcsfs.'
+        ) from error
+    return path
+
+
+def is_local(folder: epath.Path) -> bool:
+    return '://' not in os.fspath(folder)
+
+
+def read(folder: epath.Path) -> dict[str, Any] | None:
+    """The manifest; None if there is none.
+
+    Raises:
+        ValueError: it is damaged, or another version of this package wrote it.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_text())
+        known = manifest['format'] == FORMAT
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f'{path} is damaged ({error}); delete {folder} and prepare the set again.'
+        ) from error
+    if not known:
+        raise ValueError(
+            f'{path} has the format {manifest["format"]}, and this version reads {FORMAT}; prepare '
+            'the set again with this version, in another folder.'
+        )
+    return manifest
+
+
+def write(folder: epath.Path, manifest: dict[str, Any]) -> None:
+    """Writes TFDS's files and then the manifest; each appears as a whole or not at all."""
+    for name, content in _tfds_files(manifest).items():
+        replace(folder / name, content)
+    replace(folder / FILE, json.dumps(manifest, indent=1, ensure_ascii=False) + '\n')
+
+
+def replace(path: epath.Path, content: str) -> None:
+    """Writes a file under another name and then renames it."""
+    temporary = path.parent / f'{path.name}.part'
+    temporary.write_text(content)
+    if is_local(path):
+        sync(temporary)
+    temporary.replace(path)
+
+
+def sync(path: os.PathLike | str) -> None:
+    """Brings what was written to a local file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: epath.Path) -> str:
+    digest = hashlib.sha256()
+    with path.open('rb') as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def damage(folder: epath.Path, shards: list[dict], *, contents: bool) -> dict[str, str]:
+    """What is wrong with which shard: it is missing, has another size or another checksum.
+
+    Args:
+        folder: where the shards are.
+        shards: their entries in the manifest.
+        contents: whether to read them all to compare their checksums.
+    """
+
+    def examine(shard: dict) -> str | None:
+        path = folder / shard['name']
+        try:
+            size = path.stat().length
+        except FileNotFoundError:
+            return 'is missing'
+        if size != shard['bytes']:
+            return f'has {size} bytes in place of {shard["bytes"]}'
+        if contents and sha256(path) != shard['sha256']:
+            return 'has another checksum than when it was written'
+        return None
+
+    with futures.ThreadPoolExecutor(_VERIFY_THREADS) as pool:
+        found = pool.map(examine, shards)
+        return {shard['name']: wrong for shard, wrong in zip(shards, found) if wrong}
+
+
+def _tfds_files(manifest: dict[str, Any]) -> dict[str, str]:
+    import tensorflow_datasets as tfds  # slow to import, and only needed at the end
+
+    size, channels = manifest['image']['size'], manifest['image']['channels']
+    features = {'image': tfds.features.Image(shape=(size, size, channels), encoding_format='png')}
+    if manifest['classes'] is not None:
+        features['label'] = tfds.features.ClassLabel(names=manifest['classes'])
+    with tempfile.TemporaryDirectory() as folder:
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=folder, dataset_name=manifest['tfds_name'], filetype_suffix='array_record',
+            template='{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}',
+        )
+        info = tfds.core.DatasetInfo(
+            builder=tfds.core.dataset_info.DatasetIdentity(
+                name=manifest['tfds_name'], version=tfds.core.Version('1.0.0'), data_dir=folder,
+                module_name='',
+            ),
+            features=tfds.features.FeaturesDict(features),
+            description=f'{manifest["dataset"]}; {manifest["preprocessing"]}.',
+        )
+        info.set_file_format('array_record')
+        info.set_splits(tfds.core.splits.SplitDict([
+            tfds.core.SplitInfo(
+                name=name, shard_lengths=[shard['records'] for shard in split['shards']],
+                num_bytes=sum(shard['bytes'] for shard in split['shards']),
+                filename_template=template,
+            )
+            for name, split in manifest['splits'].items()
+        ]))
+        info.write_to_directory(folder)
+        return {
+            path.name: path.read_text(encoding='utf-8') for path in sorted(Path(folder).iterdir())
+        }

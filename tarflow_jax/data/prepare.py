@@ -1,0 +1,299 @@
+"""Prepares a set of images for training: sharded ArrayRecord that is read at random.
+
+    python -m tarflow_jax.data.prepare SOURCE --out=DIR [--size=64] [--split=NAME] [--name=NAME]
+        [--strict] [--workers=N]
+
+SOURCE is what people have, recognised by looking:
+  - a folder with the ImageNet site's ImageNet64 (or 32, 16, 8): train_data_batch_1 to 10, val_data,
+    and, for the names of the classes, map_clsloc.txt;
+  - the older ImageNet64: train_64x64 and valid_64x64, folders or .tar of PNG files;
+  - folders or a .tar of CLASS/IMAGE (ImageNet, AFHQ), also below train/, val/ and test/, and
+    ImageNet's .tar of one .tar per class: resized and cut as torchvision's Resize and CenterCrop;
+  - a folder of IDX files (MNIST).
+Files whose name starts with a dot are left out. Images that cannot be used are named and skipped.
+
+DIR, a folder or gs://BUCKET/FOLDER, gets the shards, manifest.json, and what TFDS needs to read
+them: train with --config.data.source=prepared --config.data.path=DIR. The same command goes on
+after an interruption and mends a DIR that was damaged; with another split, it adds to DIR.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+import sys
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import tqdm
+from etils import epath
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from tarflow_jax import __version__
+from tarflow_jax.data import manifest as manifests
+from tarflow_jax.data import originals, shards
+
+log = logging.getLogger('tarflow_jax')
+
+MAX_LISTED = 1000
+PLAN = 'plan.json'
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line; returns the exit code.
+
+    0: done; 2: bad input; 1: failed underway; 130: Ctrl-C. After all but 2, the same command goes
+    on.
+    """
+    logging.basicConfig(
+        level=logging.WARNING, format='%(asctime)s %(message)s', datefmt='%H:%M:%S', force=True
+    )
+    log.setLevel(logging.INFO)
+    try:
+        given = _parser().parse_args(argv[1:])
+    except SystemExit as error:
+        return error.code
+    try:
+        with logging_redirect_tqdm():
+            prepare(
+                given.source, given.out, size=given.size, split=given.split, name=given.name,
+                strict=given.strict, workers=given.workers,
+            )
+    except (ValueError, FileNotFoundError) as error:
+        log.error('error: %s', error)
+        return 2
+    except (OSError, BrokenProcessPool) as error:
+        log.error('error: %s; the same command goes on.', str(error).rstrip('.'))
+        return 1
+    except KeyboardInterrupt:
+        log.error('interrupted; the same command goes on.')
+        return 130
+    return 0
+
+
+def prepare(source: str, out: str, *, size: int | None = None, split: str | None = None,
+            name: str | None = None, strict: bool = False, workers: int = 1) -> None:
+    """Prepares the splits of a source in a folder, as far as this is not done yet.
+
+    Args:
+        source: see the top of this file.
+        out: the folder, local or gs://.
+        size: height and width; None is the source's own, or 64 for photographs.
+        split: the one split that the source is, or that is wanted of it; None is all.
+        name: of the set; None is the one that the source goes by.
+        strict: whether an image that cannot be used is an error.
+        workers: processes that decode and encode.
+
+    Raises:
+        FileNotFoundError, ValueError: the source or the folder cannot be used, see
+            `originals.recognise`; or, with `strict`, one of the images.
+        OSError: something cannot be read or written.
+    """
+    folder = manifests.folder_path(out)
+    _check_place(folder, source)
+    before = manifests.read(folder)
+    found = originals.recognise(
+        source, size=size, split=split, name=name, classes=before and before['classes']
+    )
+    settings = _settings(found)
+    if before:
+        _check_same(folder, before, settings)
+    per_shard = originals.images_per_shard(found.size, found.channels)
+    plans = {key: _plan(settings, part.identity, per_shard) for key, part in found.splits.items()}
+    _check_notes(found.splits, strict)
+    _begin(folder, plans, before)
+    done = dict(before['splits']) if before else {}
+    total = sum(part.count for part in found.splits.values())
+    with shards.worker_processes(workers) as pool, tqdm.tqdm(total=total, unit='img') as progress:
+        for key, part in found.splits.items():
+            names = shards.names(settings['tfds_name'], key, -(-part.count // per_shard))
+            places = dict(zip(names, shards.bounds(part.count, per_shard)))
+            write = functools.partial(
+                shards.write, folder, part, pool=pool, workers=workers,
+                labelled=found.classes is not None, strict=strict, progress=progress,
+            )
+            if key in done:
+                _mend(folder, key, done[key], places, write, strict, progress)
+            else:
+                told = _write_rest(folder, key, places, write, strict, progress)
+                done[key] = _entry(key, part, plans[key], told)
+    whole = {'format': manifests.FORMAT, **settings, 'splits': dict(sorted(done.items()))}
+    if whole != before:
+        manifests.write(folder, whole)
+    log.info(
+        '%s %s: %s', folder, 'is prepared' if whole != before else 'is already prepared',
+        ', '.join(
+            f'{key} {sum(shard["records"] for shard in entry["shards"])} images in '
+            f'{len(entry["shards"])} shard(s), {entry["skipped"]["count"]} skipped'
+            for key, entry in whole['splits'].items()
+        ),
+    )
+    (folder / manifests.PROGRESS).rmtree()
+
+
+def _settings(found: originals.Originals) -> dict[str, Any]:
+    """What all splits of a set have in common."""
+    plain = re.sub(r'[^a-z0-9]+', '_', found.dataset.partition(' (')[0].lower()).strip('_')
+    return {
+        'dataset': found.dataset,
+        'tfds_name': plain if plain[:1].isalpha() else f'images_{plain}'.strip('_'),
+        'image': {'size': found.size, 'channels': found.channels, 'encoding': 'png'},
+        'preprocessing': found.preprocessing,
+        'classes': found.classes,
+    }
+
+
+def _check_place(folder: epath.Path, source: str) -> None:
+    if not manifests.is_local(folder):
+        return
+    if folder.is_file():
+        raise ValueError(f'{folder} is a file; give a folder as --out.')
+    if folder.resolve().is_relative_to(os.path.realpath(source)):
+        raise ValueError(
+            f'{folder} lies inside {source}, and would be taken for images; give a folder outside '
+            'as --out.'
+        )
+
+
+def _check_same(folder: epath.Path, before: dict, settings: dict) -> None:
+    for key, value in settings.items():
+        if before[key] != value:
+            has, wants = before[key], value
+            if key == 'classes':  # what is too long to say; one of them is None
+                has, wants = (v and 'labels' for v in (has, wants))
+            remedy = ', or --name if it is the same set' if key == 'dataset' else ''
+            raise ValueError(
+                f'{folder} holds a set with {key} {has!r}, and this one has {wants!r}; give '
+                f'another --out{remedy}.'
+            )
+
+
+def _plan(settings: dict, identity: str, per_shard: int) -> str:
+    """Tells whether shards on the disk are those that this command would write."""
+    text = json.dumps([manifests.FORMAT, settings, identity, per_shard])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_notes(splits: dict[str, originals.Split], strict: bool) -> None:
+    for key, part in splits.items():
+        for name, note in part.notes:
+            log.info('%s: %s %s', key, name, note)
+        if part.count == 0:
+            raise ValueError(f'the split {key} holds no file; give another source.')
+        if strict and part.problems:
+            name, note = part.notes[-1]
+            raise ValueError(
+                f'the split {key} does not pass --strict: {name} {note}; mend it, or leave '
+                '--strict away.'
+            )
+
+
+def _begin(folder: epath.Path, plans: dict[str, str], before: dict | None) -> None:
+    """Notes in the folder what is being written, unless it is what was begun before.
+
+    Raises:
+        ValueError: something else was begun, or is done.
+    """
+    for key, entry in (before['splits'] if before else {}).items():
+        if plans.get(key, entry['plan']) != entry['plan']:
+            raise ValueError(
+                f'{folder} already holds the split {key!r}, of other images or with other '
+                'options; give another --out.'
+            )
+    path = folder / manifests.PROGRESS / PLAN
+    if path.exists():
+        if json.loads(path.read_text()) != plans:
+            raise ValueError(
+                f'{folder} holds a preparation that was begun with other images or options; give '
+                f'the same command again, or another --out, or delete {path.parent}.'
+            )
+        return
+    if before is None and folder.exists():
+        if any(entry.name != manifests.PROGRESS for entry in folder.iterdir()):
+            raise ValueError(f'{folder} holds other files; give an empty or new folder as --out.')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    manifests.replace(path, json.dumps(plans))
+
+
+def _write_rest(folder, key: str, places: dict, write, strict: bool, progress) -> list[dict]:
+    """Writes the shards that are not finished; returns what is told of all, in order."""
+    kept = shards.finished(folder, list(places))
+    if kept:
+        log.info('%s: %d of %d shards are finished and kept', key, len(kept), len(places))
+    for name, shard in kept.items():
+        _check_skipped(name, shard['skipped'], strict)
+        progress.update(places[name][1] - places[name][0])
+    told = kept | write({name: place for name, place in places.items() if name not in kept})
+    if not any(shard['records'] for shard in told.values()):
+        raise ValueError(f'the split {key} holds no image that can be used; see above.')
+    return [told[name] for name in places]
+
+
+def _mend(folder, key: str, entry: dict, places: dict, write, strict: bool, progress) -> None:
+    """Writes the shards of a finished split anew that are damaged."""
+    _check_skipped(key, entry['skipped']['list'], strict)
+    damaged = manifests.damage(folder, entry['shards'], contents=True)
+    for name, wrong in damaged.items():
+        log.warning('%s %s; it is written anew', name, wrong)
+    progress.update(sum(b - a for name, (a, b) in places.items() if name not in damaged))
+    wanted = {shard['name']: shard['sha256'] for shard in entry['shards']}
+    write({name: places[name] for name in damaged}, wanted=wanted)
+
+
+def _check_skipped(where: str, skipped: list, strict: bool) -> None:
+    if strict and skipped:
+        name, reason = skipped[0]
+        raise ValueError(
+            f'{name} {reason}, and was skipped in {where} before; mend or remove it and prepare '
+            'in another --out, or leave --strict away.'
+        )
+
+
+def _entry(key: str, part: originals.Split, plan: str, told: list[dict]) -> dict[str, Any]:
+    """What the manifest says of a split."""
+    skipped = [item for shard in told for item in shard['skipped']]
+    notes = [list(note) for note in part.notes]
+    notes += [item for shard in told for item in shard['notes']]
+    return {
+        'images': sum(shard['records'] for shard in told),
+        'plan': plan,
+        'tarflow_jax': __version__,
+        'shards': [{k: shard[k] for k in ('name', 'records', 'bytes', 'sha256')} for shard in told],
+        'skipped': {'count': len(skipped), 'list': skipped[:MAX_LISTED]},
+        'notes': {'count': len(notes), 'list': notes[:MAX_LISTED]},
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='python -m tarflow_jax.data.prepare', description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument('source', metavar='SOURCE', help='folder or .tar')
+    parser.add_argument('--out', required=True, metavar='DIR', help='where to write')
+    parser.add_argument(
+        '--size', type=_positive, help="height and width; the source's own, or 64 for photographs"
+    )
+    parser.add_argument('--split', help='the split that SOURCE is, or the one wanted of it')
+    parser.add_argument('--name', help='name of the set; the one that SOURCE goes by')
+    parser.add_argument(
+        '--strict', action='store_true', help='an image that cannot be used is an error'
+    )
+    parser.add_argument(
+        '--workers', type=_positive, default=len(os.sched_getaffinity(0)), help='processes'
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number above 0')
+    return int(text)
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv))

@@ -1,0 +1,124 @@
+"""Reads what `prepare` wrote: images at random from ArrayRecord shards, checked when opened."""
+
+import hashlib
+import logging
+import os
+import time
+from concurrent import futures
+
+import numpy as np
+from array_record.python import array_record_data_source, array_record_module
+from tensorflow_datasets.proto import tf_example_pb2
+
+from tarflow_jax.data import manifest as manifests
+from tarflow_jax.data.png import read_png
+
+log = logging.getLogger('tarflow_jax')
+
+_THREADS = 16
+
+
+class PreparedSource:
+    """A source that reads a split record by record; label -1 where it has none.
+
+    A worker process that it is sent to opens the files itself, and does not check them again.
+    """
+
+    def __init__(self, shards: list[tuple[str, int]], about: dict):
+        """Shards are their path and number of records."""
+        self._shards = shards
+        self.about = about
+        self._records = array_record_data_source.ArrayRecordDataSource(
+            [f'{path}[0:{records}]' for path, records in shards if records]
+        )
+
+    def __len__(self):
+        return len(self._records)
+
+    def __getitem__(self, i):
+        feature = tf_example_pb2.Example.FromString(self._records[i]).features.feature
+        label = feature['label'].int64_list.value if 'label' in feature else (-1,)
+        image_HxWxC = read_png(feature['image'].bytes_list.value[0])
+        return {'image': image_HxWxC, 'label': np.int32(label[0])}
+
+    def __reduce__(self):
+        return PreparedSource, (self._shards, self.about)
+
+
+def prepared_source(folder: str, split: str, verify: tuple[int, int] = (0, 1)) -> PreparedSource:
+    """Opens a split that `prepare` wrote, and checks that it is whole.
+
+    Sizes and numbers of records are always checked; checksums, which means to read all of it once,
+    for the shards `verify[0]::verify[1]`, so that several processes can share the work.
+
+    Args:
+        folder: where it was written to, local or gs://.
+        split: such as 'train'.
+        verify: this process's share of the checksums: its index, and of how many.
+
+    Raises:
+        FileNotFoundError: there is no prepared set in the folder.
+        ValueError: the set has no such split, or a shard is missing or damaged.
+    """
+    if not folder:
+        raise ValueError('data.path is empty; set it to the folder that was prepared.')
+    path = manifests.folder_path(folder)
+    manifest = manifests.read(path)
+    if manifest is None:
+        raise FileNotFoundError(
+            f'{folder} has no {manifests.FILE}; prepare a set with `python -m '
+            f'tarflow_jax.data.prepare SOURCE --out={folder}`, or correct data.path.'
+        )
+    if split not in manifest['splits']:
+        raise ValueError(
+            f'{folder} has no split {split!r}; choose one of {", ".join(manifest["splits"])}, or '
+            'prepare this one too.'
+        )
+    entry = manifest['splits'][split]
+    start = time.monotonic()
+    share = entry['shards'][verify[0]::verify[1]]
+    damaged = manifests.damage(path, entry['shards'], contents=False)
+    damaged = damaged or manifests.damage(path, share, contents=True) or _miscounted(path, entry)
+    if damaged:
+        name, wrong = next(iter(damaged.items()))
+        raise ValueError(
+            f'{os.fspath(path / name)} {wrong} ({len(damaged)} of {len(entry["shards"])} shards '
+            'are damaged); run the command that prepared the set again, which mends them.'
+        )
+    seconds = time.monotonic() - start
+    if seconds > 1:
+        log.info(
+            'checked %d of %d shards of %s in %.1f s', len(share), len(entry['shards']), folder,
+            seconds,
+        )
+    about = {
+        'dataset': manifest['dataset'],
+        'split': split,
+        'images': entry['images'],
+        'skipped': entry['skipped']['count'],
+        'classes': None if manifest['classes'] is None else len(manifest['classes']),
+        'image': manifest['image'],
+        'preprocessing': manifest['preprocessing'],
+        'manifest_sha256': hashlib.sha256((path / manifests.FILE).read_bytes()).hexdigest(),
+    }
+    shards = [(os.fspath(path / shard['name']), shard['records']) for shard in entry['shards']]
+    return PreparedSource(shards, about)
+
+
+def _miscounted(folder, entry: dict) -> dict[str, str]:
+    """Shards that cannot be opened or hold another number of records than the manifest says."""
+
+    def examine(shard: dict) -> str | None:
+        try:
+            reader = array_record_module.ArrayRecordReader(os.fspath(folder / shard['name']))
+            records = reader.num_records()
+            reader.close()
+        except (OSError, RuntimeError, ValueError) as error:
+            return f'cannot be opened: {str(error).partition(chr(10))[0]}'
+        if records != shard['records']:
+            return f'holds {records} records in place of {shard["records"]}'
+        return None
+
+    with futures.ThreadPoolExecutor(_THREADS) as pool:
+        found = pool.map(examine, entry['shards'])
+        return {shard['name']: wrong for shard, wrong in zip(entry['shards'], found) if wrong}

@@ -1,0 +1,219 @@
+"""Writes the shards of a split: encoded in many processes, written in order, kept once finished.
+
+A shard is written under another name and renamed when it is complete and on the disk; then a small
+file in the progress folder says what is in it. A run that was killed goes on after the last shard
+that has one, and its result is the same to the byte.
+"""
+
+import collections
+import contextlib
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator
+from concurrent import futures
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any
+
+from array_record.python import array_record_module
+from etils import epath
+
+from tarflow_jax.data import manifest as manifests
+from tarflow_jax.data.image_files import Encoded
+from tarflow_jax.data.originals import Split, Task
+
+log = logging.getLogger('tarflow_jax')
+
+# One record per group, so that one image can be read alone; PNG is compressed already.
+WRITER_OPTIONS = 'group_size:1,uncompressed'
+TASKS_AHEAD_PER_WORKER = 4
+
+
+def bounds(count: int, per_shard: int) -> list[tuple[int, int]]:
+    """First image and end of every shard: as few shards as can be, as equal as can be."""
+    shards = -(-count // per_shard)
+    edges = [count * k // shards for k in range(shards + 1)]
+    return list(itertools.pairwise(edges))
+
+
+def names(tfds_name: str, split: str, shards: int) -> list[str]:
+    return [f'{tfds_name}-{split}.array_record-{k:05d}-of-{shards:05d}' for k in range(shards)]
+
+
+def finished(folder: epath.Path, names: list[str]) -> dict[str, dict]:
+    """What the progress folder says of shards that are finished and unharmed, by their name."""
+    told = {}
+    for name in names:
+        path = folder / manifests.PROGRESS / f'{name}.json'
+        if path.exists():
+            told[name] = json.loads(path.read_text())
+    damaged = manifests.damage(folder, list(told.values()), contents=True)
+    return {name: shard for name, shard in told.items() if name not in damaged}
+
+
+@contextlib.contextmanager
+def worker_processes(workers: int) -> Iterator[futures.Executor]:
+    """Processes to encode in; they end with this one, however it ends."""
+    pool = futures.ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context('spawn'), initializer=_start_worker
+    )
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def write(folder: epath.Path, split: Split, places: dict[str, tuple[int, int]], *,
+          pool: futures.Executor, workers: int, labelled: bool, strict: bool, progress,
+          wanted: dict[str, str] | None = None) -> dict[str, dict]:
+    """Writes shards and what the progress folder says of them.
+
+    Args:
+        folder: the prepared set's.
+        split: where the images come from.
+        places: shards to write, by their name: first image and end.
+        pool: see `worker_processes`.
+        workers: how many processes it has.
+        labelled: whether records have a label.
+        strict: whether an image that cannot be used is an error.
+        progress: a progress bar that counts images.
+        wanted: checksums that the shards must have, by their name.
+
+    Returns:
+        What the progress folder says, by the name of the shard: 'name', 'records', 'bytes',
+        'sha256', and as lists of [image, text] 'skipped' and 'notes'.
+
+    Raises:
+        ValueError: an image cannot be used, and `strict`; or a checksum is not the one wanted.
+        OSError: images cannot be read any more, or shards not be written.
+    """
+    tasks = (
+        (name, task) for name, (start, stop) in places.items() for task in split.tasks(start, stop)
+    )
+    results = _in_order(pool, tasks, TASKS_AHEAD_PER_WORKER * workers)
+    written = {}
+    for name, group in itertools.groupby(results, key=lambda result: result[0]):
+        part = folder / manifests.PROGRESS / f'{name}.part'
+        with _local_file(part) as local:
+            shard = _write_shard(
+                local, ((task, encoded) for _, task, encoded in group), labelled, strict, progress
+            )
+            shard = {'name': name, **shard}
+            if wanted and shard['sha256'] != wanted[name]:
+                raise ValueError(
+                    f'{name} cannot be made again as it was: the images, Pillow or zlib changed; '
+                    f'delete {folder} and prepare the set again.'
+                )
+        part.replace(folder / name)
+        if manifests.is_local(folder):
+            manifests.sync(folder)
+        manifests.replace(folder / manifests.PROGRESS / f'{name}.json', json.dumps(shard))
+        written[name] = shard
+    return written
+
+
+def _write_shard(local: str, results, labelled: bool, strict: bool, progress) -> dict[str, Any]:
+    skipped, notes, records = [], [], 0
+    with _writer(local) as writer:
+        for task, encoded in results:
+            for name, label, image in zip(task.names, task.labels, encoded):
+                for note in image.notes:
+                    log.info('%s %s', name, note)
+                    notes.append([name, note])
+                if image.png is not None:
+                    writer.write(_record(image.png, label if labelled else None))
+                    records += 1
+                    continue
+                if strict:
+                    raise ValueError(
+                        f'{name} {image.reason}; mend or remove it, or leave --strict away.'
+                    )
+                log.warning('%s %s; skipped', name, image.reason)
+                skipped.append([name, image.reason])
+            progress.update(len(encoded))
+    manifests.sync(local)
+    return {
+        'records': records,
+        'bytes': os.path.getsize(local),
+        'sha256': manifests.sha256(epath.Path(local)),
+        'skipped': skipped,
+        'notes': notes,
+    }
+
+
+@contextlib.contextmanager
+def _writer(path: str) -> Iterator[array_record_module.ArrayRecordWriter]:
+    """A writer that is closed at the end; OSError if it cannot write, such as to a full disk."""
+    try:
+        writer = array_record_module.ArrayRecordWriter(path, WRITER_OPTIONS)
+        try:
+            yield writer
+        finally:
+            writer.close()
+    except RuntimeError as error:  # all that the writer ever raises
+        raise OSError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _local_file(target: epath.Path) -> Iterator[str]:
+    """A local file to write: the target itself, or one that is copied to it at the end."""
+    if manifests.is_local(target):
+        yield os.fspath(target)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / target.name
+        yield str(local)
+        epath.Path(local).copy(target, overwrite=True)
+
+
+def _record(png: bytes, label: int | None) -> bytes:
+    from tensorflow_datasets.proto import tf_example_pb2  # slow to import for every worker
+
+    example = tf_example_pb2.Example()
+    example.features.feature['image'].bytes_list.value.append(png)
+    if label is not None:
+        example.features.feature['label'].int64_list.value.append(label)
+    return example.SerializeToString(deterministic=True)
+
+
+def _in_order(
+    pool: futures.Executor, tasks: Iterator[tuple[str, Task]], ahead: int
+) -> Iterator[tuple[str, Task, list[Encoded]]]:
+    """Runs the tasks in the pool, `ahead` of them at a time; yields them with their results."""
+    running = collections.deque()
+    for name, task in tasks:
+        with _interrupts_held():
+            running.append((name, task, pool.submit(task.function, *task.arguments)))
+        if len(running) > ahead:
+            name, task, future = running.popleft()
+            yield name, task._replace(arguments=()), future.result()
+    for name, task, future in running:
+        yield name, task, future.result()
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Lets Ctrl-C wait. Processes started meanwhile never see it: it is for this one."""
+    resource_tracker.ensure_running()  # which else would be started now, and stop holding them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker() -> None:
+    warnings.simplefilter('ignore')  # Pillow's, without the name of a file
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)

@@ -1,0 +1,169 @@
+"""Resizing agrees with torchvision's, and what is wrong with a file is said."""
+
+import hashlib
+import io
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tarflow_jax.data import image_files
+from tarflow_jax.data.listing import UNREADABLE, File
+from tarflow_jax.data.png import read_png
+
+
+# Recorded from torchvision 0.28: the pixels of CenterCrop(size)(Resize(size)(ramp(height, width))).
+TORCHVISION = [
+    (1, 1, 4, '17b0761f87b081d5'),
+    (375, 500, 64, '339cf78b6fe25fff'),
+    (500, 333, 64, '56e9fcdcc18167e1'),
+    (64, 65, 64, '8ab26ad90af5644c'),
+    (67, 64, 64, '534b481550d159d4'),
+    (13, 700, 16, '099de1a78ff0f16c'),
+    (257, 129, 32, '73f214e659c670c6'),
+    (31, 33, 64, '5aefd39580f82b70'),
+]
+
+
+def encode(path, size=8, exact=False):
+    file = File(path.name, str(path), 0, path.stat().st_size)
+    encoded, = image_files.encode_files([file], size, exact)
+    return encoded
+
+
+def ramp(height, width):
+    """A deterministic image without symmetry."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([x * 37 + y * 11, x * x + y * 5, x * y + 3 * y], -1).astype(np.uint8)
+
+
+@pytest.mark.parametrize('height, width, size, digest', TORCHVISION)
+def test_resizes_as_torchvision(height, width, size, digest):
+    image = image_files.resize_and_crop(Image.fromarray(ramp(height, width)), size)
+    assert image.size == (size, size)
+    assert hashlib.sha256(np.asarray(image).tobytes()).hexdigest()[:16] == digest
+
+
+@pytest.mark.parametrize('width, height, size, left, top', [
+    (5, 3, 3, 1, 0), (6, 3, 3, 2, 0), (8, 3, 3, 2, 0),
+    (3, 5, 3, 0, 1), (3, 6, 3, 0, 2), (3, 3, 3, 0, 0),
+])
+def test_half_offsets_round_to_even(width, height, size, left, top):
+    pixels = ramp(height, width)
+    cropped = np.asarray(image_files.resize_and_crop(Image.fromarray(pixels), size))
+    np.testing.assert_array_equal(cropped, pixels[top:top + size, left:left + size])
+
+
+def test_small_image_by_hand():
+    # 2x2 to 4x4, bilinear: weights 1/4 and 3/4 between neighbours, the border repeated.
+    image = Image.fromarray(np.array([[0, 80], [160, 240]], np.uint8))
+    np.testing.assert_array_equal(np.asarray(image_files.resize_and_crop(image, 4)), [
+        [0, 20, 60, 80], [40, 60, 100, 120], [120, 140, 180, 200], [160, 180, 220, 240],
+    ])
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    deep = np.array([[0, 255], [256, 65535]], np.uint16)
+    Image.fromarray(deep).save(tmp_path / 'deep.png')
+    encoded = encode(tmp_path / 'deep.png', size=2)
+    assert read_png(encoded.png)[..., 0].tolist() == [[0, 0], [1, 255]]
+    assert encoded.notes == ('has 16 bits per channel, of which the upper 8 were taken',)
+
+
+def test_sixteen_bit_colour(tmp_path):
+    rows = 2 * (b'\0' + struct.pack('>6H', 0, 255, 256, 0x1234, 0xfffe, 0x8000))
+
+    def chunk(kind, data):
+        checksum = zlib.crc32(kind + data)
+        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', checksum)
+
+    header = struct.pack('>IIBBBBB', 2, 2, 16, 2, 0, 0, 0)
+    (tmp_path / 'deep.png').write_bytes(
+        b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(rows))
+        + chunk(b'IEND', b'')
+    )
+    encoded = encode(tmp_path / 'deep.png', size=2)
+    assert read_png(encoded.png)[0].tolist() == [[0, 0, 1], [0x12, 0xff, 0x80]]
+    assert 'has 16 bits' in encoded.notes[0]
+
+
+def test_cmyk_and_small_are_notes(tmp_path):
+    Image.new('CMYK', (3, 5), (0, 255, 255, 0)).save(tmp_path / 'print.jpg')
+    encoded = encode(tmp_path / 'print.jpg')
+    assert encoded.notes == (
+        'is CMYK and was converted to RGB', 'is 3x5, smaller than 8x8, and was enlarged'
+    )
+    red, green, blue = read_png(encoded.png)[4, 4].tolist()
+    assert red > 240 and green < 15 and blue < 15
+    Image.new('L', (1, 1), 7).save(tmp_path / 'dot.png')
+    encoded = encode(tmp_path / 'dot.png')
+    assert encoded.notes == ('is 1x1, smaller than 8x8, and was enlarged',)
+    assert (read_png(encoded.png) == 7).all()
+
+
+def save(image, kind, **options):
+    data = io.BytesIO()
+    image.save(data, kind, **options)
+    return data.getvalue()
+
+
+def bomb():
+    # A header that promises 400 million pixels.
+    header = b'IHDR' + struct.pack('>IIBBBBB', 20000, 20000, 8, 2, 0, 0, 0)
+    data = save(Image.new('RGB', (1, 1)), 'PNG')
+    return data[:12] + header + struct.pack('>I', zlib.crc32(header)) + data[33:]
+
+
+@pytest.mark.parametrize('data, says', [
+    (lambda: save(Image.fromarray(ramp(90, 90)), 'JPEG')[:900], 'is damaged: image file is trunc'),
+    (lambda: save(Image.fromarray(ramp(90, 90)), 'PNG')[:900], 'is damaged: '),
+    (lambda: b'hello', 'is no image, or of none of the formats JPEG, PNG'),
+    (lambda: b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', 'is no image'),
+    (lambda: b'', 'is empty'),
+    (bomb, 'is a decompression bomb: '),
+    (lambda: save(Image.fromarray(np.ones((9, 9), np.float32)), 'TIFF'), 'has pixels of F'),
+    (lambda: save(Image.new('L', (1, 60000)), 'PNG'), 'is 1x60000, too long for its other side'),
+])
+def test_bad_files_have_a_reason(tmp_path, data, says):
+    (tmp_path / 'bad.jpg').write_bytes(data())
+    encoded = encode(tmp_path / 'bad.jpg', size=64)
+    assert encoded.png is None and encoded.reason.startswith(says)
+    assert '\n' not in encoded.reason
+
+
+def test_exact_refuses_other_sizes(tmp_path):
+    Image.fromarray(ramp(8, 9)).save(tmp_path / 'wide.png')
+    assert encode(tmp_path / 'wide.png', exact=True).reason == 'is 9x8, not 8x8'
+
+
+def test_unreadable_and_changed_files(tmp_path):
+    gone = File('gone.png', str(tmp_path / 'gone.png'), 0, UNREADABLE)
+    encoded, = image_files.encode_files([gone], 8, False)
+    assert encoded.reason == 'is a link to nothing, or no regular file'
+    Image.fromarray(ramp(8, 8)).save(tmp_path / 'a.png')
+    longer = File('a.png', str(tmp_path / 'a.png'), 0, os.path.getsize(tmp_path / 'a.png') + 1)
+    with pytest.raises(OSError, match='became shorter'):
+        image_files.encode_files([longer], 8, False)
+    with pytest.raises(OSError, match='not there any more'):  # a drive that went away, perhaps
+        image_files.encode_files([longer._replace(path='/nowhere/a.png')], 8, False)
+
+
+def test_forbidden_files_are_bad(tmp_path, monkeypatch):
+    (tmp_path / 'mine.png').write_bytes(b'secret')
+
+    def forbid(*args):
+        raise PermissionError(13, 'Permission denied')
+
+    monkeypatch.setattr('builtins.open', forbid)
+    assert encode(tmp_path / 'mine.png').reason == 'cannot be read: Permission denied'
+
+
+def test_arrays_keep_their_pixels_or_are_resized():
+    images = np.stack([ramp(8, 8), 255 - ramp(8, 8)])
+    kept = image_files.encode_array(images, 8)
+    np.testing.assert_array_equal(np.stack([read_png(e.png) for e in kept]), images)
+    grey, = image_files.encode_array(np.array([[[0, 80], [160, 240]]], np.uint8)[..., None], 4)
+    assert read_png(grey.png)[..., 0].tolist()[0] == [0, 20, 60, 80]
