@@ -1,0 +1,169 @@
+"""The Inception-v3 of the Frechet Inception distance, and of its spatial variant sFID.
+
+Every published FID comes from one network, the frozen TensorFlow graph of 2015-12-05 that Heusel
+et al. (arXiv 1706.08500) used. It differs from the Inception-v3 of today's model zoos: images are
+enlarged by TensorFlow 1's bilinear rule, average pooling does not count the padding, and the last
+block takes a maximum where the paper has an average. This module is that graph up to its pooled
+features; layers are named as in the torch-fidelity port, whose weights `load_inception` reads.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tarflow_jax.evaluation import folded_convolution
+
+SIZE = 299
+SPATIAL_CHANNELS = 7
+_EPS = 1e-3  # of the batch norms
+
+
+class InceptionV3(nn.Module):
+    """Features of images that `prepare` made; float32, batch norms folded, inference only."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
+        """x [B,299,299,3] to 'pooled' [B,2048] and 'spatial' [B,2023].
+
+        'spatial' are the first 7 channels of the 17x17 feature map that the graph calls
+        mixed_6/conv, the 1x1 branch of Mixed_6d after its ReLU, flattened with the channels last:
+        the features of sFID in the evaluator of Dhariwal & Nichol (arXiv 2105.05233).
+        """
+        x = _conv(x, 32, 3, 'Conv2d_1a_3x3', strides=2, padding='VALID')
+        x = _conv(x, 32, 3, 'Conv2d_2a_3x3', padding='VALID')
+        x = _conv(x, 64, 3, 'Conv2d_2b_3x3')
+        x = _halve(x)
+        x = _conv(x, 80, 1, 'Conv2d_3b_1x1')
+        x = _conv(x, 192, 3, 'Conv2d_4a_3x3', padding='VALID')
+        x = _halve(x)
+        for name, pooled in (('Mixed_5b', 32), ('Mixed_5c', 64), ('Mixed_5d', 64)):
+            x = _block_35(x, name, pooled)
+        x = _to_17(x, 'Mixed_6a')
+        for name, inner in (('6b', 128), ('6c', 160), ('6d', 160), ('6e', 192)):
+            x = _block_17(x, f'Mixed_{name}', inner)
+            if name == '6d':
+                spatial = x[..., :SPATIAL_CHANNELS]
+        x = _to_8(x, 'Mixed_7a')
+        x = _block_8(x, 'Mixed_7b', _average)
+        x = _block_8(x, 'Mixed_7c', functools.partial(_max, strides=1, padding='SAME'))
+        return {'pooled': x.mean((1, 2)), 'spatial': spatial.reshape(len(x), -1)}
+
+
+def _conv(x, features, size, name, **how):
+    size = (size, size) if isinstance(size, int) else size
+    return nn.relu(folded_convolution.convolution(x, features, size, name, **how))
+
+
+def _max(x, strides, padding):
+    return nn.max_pool(x, (3, 3), (strides, strides), padding)
+
+
+_halve = functools.partial(_max, strides=2, padding='VALID')
+
+
+def _average(x):
+    return nn.avg_pool(x, (3, 3), padding='SAME', count_include_pad=False)
+
+
+def _join(*branches):
+    return jnp.concatenate(branches, -1)
+
+
+def _block_35(x, name, pooled):
+    one = _conv(x, 64, 1, f'{name}.branch1x1')
+    five = _conv(x, 48, 1, f'{name}.branch5x5_1')
+    five = _conv(five, 64, 5, f'{name}.branch5x5_2')
+    three = _conv(x, 64, 1, f'{name}.branch3x3dbl_1')
+    three = _conv(three, 96, 3, f'{name}.branch3x3dbl_2')
+    three = _conv(three, 96, 3, f'{name}.branch3x3dbl_3')
+    return _join(one, five, three, _conv(_average(x), pooled, 1, f'{name}.branch_pool'))
+
+
+def _to_17(x, name):
+    once = _conv(x, 384, 3, f'{name}.branch3x3', strides=2, padding='VALID')
+    twice = _conv(x, 64, 1, f'{name}.branch3x3dbl_1')
+    twice = _conv(twice, 96, 3, f'{name}.branch3x3dbl_2')
+    twice = _conv(twice, 96, 3, f'{name}.branch3x3dbl_3', strides=2, padding='VALID')
+    return _join(once, twice, _halve(x))
+
+
+def _block_17(x, name, inner):
+    one = _conv(x, 192, 1, f'{name}.branch1x1')
+    once = _conv(x, inner, 1, f'{name}.branch7x7_1')
+    once = _conv(once, inner, (1, 7), f'{name}.branch7x7_2')
+    once = _conv(once, 192, (7, 1), f'{name}.branch7x7_3')
+    twice = _conv(x, inner, 1, f'{name}.branch7x7dbl_1')
+    twice = _conv(twice, inner, (7, 1), f'{name}.branch7x7dbl_2')
+    twice = _conv(twice, inner, (1, 7), f'{name}.branch7x7dbl_3')
+    twice = _conv(twice, inner, (7, 1), f'{name}.branch7x7dbl_4')
+    twice = _conv(twice, 192, (1, 7), f'{name}.branch7x7dbl_5')
+    return _join(one, once, twice, _conv(_average(x), 192, 1, f'{name}.branch_pool'))
+
+
+def _to_8(x, name):
+    three = _conv(x, 192, 1, f'{name}.branch3x3_1')
+    three = _conv(three, 320, 3, f'{name}.branch3x3_2', strides=2, padding='VALID')
+    seven = _conv(x, 192, 1, f'{name}.branch7x7x3_1')
+    seven = _conv(seven, 192, (1, 7), f'{name}.branch7x7x3_2')
+    seven = _conv(seven, 192, (7, 1), f'{name}.branch7x7x3_3')
+    seven = _conv(seven, 192, 3, f'{name}.branch7x7x3_4', strides=2, padding='VALID')
+    return _join(three, seven, _halve(x))
+
+
+def _block_8(x, name, pool):
+    one = _conv(x, 320, 1, f'{name}.branch1x1')
+    once = _conv(x, 384, 1, f'{name}.branch3x3_1')
+    once_wide = _conv(once, 384, (1, 3), f'{name}.branch3x3_2a')
+    once_high = _conv(once, 384, (3, 1), f'{name}.branch3x3_2b')
+    twice = _conv(x, 448, 1, f'{name}.branch3x3dbl_1')
+    twice = _conv(twice, 384, 3, f'{name}.branch3x3dbl_2')
+    twice_wide = _conv(twice, 384, (1, 3), f'{name}.branch3x3dbl_3a')
+    twice_high = _conv(twice, 384, (3, 1), f'{name}.branch3x3dbl_3b')
+    pooled = _conv(pool(x), 192, 1, f'{name}.branch_pool')
+    return _join(one, once_wide, once_high, twice_wide, twice_high, pooled)
+
+
+def resize_like_tensorflow_1(images: jax.Array, size: int) -> jax.Array:
+    """Bilinear, by the rule of TensorFlow 1: float32 [B,H,W,C] to [B,size,size,C].
+
+    Pixel i of the result is read at i * old / new of the source, between the pixel there and its
+    right (lower) neighbour; the last pixel is its own neighbour. Neither the pixels' centres nor,
+    when it shrinks, the pixels between are taken into account.
+    """
+    for axis in (2, 1):
+        old = images.shape[axis]
+        place = np.arange(size, dtype=np.float32) * np.float32(old / size)
+        low = place.astype(np.int32)
+        high = np.minimum(low + 1, old - 1)
+        share = (place - low).reshape([size] + [1] * (3 - axis))
+        at_low, at_high = images.take(low, axis), images.take(high, axis)
+        images = at_low + (at_high - at_low) * share
+    return images
+
+
+def prepare(images: jax.Array) -> jax.Array:
+    """Images uint8 [B,H,W,3] of any size to what the network takes: [B,299,299,3] in [-1, 1)."""
+    return (resize_like_tensorflow_1(images.astype(jnp.float32), SIZE) - 128) / 128
+
+
+def features(variables, images: jax.Array) -> dict[str, jax.Array]:
+    """'pooled' [B,2048] and 'spatial' [B,2023], float32, of images uint8 [B,H,W,3]."""
+    return InceptionV3().apply(variables, prepare(images))
+
+
+def load_inception(path) -> dict:
+    """Variables of `InceptionV3` from the weights that torch-fidelity and pytorch-fid publish.
+
+    Their file is pt_inception-2015-12-05-6726825d.pth (in the release of torch-fidelity the name
+    starts with weights-inception). The classifier `fc` and auxiliary logits are left out.
+
+    Raises:
+      FileNotFoundError, ValueError: if the file is missing or is another network's.
+    """
+    return folded_convolution.load(
+        path, InceptionV3(), SIZE, lambda layer: (f'{layer}.conv', f'{layer}.bn'),
+        ignored=('fc.', 'AuxLogits.'), eps=_EPS,
+    )

@@ -1,0 +1,126 @@
+"""The networks whose features a Frechet distance compares."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from tarflow_jax.evaluation import efficientnet, inception
+
+INCEPTION_FILE = 'pt_inception-2015-12-05-6726825d.pth'
+# How the SHA-256 of the published files begins, which is also in their names.
+_INCEPTION_SHA256 = '6726825d'
+_EFFICIENTNET_SHA256 = '57934424'
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureNetwork:
+    """A network with its weights.
+
+    Attributes:
+      name: tells networks apart in files of statistics.
+      about: what JSON can hold: 'name', 'file', 'sha256' of the weights' file, 'feature_size',
+        'preprocessing' in words, and 'published_weights', whether it is the file that published
+        numbers come from.
+      is_fid: whether a distance between its pooled features is called FID.
+      variables: numpy arrays; `jax.device_put` them to all devices of a mesh once.
+      features: (variables, images uint8 [B,H,W,1 or 3] of any size) to {'pooled': float32 [B,D]},
+        and for Inception 'spatial', float32 [B,2023]. It is pure, to be compiled by the caller,
+        and the same function for all networks of a name: `jax.jit` compiles it once. Images do
+        not mix, so B can be sharded. Other images raise ValueError.
+    """
+
+    name: str
+    about: dict
+    is_fid: bool
+    variables: dict
+    features: Callable[[dict, jax.Array], dict[str, jax.Array]]
+
+
+def load(name: str, path: str = '') -> FeatureNetwork:
+    """The network 'inception', 'efficientnet_lite0' or 'auto', with the weights of `path`.
+
+    'auto' is 'inception' if there is a path, else 'efficientnet_lite0'. Without a path, the
+    weights of 'efficientnet_lite0' are those of the installed package; those of 'inception' the
+    user must bring.
+
+    Raises:
+      FileNotFoundError: if the file or the package is missing.
+      ValueError: if the name is another one, 'inception' has no path, or the file does not hold
+        the network's weights.
+    """
+    if name == 'auto':
+        name = 'inception' if path else 'efficientnet_lite0'
+    if name == 'inception':
+        return _load_inception(path)
+    if name == 'efficientnet_lite0':
+        return _load_efficientnet_lite0(path)
+    raise ValueError(
+        f"The feature network is {name!r}; choose 'auto', 'inception' or 'efficientnet_lite0'."
+    )
+
+
+def _load_inception(path: str) -> FeatureNetwork:
+    if not path:
+        raise ValueError(
+            f'The feature network inception needs the path of its weights; bring {INCEPTION_FILE} '
+            'from the releases of pytorch-fid (torch-fidelity has the same file as '
+            f'{INCEPTION_FILE.replace("pt_", "weights-")}).'
+        )
+    variables = inception.load_inception(path)
+    sha256 = _sha256(path)
+    about = {
+        'name': 'inception-v3-compat',
+        'file': Path(path).name,
+        'sha256': sha256,
+        'published_weights': sha256.startswith(_INCEPTION_SHA256),
+        'feature_size': 2048,
+        'preprocessing': (
+            'bilinear to 299x299 by the rule of TensorFlow 1 (neither aligned corners nor pixel '
+            'centres), then (v - 128) / 128'
+        ),
+    }
+    return FeatureNetwork(about['name'], about, True, variables, inception_features)
+
+
+def _load_efficientnet_lite0(path: str) -> FeatureNetwork:
+    path = path or efficientnet.installed_weights()
+    variables = efficientnet.load_efficientnet_lite0(path)
+    sha256 = _sha256(path)
+    about = {
+        'name': 'efficientnet-lite0',
+        'file': Path(path).name,
+        'sha256': sha256,
+        'published_weights': sha256.startswith(_EFFICIENTNET_SHA256),
+        'feature_size': 1280,
+        'preprocessing': (
+            'bilinear to 224x224 (pixel centres, antialiased), then (v - 127) / 128'
+        ),
+    }
+    return FeatureNetwork(about['name'], about, False, variables, efficientnet_lite0_features)
+
+
+def inception_features(variables, images: jax.Array) -> dict[str, jax.Array]:
+    return inception.features(variables, _in_colour(images))
+
+
+def efficientnet_lite0_features(variables, images: jax.Array) -> dict[str, jax.Array]:
+    return efficientnet.features(variables, _in_colour(images))
+
+
+def _in_colour(images: jax.Array) -> jax.Array:
+    shape = images.shape
+    if images.dtype != jnp.uint8 or len(shape) != 4 or shape[-1] not in (1, 3):
+        raise ValueError(
+            f'The images are {images.dtype} {shape}; feature networks take uint8 [B, H, W, 3], or '
+            'grey ones [B, H, W, 1].'
+        )
+    return jnp.repeat(images, 3, axis=-1) if shape[-1] == 1 else images
+
+
+def _sha256(path) -> str:
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()

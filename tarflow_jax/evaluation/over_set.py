@@ -1,0 +1,92 @@
+"""One pass over a whole set: a score of every image, by all devices, brought to every process."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from tarflow_jax.data import pipeline
+from tarflow_jax.training import sharding
+
+
+def over_set(
+    score: Callable, source, *, mesh, batch_size: int, key: jax.Array, draws: int = 1, what: str
+):
+    """`score(batch, keys)` of every image of a source, under several draws of the noise.
+
+    The key of an image depends on `key`, the draw and the image's place in the source alone, so
+    that the numbers do not depend on the batch size, the mesh or the number of processes.
+
+    Args:
+      score: a jitted function of {'image': uint8 [B, H, W, C], 'label': int32 [B]} and keys [B] to
+        a tree of arrays [B, ...].
+      source: see `data.sources`.
+      batch_size: rounded up to a multiple of what the mesh splits a batch into.
+      what: for the progress bar.
+    Returns:
+      the tree with numpy arrays [draws, len(source), ...], the same on every process.
+    """
+    found = [[] for _ in range(draws)]
+    keys = _keys(sharding.batch_sharding(mesh))
+    for first, batch, mask in batches(source, mesh=mesh, batch_size=batch_size, what=what):
+        for draw in range(draws):
+            scores = score(batch, keys(key, draw, first, mask.size))
+            found[draw].append(jax.tree.map(lambda x: x[mask], sharding.to_host(scores)))
+    together = [jax.tree.map(lambda *parts: np.concatenate(parts), *parts) for parts in found]
+    return jax.tree.map(lambda *draws: np.stack(draws), *together)
+
+
+def batches(source, *, mesh, batch_size: int, what: str) -> Iterator[tuple[int, dict, np.ndarray]]:
+    """A source in order, split over the mesh: (place of the first image, batch, mask).
+
+    The mask, bool [B], is false for what fills up the last batch.
+    """
+    multiple = sharding.batch_multiple(mesh)
+    batch_size = -(-batch_size // multiple) * multiple
+    rows = sharding.local_rows(mesh, batch_size)
+    bar = tqdm(
+        total=len(source), desc=what, unit='image', leave=False,
+        disable=None if jax.process_index() == 0 else True,
+    )
+    with bar:
+        for i, batch in enumerate(
+            pipeline.eval_batches(source, batch_size=batch_size, rows=rows)
+        ):
+            batch = sharding.to_devices(batch, mesh, batch_size)
+            first = i * batch_size
+            mask = np.arange(first, first + batch_size) < len(source)
+            del batch['mask']
+            yield first, batch, mask
+            bar.update(int(mask.sum()))
+
+
+@dataclasses.dataclass(frozen=True)
+class EvenlySpaced:
+    """`count` images of a source from its first to its last, or all if there are fewer.
+
+    The first images of a set are often all of a few classes.
+    """
+
+    source: object
+    count: int
+
+    def __len__(self):
+        return min(self.count, len(self.source))
+
+    def __getitem__(self, i):
+        return self.source[i * len(self.source) // len(self)]
+
+
+@functools.cache
+def _keys(where) -> Callable:
+    @functools.partial(jax.jit, static_argnums=3)
+    def keys(key, draw, first, count):
+        of_draw = jax.random.fold_in(key, draw)
+        keys = jax.vmap(lambda i: jax.random.fold_in(of_draw, i))(first + jnp.arange(count))
+        return jax.lax.with_sharding_constraint(keys, where)
+
+    return keys

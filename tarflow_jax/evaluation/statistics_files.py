@@ -1,0 +1,191 @@
+"""Files of reference statistics, in the formats that others publish them in and read them from.
+
+npz archives hold `mu` [D] and `sigma` [D, D] (the suite of EDM), beside `mu_s` and `sigma_s` of
+the spatial features and often images, `arr_0` (the suite of ADM). Those written here hold a text
+too, `manifest`: JSON of the count and of what the numbers are about. Both suites take their
+statistics from them; ADM's, for its precision and recall, wants images in the file as well.
+
+A `.pth` file is the state dict of torchmetrics' FrechetInceptionDistance, in which the official
+TarFlow code keeps its statistics: the sums of x and of x x^T, and the count.
+"""
+
+import json
+import os
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from tarflow_jax.evaluation.frechet import Statistics
+from tarflow_jax.torch_file import read_torch_file
+from tarflow_jax.torch_writer import write_torch_file
+
+_TORCHMETRICS = ('features_sum', 'features_cov_sum', 'features_num_samples')
+# What numpy and zipfile raise on damaged archives.
+_DAMAGED = (ValueError, EOFError, KeyError, OSError, zipfile.BadZipFile, zlib.error)
+
+
+def read(path) -> Statistics:
+    """Statistics from a file of any of the formats, which its content tells.
+
+    `about['format']` is 'adm', 'edm', 'tarflow_jax' or 'torchmetrics'. Of torchmetrics' state the
+    real features are read. No pickle is run.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if the file is damaged, is in another format, lacks anything, or holds numbers
+        that are not finite.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} is no file; give statistics as .npz or .pth.')
+    with path.open('rb') as file:
+        magic = file.read(2)
+    if magic.startswith(b'\x80'):
+        raise ValueError(
+            f'{path} is a pickle, as the suite of EDM2 writes and older versions of torch; a '
+            'pickle is a program and is not run here, so save mu and sigma with numpy.savez.'
+        )
+    if magic != b'PK':
+        raise ValueError(f'{path} starts with {magic!r} and is neither .npz nor .pth of torch.')
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except _DAMAGED as error:
+        raise ValueError(f'{path} is damaged ({error}); copy it again.') from None
+    if any(name.endswith('/data.pkl') for name in names):
+        return _from_torchmetrics(path, read_torch_file(path))
+    return _from_npz(path, [name.removesuffix('.npy') for name in names])
+
+
+def write(path, statistics: Statistics) -> None:
+    """Writes statistics as `.npz`, or as `.pth` for torchmetrics.
+
+    The `.pth` file holds neither the spatial features, nor `about`, nor the weights of the
+    network: give it to torchmetrics by `load_state_dict(torch.load(path), strict=False)`. The
+    file appears complete or not at all; one that is there is replaced.
+
+    Raises:
+      FileNotFoundError: if the folder of `path` does not exist.
+      ValueError: if `path` ends otherwise, or the count is unknown that `.pth` needs.
+    """
+    path = Path(path)
+    if path.suffix not in ('.npz', '.pth'):
+        raise ValueError(f'{path} ends with {path.suffix!r}; choose a name in .npz or .pth.')
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f'the folder {path.parent} does not exist; create it first.')
+    if path.suffix == '.pth':
+        write_torch_file(path, _torchmetrics_state(path, statistics))
+        return
+    arrays = {'mu': statistics.mean, 'sigma': statistics.covariance}
+    if statistics.spatial is not None:
+        arrays |= {'mu_s': statistics.spatial.mean, 'sigma_s': statistics.spatial.covariance}
+    about = {name: value for name, value in statistics.about.items() if name != 'format'}
+    manifest = {'format': 'tarflow_jax', 'count': statistics.count, 'about': about}
+    arrays['manifest'] = np.array(json.dumps(manifest, sort_keys=True))
+    # A folder of its own, so that the file gets the usual permissions.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}.') as folder:
+        temporary = Path(folder) / path.name
+        np.savez(temporary, **arrays)
+        os.replace(temporary, path)
+
+
+def _from_npz(path: Path, names: list[str]) -> Statistics:
+    wanted = [name for name in ('mu', 'sigma', 'mu_s', 'sigma_s', 'manifest') if name in names]
+    pairs = [('mu', 'sigma')] + [('mu_s', 'sigma_s')] * ('mu_s' in names or 'sigma_s' in names)
+    _need(path, names, [name for pair in pairs for name in pair])
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in wanted}
+    except _DAMAGED as error:
+        raise ValueError(
+            f'{path} is damaged, or holds objects, which are not loaded ({error}); copy it again, '
+            'or write it with numpy.savez from arrays of numbers.'
+        ) from None
+    if 'manifest' in arrays:
+        count, about = _manifest(path, arrays['manifest'])
+    else:
+        count, about = None, {'format': 'adm' if 'mu_s' in arrays else 'edm'}
+    read_pairs = [[arrays[name] for name in pair] for pair in pairs]
+    spatial = _statistics(path, count, *read_pairs[1], {}) if len(pairs) == 2 else None
+    return _statistics(path, count, *read_pairs[0], about, spatial)
+
+
+def _manifest(path: Path, text: np.ndarray) -> tuple[int | None, dict]:
+    try:
+        manifest = json.loads(str(text)) if text.dtype.kind == 'U' and text.ndim == 0 else None
+    except (ValueError, RecursionError):
+        manifest = None
+    match manifest:
+        case {'format': 'tarflow_jax', 'count': int() | None as count, 'about': dict(about)}:
+            return count, about | {'format': 'tarflow_jax'}
+    raise ValueError(
+        f'{path} has a manifest that was not written here ({str(text)[:60]!r}); leave it out, or '
+        'compute the statistics again.'
+    )
+
+
+def _from_torchmetrics(path: Path, state: dict[str, np.ndarray]) -> Statistics:
+    names = [f'real_{name}' for name in _TORCHMETRICS]
+    _need(path, state, names)
+    total, outer, count = (state[name] for name in names)
+    if count.shape != () or count.dtype.kind not in 'iu' or count < 2:
+        raise ValueError(
+            f'{path} has {names[2]} = {str(count)[:60]}; it must be the number of images, at '
+            'least 2.'
+        )
+    count = int(count)
+    _check_numbers(path, **{names[0]: total, names[1]: outer})
+    total, outer = total.astype(np.float64), outer.astype(np.float64)
+    if total.ndim != 1 or outer.shape != total.shape * 2:
+        raise ValueError(
+            f'{path} has {names[0]} {list(total.shape)} and {names[1]} {list(outer.shape)}; they '
+            'must be [D] and [D, D].'
+        )
+    mean = total / count
+    covariance = (outer - count * np.outer(mean, mean)) / (count - 1)
+    return _statistics(path, count, mean, covariance, {'format': 'torchmetrics'})
+
+
+def _torchmetrics_state(path: Path, statistics: Statistics) -> dict[str, np.ndarray]:
+    if statistics.count is None:
+        raise ValueError(
+            f'{path} needs the number of images, which the statistics do not say; write .npz.'
+        )
+    count, mean = statistics.count, statistics.mean
+    outer = statistics.covariance * (count - 1) + count * np.outer(mean, mean)
+    real = count * mean, outer, np.int64(count)
+    fake = np.zeros_like(mean), np.zeros_like(outer), np.int64(0)
+    return {
+        f'{of}_{name}': array
+        for of, arrays in (('real', real), ('fake', fake))
+        for name, array in zip(_TORCHMETRICS, arrays)
+    }
+
+
+def _need(path: Path, names, needed: list[str]) -> None:
+    missing = [name for name in needed if name not in names]
+    if missing:
+        held = ', '.join(sorted(names)[:6])[:200] or 'nothing'
+        raise ValueError(
+            f'{path} lacks {", ".join(missing)} (it holds {held}); give statistics of the suites '
+            'of ADM or EDM, or the state of torchmetrics\' FrechetInceptionDistance.'
+        )
+
+
+def _check_numbers(path: Path, **arrays: np.ndarray) -> None:
+    for name, array in arrays.items():
+        if array.dtype.kind not in 'fiu':
+            raise ValueError(f'{path}: {name} is {array.dtype}; it must hold real numbers.')
+
+
+def _statistics(path, count, mean, covariance, about, spatial=None) -> Statistics:
+    _check_numbers(path, mu=mean, sigma=covariance)
+    try:
+        return Statistics(
+            count, mean.astype(np.float64), covariance.astype(np.float64), about, spatial
+        )
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from None
