@@ -5,27 +5,24 @@ whatever is raised before that is the user's to mend, and nothing has been compi
 """
 
 import functools
-import importlib.metadata
+import hashlib
 import json
 import logging
 import os
-import time
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import numpy as np
 import optax
 
 from tarflow_jax import config as configs
 from tarflow_jax import convert as official
-from tarflow_jax.evaluation.bits_per_dim import bits_per_dim
-from tarflow_jax.evaluation.classification import classification
-from tarflow_jax.training import loop, pictures, sharding
+from tarflow_jax import scoring
+from tarflow_jax.evaluation import bulk, sample_files
+from tarflow_jax.training import loop, sharding
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.state import from_variables
-
-SCORES = {'bits_per_dim': bits_per_dim, 'classification': classification}
 
 log = logging.getLogger(__name__)
 
@@ -41,58 +38,55 @@ def train(config, given) -> Callable[[], None]:
     sharding.check(mesh, config.train.batch_size, 'train.batch_size', config.train.accumulation)
     checkpoints = Checkpoints(workdir, plan.model, config.to_dict())
     _check_average(checkpoints, config)
+    scores = scoring.prepare(scoring.Subject(config, plan, mesh, workdir, test_source))
 
     def job():
         with checkpoints:
             state = loop.train(config, plan, schedule, source, checkpoints, workdir, mesh)
-        step, variables = int(state.step), state.variables()
-        _write_scores(config, plan, variables, test_source, mesh, workdir, f'step {step}')
+        variables, origin = state.variables(), _at_step(int(state.step), workdir)
+        draw = functools.partial(sample_set, config, plan, variables, origin, mesh, workdir)
+        scores(variables, origin, draw)
         log.info('pictures are in %s, metrics in %s', workdir / 'samples', workdir)
 
     return job
 
 
 def sample(config, given) -> Callable[[], None]:
-    """Draws config.sample.count images: PNG sheets and one .npz of uint8 images and labels."""
+    """Draws config.sample.count images, or those that are missing: see `evaluation.bulk`."""
     _only(given, 'workdir', 'input')
     workdir = _workdir(given.workdir)
     plan, mesh = _plan(config)
     variables, origin = _variables(plan, workdir, given.input, mesh)
 
     def job():
-        s, model = config.sample, plan.model
-        labels = pictures.class_labels(model, s.count, s.label)
-        drawn, redraws, start = [], 0, time.perf_counter()
-        for first in range(0, s.count, s.batch_size):
-            count = min(s.batch_size, s.count - first)
-            images = pictures.draw(
-                model,
-                variables,
-                jax.random.fold_in(jax.random.key(config.seed), first),
-                None if labels is None else labels[first : first + count],
-                count,
-                mesh=mesh,
-                guidance=plan.guidance,
-                noise_std=plan.gaussian_noise_std,
-                denoise_strength=s.denoise_strength,
-            )
-            redraws += int(images['redraws'].sum())
-            pixels = pictures.to_pixels(images.get('denoised', images['raw']))
-            drawn.append(pixels)
-            if jax.process_index() == 0:
-                path = workdir / 'samples' / f'sample_{first:06d}.png'
-                pictures.save_png(path, pictures.grid(pixels, 10), scale=2)
-            log.info('%d of %d images, %.1f s', first + count, s.count, time.perf_counter() - start)
-        if jax.process_index() > 0:
-            return
-        arrays = {'images': np.concatenate(drawn)}
-        if labels is not None:
-            arrays['labels'] = labels
-        np.savez_compressed(workdir / 'samples' / 'samples.npz', **arrays)
-        log.info('%d samples of %s (%d drawn again) are in %s', s.count, origin, redraws,
-                 workdir / 'samples')
+        _, summary = sample_set(config, plan, variables, origin, mesh, workdir)
+        log.info(
+            '%d samples of %s (%d drawn now, in %.1f s; %d drawn again as not finite) are in %s',
+            summary['count'], origin['name'], summary['drawn'], summary['seconds'],
+            summary['redrawn'], summary['path'],
+        )
 
     return job
+
+
+def sample_set(config, plan, variables, origin: dict, mesh, workdir: Path):
+    """config.sample.count samples in a folder of WORKDIR/samples, drawn where they are not there.
+
+    Returns:
+      (source, summary): the images, see `data.sources`, and what `bulk.draw_set` returns.
+    """
+    s, step = config.sample, origin.get('step')
+    name = re.sub(r'[^\w.-]', '_', Path(origin['name']).stem)
+    name = name if step is None else f'step_{step:07d}'
+    how = dict(label=s.label, seed=config.seed, denoise_strength=s.denoise_strength)
+    known = bulk.fingerprint(plan, variables, name, **how)
+    folder = workdir / 'samples' / bulk.folder_name(known)
+    log.info('samples go to %s', folder)
+    summary = bulk.draw_set(
+        folder, plan, variables, count=s.count, batch_size=s.batch_size, mesh=mesh,
+        fingerprint=known, file_format=s.format, **how,
+    )
+    return sample_files.open_samples(folder, s.count), summary
 
 
 def evaluate(config, given) -> Callable[[], None]:
@@ -101,10 +95,10 @@ def evaluate(config, given) -> Callable[[], None]:
     workdir = _workdir(given.workdir)
     plan, mesh = _plan(config)
     source = configs.source(config, 'test', plan.model)
+    scores = scoring.prepare(scoring.Subject(config, plan, mesh, workdir, source))
     variables, origin = _variables(plan, workdir, given.input, mesh)
-    return functools.partial(
-        _write_scores, config, plan, variables, source, mesh, workdir, origin
-    )
+    draw = functools.partial(sample_set, config, plan, variables, origin, mesh, workdir)
+    return functools.partial(scores, variables, origin, draw)
 
 
 def convert(config, given) -> Callable[[], None]:
@@ -129,7 +123,7 @@ def convert(config, given) -> Callable[[], None]:
 
         def write():
             official.save_official(variables, plan.model, output_file)
-            log.info('%s is now %s', origin, output_file)
+            log.info('%s is now %s', origin['name'], output_file)
 
         return write
 
@@ -252,46 +246,18 @@ def _check_average(checkpoints: Checkpoints, config) -> None:
 
 
 def _variables(plan, workdir, input_file, mesh):
-    """The variables to work with, on the devices, and a name for where they come from."""
+    """The variables to work with, on the devices, and where they come from, as JSON values."""
     if input_file:
         variables = official.load_official(input_file, plan.model)
-        return jax.device_put(variables, sharding.shardings(variables, mesh)), input_file
+        variables = jax.device_put(variables, sharding.shardings(variables, mesh))
+        with open(input_file, 'rb') as file:
+            return variables, {
+                'name': input_file, 'sha256': hashlib.file_digest(file, 'sha256').hexdigest()
+            }
     with Checkpoints(workdir, plan.model) as checkpoints:
         variables = checkpoints.restore_variables(functools.partial(sharding.placed, mesh=mesh))
-        return variables, f'step {checkpoints.latest()} of {workdir}'
+        return variables, _at_step(checkpoints.latest(), workdir)
 
 
-def _write_scores(config, plan, variables, source, mesh, workdir: Path, origin: str) -> None:
-    """Runs the metrics, prints them and writes them with what is needed to repeat them."""
-    e, multiple = config.evaluate, sharding.batch_multiple(mesh)
-    scores = {}
-    for name in e.metrics:
-        start = time.perf_counter()
-        scores[name] = SCORES[name](
-            plan.model,
-            variables,
-            source,
-            recipe=plan.recipe,
-            mesh=mesh,
-            batch_size=-(-e.batch_size // multiple) * multiple,
-            key=jax.random.key(config.seed),
-            draws=e.draws,
-        )
-        values = ', '.join(f'{k} {v:.5g}' for k, v in scores[name].items())
-        log.info('%s: %s (%.1f s)', name, values, time.perf_counter() - start)
-    versions = {p: importlib.metadata.version(p) for p in ('jax', 'jaxlib', 'flax', 'numpy')}
-    report = {
-        'checkpoint': origin,
-        'scores': scores,
-        'config': config.to_dict(),
-        'versions': versions,
-    }
-    if jax.process_index() > 0:
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    temporary = workdir / 'evaluation.json.tmp'
-    temporary.write_text(json.dumps(report, indent=2, default=float) + '\n')
-    temporary.replace(workdir / 'evaluation.json')
-    log.info('scores are in %s', workdir / 'evaluation.json')
-
-
+def _at_step(step: int, workdir) -> dict:
+    return {'name': f'step {step} of {workdir}', 'step': step}

@@ -9,6 +9,7 @@ import math
 import operator
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
@@ -21,7 +22,8 @@ from tarflow_jax.training import optimizer as optimizers
 from tarflow_jax.training.step import Recipe
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
-METRICS = ('bits_per_dim', 'classification')
+METRICS = ('bits_per_dim', 'classification', 'outliers', 'round_trip', 'frechet')
+SAMPLE_FORMATS = ('npz', 'array_record')
 
 
 def default() -> ConfigDict:
@@ -49,7 +51,7 @@ def default() -> ConfigDict:
     mesh.tensor = 1
 
     c.data = d = ConfigDict()
-    d.source = 'embedded'  # or 'idx' (a folder of IDX files), 'tfds'
+    d.source = 'embedded'  # or 'prepared' (a folder by data.prepare), 'idx' (IDX files), 'tfds'
     d.path = ''  # the folder; for tfds its data_dir
     d.name = ''  # of the TFDS builder
     d.train_split = 'train'
@@ -83,6 +85,7 @@ def default() -> ConfigDict:
     s.batch_size = 100
     s.label = -1  # one class for all samples; -1 goes through the classes
     s.denoise_strength = 1.0  # 0 leaves denoising out
+    s.format = 'npz'  # one of SAMPLE_FORMATS
 
     c.guidance = g = ConfigDict()  # the fields of tarflow_jax.Guidance
     g.weight = 0.0
@@ -95,6 +98,21 @@ def default() -> ConfigDict:
     e.metrics = ('bits_per_dim',)  # any of METRICS
     e.batch_size = 200
     e.draws = 1  # noise draws per image
+    e.round_trip_images = 32
+    e.outliers = o = ConfigDict()
+    o.images = 1000  # of each set
+    o.source = ''  # one more set, in the fields of data
+    o.path = ''
+    o.name = ''
+    o.split = 'test'
+    e.frechet = f = ConfigDict()
+    f.network = 'auto'  # 'inception' (FID) if there are weights, else 'efficientnet_lite0'
+    f.weights = ''  # pt_inception-2015-12-05-6726825d.pth
+    f.references = ('train_flipped', 'train')  # or files of statistics: .npz, .pth
+    f.samples = ''  # a finished set of samples; empty draws config.sample
+    f.statistics = ''  # where statistics are kept; empty is WORKDIR/statistics
+    f.neighbours = 10_000  # images of each kind for precision and recall
+    f.batch_size = 100
     return c
 
 
@@ -186,8 +204,11 @@ def plan(config: ConfigDict) -> Plan:
             f'sample.label {s.label} is outside 0..{model.num_classes - 1}, the classes of the '
             'model; -1 goes through all of them.'
         )
+    if s.format not in SAMPLE_FORMATS:
+        raise ValueError(f'sample.format {s.format!r} is none of {", ".join(SAMPLE_FORMATS)}.')
     for field in ('model.unroll', 'sample.count', 'sample.batch_size', 'evaluate.batch_size',
-                  'evaluate.draws'):
+                  'evaluate.draws', 'evaluate.round_trip_images', 'evaluate.outliers.images',
+                  'evaluate.frechet.batch_size'):
         value = operator.attrgetter(field)(config)
         if value < 1:
             raise ValueError(f'{field} {value} must be at least 1.')
@@ -211,7 +232,10 @@ def source(config: ConfigDict, split: str, model: TarFlow):
       ValueError or FileNotFoundError: if they are not there, damaged or of another shape.
     """
     d = config.data
-    opened = sources.load(d.source, d[f'{split}_split'], path=d.path, name=d.name)
+    opened = sources.load(
+        d.source, d[f'{split}_split'], path=d.path, name=d.name,
+        verify=(jax.process_index(), jax.process_count()),
+    )
     sources.check(
         opened,
         image_size=model.image_size,

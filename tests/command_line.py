@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 import warnings
@@ -18,7 +19,7 @@ from tarflow_jax.data.idx import write_idx
 ROOT = Path(main.__file__).parents[1]
 QUICKSTART = f'--config={ROOT}/configs/fashion_mnist.py'
 # What differs between two runs of the same training.
-CLOCK = ('images_per_second', 'model_flops_per_second')
+CLOCK = ('images_per_second', 'model_flops_per_second', 'data_wait')
 
 compilations = []  # an entry or more for every program that was compiled, or fetched as compiled
 jax.monitoring.register_event_duration_secs_listener(
@@ -76,6 +77,34 @@ def start(*arguments, program=('-m', 'tarflow_jax.main'), **options) -> subproce
         env={**environment, 'PYTHONPATH': path, 'JAX_PLATFORMS': 'cpu'},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options,
     )
+
+
+def start_processes(count, program, *arguments, devices=1) -> list[subprocess.Popen]:
+    """One run of `count` processes with so many devices each; of one, a run as any other."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        address = f'127.0.0.1:{free.getsockname()[1]}'
+    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get('PYTHONPATH')) if p)
+    started = []
+    for i in range(count):
+        many = dict(
+            JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(count), JAX_PROCESS_ID=str(i)
+        )
+        environment = os.environ | (many if count > 1 else {}) | dict(
+            PYTHONPATH=path, JAX_PLATFORMS='cpu',
+            XLA_FLAGS=f'--xla_force_host_platform_device_count={devices}',
+        )
+        started.append(subprocess.Popen(
+            [sys.executable, *program, *map(str, arguments)], env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        ))
+    return started
+
+
+def ended(started, timeout=240) -> list[tuple[int, str]]:
+    """Exit codes and outputs of all, in order."""
+    outputs = [process.communicate(timeout=timeout)[0] for process in started]
+    return [(process.returncode, output) for process, output in zip(started, outputs)]
 
 
 def saved(workdir, step: int) -> dict:

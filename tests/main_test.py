@@ -1,10 +1,10 @@
 """The command line: what users get wrong, and what the modes leave behind."""
 
-import functools
 import json
 import os
 import re
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -23,14 +23,11 @@ from command_line import (
     write_images,
 )
 from parity_cases import FOLDER, Case
-from PIL import Image
 
-import tarflow_jax as tfj
 from tarflow_jax.data import pipeline, sources
+from tarflow_jax.evaluation import sample_files, sample_parts
 from tarflow_jax.flow.likelihood import training_loss
 from tarflow_jax.torch_file import read_torch_file
-from tarflow_jax.training import pictures, sharding
-from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.metrics import MetricWriter
 from tarflow_jax.training.step import Recipe, add_noise
 
@@ -142,6 +139,7 @@ def refused(capfd):
     (['--config.sample.label=12'], ['sample.label 12', '0..4']),
     (['--config.sample.count=0'], ['sample.count 0']),
     (['--config.sample.batch_size=0'], ['sample.batch_size 0']),
+    (['--config.sample.format=png'], ["sample.format 'png'", 'npz']),
     (['--config.evaluate.metrics=("fid",)'], ["'fid'", 'bits_per_dim, classification']),
     (['--config.evaluate.batch_size=0'], ['evaluate.batch_size 0']),
     (['--config.evaluate.draws=0'], ['evaluate.draws 0']),
@@ -157,7 +155,7 @@ def refused(capfd):
     (['--config.model.num_classes=3'], ['label 3', 'model.num_classes = 3', 'the train set']),
     (['--config.model.image_channels=3'], ['[16, 16, 1]', 'model.image_channels = 3']),
     (['--config.model.image_size=32'], ['[16, 16, 1]', 'model.image_size = 32']),
-    (['--config.data.source=mnist'], ["data.source is 'mnist'", 'embedded, idx, tfds']),
+    (['--config.data.source=mnist'], ["data.source is 'mnist'", 'embedded, idx, prepared, tfds']),
     (['--config.data.path=/nonexistent'], ['train-images-idx3-ubyte', '/nonexistent', 'data.path']),
     (['--config.data.path='], ['data.path is empty']),
     (['--config.data.test_split=validation'], ["'validation'"]),
@@ -190,7 +188,7 @@ def test_imagenet_without_its_data(refused, tmp_path):
     refused(
         [f'--config={ROOT}/configs/imagenet64.py', f'--workdir={tmp_path}/run',
          f'--config.data.path={tmp_path}'],
-        'imagenet_resized/64x64', f'{tmp_path} does not hold it', '`tfds build',
+        f'{tmp_path} has no manifest.json', f'tarflow_jax.data.prepare SOURCE --out={tmp_path}',
     )
     assert not (tmp_path / 'run').exists()
 
@@ -331,41 +329,59 @@ def test_disk_that_fills_up_during_a_checkpoint(trained, images, tmp_path):
 # The modes.
 
 
-def test_sample(trained, images, tmp_path):
+def samples_in(workdir):
+    """The folders of samples that a workdir holds, by name."""
+    return sorted(path for path in (workdir / 'samples').iterdir() if path.is_dir())
+
+
+def test_sample(trained, images, tmp_path, capfd):
     workdir = shutil.copytree(trained, tmp_path / 'run')
     assert call(*flags(workdir, images), '--mode=sample') == 0
-    arrays = np.load(workdir / 'samples' / 'samples.npz')
-    assert set(arrays) == {'images', 'labels'}
-    assert arrays['images'].shape == (13, 16, 16, 1) and arrays['images'].dtype == np.uint8
-    np.testing.assert_array_equal(arrays['labels'], np.arange(13) % 5)
-    assert len({image.tobytes() for image in arrays['images']}) == 13
-    names = sorted(path.name for path in (workdir / 'samples').glob('sample_*'))
-    assert names == ['sample_000000.png', 'sample_000008.png']
-    # Ten columns: the second sheet holds five images in one row, at twice the size.
-    sheet = np.asarray(Image.open(workdir / 'samples' / 'sample_000008.png'))
-    assert sheet.shape == (2 * 16, 2 * (10 * 18 - 2))
-    for i in range(5):
-        x = 36 * i
-        found = sheet[::2, x : x + 32 : 2]
-        np.testing.assert_array_equal(found, arrays['images'][8 + i, :, :, 0])
-    assert not list((workdir / 'samples').glob('*.tmp'))
+    [folder] = samples_in(workdir)
+    assert re.fullmatch('step_0000012-[0-9a-f]{8}', folder.name)
+    assert f'13 samples of step 12 of {workdir} (13 drawn now' in capfd.readouterr().err
+    arrays = np.load(folder / 'samples.npz')
+    assert arrays['arr_0'].shape == (13, 16, 16, 1) and arrays['arr_0'].dtype == np.uint8
+    np.testing.assert_array_equal(arrays['arr_1'], np.arange(13) % 5)
+    about = json.loads((folder / 'samples.json').read_text())
+    assert about['fingerprint']['denoise'] == {'noise_std': 0.1, 'strength': 1.0}
+    assert str(tmp_path) not in json.dumps(about)
 
-    # The second batch, drawn by hand: its labels go on where the first one's end.
-    model = tfj.TarFlow(16, 1, 8, 32, (1,), num_classes=5, head_dim=16)
-    mesh = sharding.make_mesh()
-    with Checkpoints(workdir, model) as checkpoints:
-        variables = checkpoints.restore_variables(functools.partial(sharding.placed, mesh=mesh))
-    key = jax.random.fold_in(jax.random.key(0), 8)
-    draw = functools.partial(pictures.draw, model, variables, key, mesh=mesh, noise_std=0.1)
-    right, wrong = draw(np.arange(8, 13) % 5, 5), draw(np.arange(5), 5)
-    np.testing.assert_array_equal(pictures.to_pixels(right['denoised']), arrays['images'][8:])
-    assert (pictures.to_pixels(wrong['denoised']) != arrays['images'][8:]).any()
+    # Again there is nothing to draw; then a longer set, whose first images are the same.
+    assert call(*flags(workdir, images), '--mode=sample') == 0
+    assert '(0 drawn now' in capfd.readouterr().err
+    assert call(*flags(workdir, images, sample__count=17), '--mode=sample') == 0
+    assert '(4 drawn now' in capfd.readouterr().err
+    assert samples_in(workdir) == [folder]
+    longer = np.load(folder / 'samples.npz')
+    assert len(longer['arr_0']) == 17
+    np.testing.assert_array_equal(longer['arr_0'][:13], arrays['arr_0'])
 
-    # The same seed draws the same, one label labels all.
-    one = dict(sample__label=3, sample__count=3)
-    assert call(*flags(workdir, images, **one), '--mode=sample') == 0
-    again = np.load(workdir / 'samples' / 'samples.npz')
-    assert again['images'].shape[0] == 3 and again['labels'].tolist() == [3, 3, 3]
+    # Other samples go elsewhere.
+    assert call(*flags(workdir, images, sample__label=3, sample__count=3), '--mode=sample') == 0
+    [other] = set(samples_in(workdir)) - {folder}
+    assert np.load(other / 'samples.npz')['arr_1'].tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_sampling_stops_and_goes_on(trained, images, tmp_path, monkeypatch, capfd, number, code):
+    workdir = shutil.copytree(trained, tmp_path / 'run')
+    command = [*flags(workdir, images, sample__format='array_record'), '--mode=sample']
+    write = sample_parts.write
+
+    def stop(*arguments):
+        signal.raise_signal(number)
+        return write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_parts, 'write', stop)
+        assert call(*command) == code
+    [folder] = samples_in(workdir)
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert f'stopped; the 8 images drawn so far are kept in {folder} and the same' in last
+    assert call(*command) == 0
+    assert '(5 drawn now' in capfd.readouterr().err
+    assert len(sample_files.open_samples(folder)) == 13
 
 
 def test_evaluate(trained, images, tmp_path):
@@ -373,12 +389,8 @@ def test_evaluate(trained, images, tmp_path):
     both = dict(evaluate__metrics='("bits_per_dim","classification")')
     assert call(*flags(workdir, images, **both), '--mode=evaluate') == 0
     report = json.loads((workdir / 'evaluation.json').read_text())
-    assert set(report) == {'checkpoint', 'scores', 'config', 'versions'}
-    assert report['checkpoint'] == f'step 12 of {workdir}'
-    assert report['versions']['jax'] == jax.__version__
-    assert report['config']['model']['width'] == 32
+    assert report['checkpoint'] == {'name': f'step 12 of {workdir}', 'step': 12}
     bits, classes = report['scores']['bits_per_dim'], report['scores']['classification']
-    assert set(bits) == {'bits_per_dim', 'bits_per_dim_standard_error', 'loss', 'images'}
     assert bits['images'] == classes['images'] == 20
     # Pixels without structure, a flow near the identity: a little above the 8 bits they have.
     assert 8.0 < bits['bits_per_dim'] < 9.0
@@ -396,7 +408,9 @@ def test_converted_checkpoint_samples_and_scores_as_the_official_one(converted, 
         for mode in ('sample', 'evaluate'):
             assert call(*flags(workdir, images, **fields), f'--mode={mode}', *source) == 0
         scores = json.loads((workdir / 'evaluation.json').read_text())['scores']
-        found[name] = np.load(workdir / 'samples' / 'samples.npz')['images'], scores
+        [folder] = samples_in(workdir)
+        assert folder.name.startswith('step_0000000-' if name == 'workdir' else 'model-')
+        found[name] = np.load(folder / 'samples.npz')['arr_0'], scores
     np.testing.assert_array_equal(found['workdir'][0], found['file'][0])
     assert found['workdir'][1] == found['file'][1]
 

@@ -64,15 +64,16 @@ def train(config, plan, mesh) -> Step:
 
 
 def evaluate(config, plan, mesh) -> Step:
-    """The likelihood and the training loss of config.evaluate.batch_size images."""
+    """The likelihood of config.evaluate.batch_size images, in float32."""
     batch_size = config.evaluate.batch_size
     sharding.check(mesh, batch_size, 'evaluate.batch_size')
     variables = _variables(plan, mesh)
-    program = Program('evaluate', lambda: bits_per_dim.scores.lower(
-        plan.model, plan.recipe, variables, _batch(plan, mesh, batch_size), _key()
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch_size))
+    keys = _split(keys.shape, keys.dtype, sharding.batch_sharding(mesh))
+    program = Program('evaluate', lambda: bits_per_dim.dequantised_log_prob.lower(
+        plan.model.clone(dtype=jnp.float32), variables, _batch(plan, mesh, batch_size), keys
     ))
-    # Two forward passes, each a third of a train step.
-    flops = batch_size * model_flops(plan.model) * 2 / 3
+    flops = batch_size * model_flops(plan.model) / 3  # of a train step, forward is a third
     return Step((program,), batch_size, flops, variables)
 
 

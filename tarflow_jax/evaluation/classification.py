@@ -6,20 +6,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tarflow_jax.data import pipeline
+from tarflow_jax.evaluation.bits_per_dim import standard_error
+from tarflow_jax.evaluation.over_set import over_set
 from tarflow_jax.flow import likelihood
 from tarflow_jax.flow.model import TarFlow
-from tarflow_jax.training import sharding
 from tarflow_jax.training.step import Recipe, add_noise
+
+BINS = 15  # of the calibration error, as usual since Guo et al., arXiv 1706.04599
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def class_log_probs(model: TarFlow, recipe: Recipe, variables, pixels, key):
+def class_log_probs(model: TarFlow, recipe: Recipe, variables, pixels, keys):
     """log p(x | y) of every class y for 8-bit images [B, H, W, C]: [B, num_classes], nats.
 
-    The images get the noise of the training recipe, the same for every class.
+    The images get the noise of the training recipe, the same for every class, under keys [B].
     """
-    images = add_noise(key, pixels, recipe)
+    images = jax.vmap(lambda key, x: add_noise(key, x, recipe))(keys, pixels)
 
     def given(label):
         labels = jnp.full(images.shape[0], label)
@@ -30,18 +32,100 @@ def class_log_probs(model: TarFlow, recipe: Recipe, variables, pixels, key):
 
 def classification(
     model: TarFlow, variables, source, *, recipe: Recipe, mesh, batch_size, key, draws=1
-) -> dict[str, float]:
-    """Accuracy of the Bayes classifier with equal class priors; log p is averaged over the draws."""
-    correct = []
-    rows = sharding.local_rows(mesh, batch_size)
-    for i, batch in enumerate(pipeline.eval_batches(source, batch_size=batch_size, rows=rows)):
-        batch = sharding.to_devices(batch, mesh, batch_size)
-        mask, labels = sharding.to_host((batch['mask'], batch['label']))
-        total = 0.0
-        for draw in range(draws):
-            key_i = jax.random.fold_in(jax.random.fold_in(key, draw), i)
-            scores = class_log_probs(model, recipe, variables, batch['image'], key_i)
-            total += sharding.to_host(scores)
-        correct.append((total.argmax(1) == labels)[mask.astype(bool)])
-    correct = np.concatenate(correct)
-    return {'accuracy': correct.mean(), 'images': correct.size}
+) -> dict:
+    """Accuracy and calibration of the Bayes classifier with equal class priors, in float32.
+
+    log p(x | y) is averaged over the draws. Its differences between classes are hundreds of nats,
+    so that the posterior is nearly always sure of itself; hence the calibration error is also
+    given for log p divided by the temperature that fits the even-numbered images best, on the odd
+    ones (Guo et al., arXiv 1706.04599, section 4.2). Images labelled -1 are left out.
+
+    Returns:
+      see `calibration`, and 'images' and 'draws'.
+    Raises:
+      ValueError: if no image has a label.
+    """
+    model = model.clone(dtype=jnp.float32)
+
+    def score(batch, keys):
+        log_probs = class_log_probs(model, recipe, variables, batch['image'], keys)
+        return {'log_probs': log_probs, 'label': batch['label']}
+
+    found = over_set(
+        score, source, mesh=mesh, batch_size=batch_size, key=key, draws=draws, what='classification'
+    )
+    labels = found['label'][0]
+    if not (labels >= 0).any():
+        raise ValueError('classification needs labelled images, and no image of the set has one.')
+    log_probs = found['log_probs'].astype(np.float64).mean(0)
+    known = labels >= 0
+    measured = calibration(log_probs[known], labels[known])
+    return measured | {'images': int(known.sum()), 'draws': draws}
+
+
+def calibration(log_probs: np.ndarray, labels: np.ndarray) -> dict:
+    """How right, and how sure of itself, a classifier is.
+
+    Args:
+      log_probs: [N, K], up to a constant of each image; labels: [N], 0 to K - 1.
+    Returns:
+      'accuracy', its standard error, 'top_5_accuracy' from 10 classes on, mean 'confidence',
+      'cross_entropy' (nats), 'calibration_error' (mean |accuracy - confidence| over 15 bins),
+      'temperature' and 'calibration_error_at_temperature', and 'reliability': one [mean
+      confidence, accuracy, images] for each bin that is not empty.
+    """
+    right = log_probs.argmax(1) == labels
+    found = {'accuracy': right.mean(), 'accuracy_standard_error': standard_error(right * 1.0)}
+    if log_probs.shape[1] >= 10:
+        rank = (log_probs > np.take_along_axis(log_probs, labels[:, None], 1)).sum(1)
+        found['top_5_accuracy'] = (rank < 5).mean()
+    log_posterior = _log_posterior(log_probs, 1.0)
+    reliability = _reliability(log_posterior, labels)
+    fitting, held_out = slice(0, None, 2), slice(1, None, 2)
+    temperature = _temperature(log_probs[fitting], labels[fitting])
+    calmed = _log_posterior(log_probs[held_out] if len(labels) > 1 else log_probs, temperature)
+    return found | {
+        'confidence': np.exp(log_posterior.max(1)).mean(),
+        'cross_entropy': _cross_entropy(log_posterior, labels),
+        'calibration_error': _calibration_error(reliability),
+        'temperature': temperature,
+        'calibration_error_at_temperature': _calibration_error(
+            _reliability(calmed, labels[held_out] if len(labels) > 1 else labels)
+        ),
+        'reliability': reliability.tolist(),
+    }
+
+
+def _log_posterior(log_probs, temperature: float):
+    scaled = log_probs / temperature
+    return scaled - np.logaddexp.reduce(scaled, axis=1, keepdims=True)
+
+
+def _cross_entropy(log_posterior, labels) -> float:
+    return -np.take_along_axis(log_posterior, labels[:, None], 1).mean()
+
+
+def _temperature(log_probs, labels) -> float:
+    """Of least cross entropy, by golden-section search of its logarithm (which is unimodal)."""
+    loss = lambda t: _cross_entropy(_log_posterior(log_probs, np.exp(t)), labels)  # noqa: E731
+    low, high, golden = np.log(1e-2), np.log(1e5), (np.sqrt(5) - 1) / 2
+    while high - low > 1e-3:
+        left, right = high - golden * (high - low), low + golden * (high - low)
+        low, high = (low, right) if loss(left) <= loss(right) else (left, high)
+    return float(np.exp((low + high) / 2))
+
+
+def _reliability(log_posterior, labels) -> np.ndarray:
+    confidence = np.exp(log_posterior.max(1))
+    right = log_posterior.argmax(1) == labels
+    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    rows = [
+        (confidence[bins == b].mean(), right[bins == b].mean(), (bins == b).sum())
+        for b in np.unique(bins)
+    ]
+    return np.array(rows, np.float64)
+
+
+def _calibration_error(reliability: np.ndarray) -> float:
+    confidence, accuracy, count = reliability.T
+    return float((count * np.abs(accuracy - confidence)).sum() / count.sum())

@@ -109,7 +109,8 @@ def _trajectory(model, variables, noise, labels, guidance) -> list[Array]:
         params = variables['params'][f'block_{b}']
         block = model.block_module(b)
         # reverse is traced: blocks of the same depth are one compiled program.
-        x = invert_block(block, rule, params, x, labels, np.bool_(b % 2), weights, temperature)
+        reverse = np.bool_(b % 2)
+        x, _ = invert_block(block, rule, params, x, labels, reverse, weights, temperature)
         sequences.append(x)
     return sequences
 
@@ -122,6 +123,8 @@ def invert_block(block: Block, rule, params, z_BxTxD, labels, reverse, weights, 
       rule: (target, rule) of the guidance, or None for unguided, when `weights` is None.
       z_BxTxD: in raster order, as is the result.
       weights: [T - 1], of the guidance at each generated position.
+    Returns:
+      x [B, T, D], and the inverse's log-determinant [B] in nats, sum over t, d of a.
     """
     B, T, _ = z_BxTxD.shape
     place = block.layout.place
@@ -145,7 +148,7 @@ def invert_block(block: Block, rule, params, z_BxTxD, labels, reverse, weights, 
     caches = [LayerCache(*(place(x, 'heads') for x in empty)) for _ in range(block.num_layers)]
 
     def step(carry, inputs):
-        x_BxD, caches = carry
+        x_BxD, caches, logdet_B = carry
         t, z_next_BxD, position_C, weight = inputs
         x = jnp.repeat(x_BxD, branches, axis=0)[:, None]
         h = block.apply({'params': params}, x, position_C, labels, method='embed')
@@ -159,13 +162,13 @@ def invert_block(block: Block, rule, params, z_BxTxD, labels, reverse, weights, 
         if branches == 2:
             log_scale, shift = guide(*rule, weight, (log_scale, shift), [x[:, 1] for x in both])
         x_next_BxD = z_next_BxD * jnp.exp(log_scale) + shift
-        return (x_next_BxD, new_caches), x_next_BxD
+        return (x_next_BxD, new_caches, logdet_B + log_scale.sum(1)), x_next_BxD
 
-    first = z[:, 0]
+    first, logdet = z[:, 0], jnp.zeros(B, z.dtype)
     inputs = (jnp.arange(T - 1), z[:, 1:].swapaxes(0, 1), positions[:-1], weights)
-    _, rest = jax.lax.scan(step, (first, caches), inputs)
+    (_, _, logdet), rest = jax.lax.scan(step, (first, caches, logdet), inputs)
     x = place(jnp.concatenate([first[None], rest]).swapaxes(0, 1), 'tokens')
-    return flip_if(reverse, x, 1)
+    return flip_if(reverse, x, 1), logdet
 
 
 def _redraw_failed(model, variables, images, labels, guidance, key, redraws):

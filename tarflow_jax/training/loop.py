@@ -82,7 +82,9 @@ def train(config, plan: Plan, schedule: Schedule, source, checkpoints: Checkpoin
         Stop() as stop,
     ):
         for step in bar:
-            batch = sharding.to_devices(next(batches), mesh, t.batch_size)
+            with clock.waiting():
+                batch = next(batches)
+            batch = sharding.to_devices(batch, mesh, t.batch_size)
             state, metrics = step_fn(state, batch, step_key)
             watch(step, metrics['skipped'])
             last = step == schedule.total_steps
@@ -172,19 +174,31 @@ class _Watch:
 
 
 class _Clock:
-    """Images and model FLOPs per second since the last reading, pauses left out."""
+    """Speed, and the share of time spent waiting for data, since the last reading without pauses."""
 
     def __init__(self, batch_size: int, flops_per_image: float):
         self._batch_size, self._flops = batch_size, flops_per_image
         self._since = self._step = None
+        self._waited = 0.0
 
     def speed(self, step: int) -> dict[str, float]:
         now, since, before = time.perf_counter(), self._since, self._step
+        waited, self._waited = self._waited, 0.0
         self._since, self._step = now, step
         if since is None:  # the first reading would measure the compiler
             return {}
         rate = (step - before) * self._batch_size / (now - since)
-        return {'images_per_second': rate, 'model_flops_per_second': rate * self._flops}
+        return {
+            'images_per_second': rate,
+            'model_flops_per_second': rate * self._flops,
+            'data_wait': waited / (now - since),
+        }
+
+    @contextlib.contextmanager
+    def waiting(self):
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
 
     @contextlib.contextmanager
     def paused(self):

@@ -56,7 +56,7 @@ class MetricWriter:
         self._jsonl.flush()
         for name, value in scalars.items():
             self._write_event(step, summary=summary.scalar(name, value))
-        shown = ('loss', 'prior', 'logdet', 'gradient_norm', 'images_per_second')
+        shown = ('loss', 'prior', 'logdet', 'gradient_norm', 'images_per_second', 'data_wait')
         shown = [n for n in shown if n in scalars] or list(scalars)
         log.info('step %d: %s', step, ', '.join(f'{n} {scalars[n]:.5g}' for n in shown))
 

@@ -47,33 +47,63 @@ def normal_bits(x, variance=1.0):
     return (nats / x.shape[1] + np.log(128)) / np.log(2)
 
 
-def dequantised(source, batch_size, draw):
-    """The images as they are scored: batch i of a draw with a key of its own."""
-    noisy = []
-    for i, start in enumerate(range(0, len(source), batch_size)):
-        rows = np.minimum(np.arange(start, start + batch_size), len(source) - 1)
-        key = jax.random.split(jax.random.fold_in(jax.random.fold_in(KEY, draw), i))[0]
-        noisy.append(dequantise(key, source.image_NxHxWxC[rows]))
-    return np.concatenate(noisy)[: len(source)]
+def dequantised(source, draw):
+    """The images as they are scored: image i of a draw with a key of its own."""
+    of_draw = jax.random.fold_in(jax.random.split(KEY)[0], draw)
+    keys = jax.vmap(lambda i: jax.random.fold_in(of_draw, i))(jnp.arange(len(source)))
+    return np.asarray(jax.vmap(dequantise)(keys, source.image_NxHxWxC))
 
 
 # 20 images in batches of 8: four of the last one are padding.
-@pytest.mark.parametrize('draws', [1, 2])
+@pytest.mark.parametrize('draws', [1, 3])
 def test_identity_flow(draws):
     source = images()
     found = score(identity(), source, draws=draws)
-    per_image = np.mean(
-        [normal_bits(dequantised(source, 8, draw)) for draw in range(draws)], axis=0
-    )
-    assert found['images'] == 20
-    np.testing.assert_allclose(found['bits_per_dim'], per_image.mean(), rtol=1e-5)
-    error = per_image.std(ddof=1) / np.sqrt(20)
-    np.testing.assert_allclose(found['bits_per_dim_standard_error'], error, rtol=1e-3)
+    bits = np.stack([normal_bits(dequantised(source, draw)) for draw in range(draws)])
+    assert found['images'] == 20 and found['draws'] == draws
+    np.testing.assert_allclose(found['bits_per_dim'], bits.mean(), rtol=1e-5)
+    error = bits.mean(0).std(ddof=1) / np.sqrt(20)
+    np.testing.assert_allclose(found['standard_error_over_images'], error, rtol=1e-3)
     # Training loss: half of the mean square of x + noise, of variance 0.01.
     x = source.image_NxHxWxC / 127.5 - 1
-    count = draws * x.size
-    spread = 4 * 0.1 * np.sqrt((x**2).mean() / count) + 4 * 0.005 * np.sqrt(2 / count)
+    spread = 4 * 0.1 * np.sqrt((x**2).mean() / x.size) + 4 * 0.005 * np.sqrt(2 / x.size)
     assert abs(found['loss'] - 0.5 * ((x**2).mean() + 0.01)) < spread
+
+
+def test_several_draws():
+    # A narrow normal distribution: the draws differ by nats, and their mean density by more.
+    model = tiny((1,), volume_preserving=True)
+    variables = identity(model)
+    variables['prior'] = {'variance': jnp.full((16, 8), 1e-5)}
+    source = InMemory(np.full((20, 8, 8, 2), 128, np.uint8), np.zeros(20, np.int32))
+    found = score(variables, source, draws=4, model=model)
+    bits = np.stack([normal_bits(dequantised(source, draw), 1e-5) for draw in range(4)])
+    nats = -(bits * np.log(2) - np.log(128)) * 128
+    over_draws = bits.mean(1).std(ddof=1) / 2
+    np.testing.assert_allclose(found['standard_error_over_draws'], over_draws, rtol=1e-2)
+    together = (np.log(128) - np.log(np.exp(nats).mean(0)) / 128) / np.log(2)
+    weighted = found['importance_weighted_bits_per_dim']
+    np.testing.assert_allclose(weighted, together.mean(), rtol=1e-5)
+    error = together.std(ddof=1) / np.sqrt(20)
+    np.testing.assert_allclose(
+        found['importance_weighted_standard_error_over_images'], error, rtol=1e-2
+    )
+    assert weighted < found['bits_per_dim'] - 0.01  # Jensen
+    assert 'standard_error_over_draws' not in score(variables, source, model=model)
+
+
+@pytest.mark.parametrize('batch_size', [1, 16, 24])
+def test_batch_size_does_not_matter(batch_size):
+    variables = random_variables(MODEL)
+    found, wanted = (score(variables, images(), size) for size in (batch_size, 8))
+    for name, value in wanted.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-6)
+
+
+def test_bfloat16_flow_is_scored_in_float32():
+    variables = random_variables(MODEL)
+    wanted = score(variables, images())
+    assert score(variables, images(), model=tiny((1,), dtype=jnp.bfloat16)) == wanted
 
 
 def test_black_images_by_hand():
@@ -94,9 +124,8 @@ def test_padding_does_not_count():
     padded = score(variables, source, batch_size=8)
     whole = score(variables, source, batch_size=40)
     assert whole['images'] == padded['images'] == 20
-    # Only the draws of the uniform noise differ.
-    assert abs(whole['bits_per_dim'] - padded['bits_per_dim']) < 1e-3
-    leaked = normal_bits(dequantised(source, 8, 0))
+    np.testing.assert_allclose(whole['bits_per_dim'], padded['bits_per_dim'], rtol=1e-6)
+    leaked = normal_bits(dequantised(source, 0))
     assert abs(np.append(leaked, [leaked[-1]] * 4).mean() - leaked.mean()) > 1e-2
 
 
@@ -104,7 +133,7 @@ def test_labels_are_used():
     source = images()
     variables = random_variables(MODEL)
     found = score(variables, source)
-    noisy = dequantised(source, 8, 0)
+    noisy = dequantised(source, 0)
     wanted = tfj.bits_per_dim(
         tfj.log_prob(MODEL, variables, noisy, source.label_N), MODEL.num_dims
     )
@@ -119,7 +148,7 @@ def test_prior_variance_counts_for_bits_and_not_for_the_loss():
     variables['prior'] = {'variance': jnp.full((16, 8), 0.25)}
     found = score(variables, images(), model=model, recipe=Recipe(noise='uniform'))
     np.testing.assert_allclose(
-        found['bits_per_dim'], normal_bits(dequantised(images(), 8, 0), 0.25).mean(), rtol=1e-5
+        found['bits_per_dim'], normal_bits(dequantised(images(), 0), 0.25).mean(), rtol=1e-5
     )
     x = images().image_NxHxWxC / 127.5 - 1
     assert abs(found['loss'] - 0.5 * (x**2).mean()) < 0.005

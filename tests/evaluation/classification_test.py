@@ -3,12 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from tiny_flow import tiny
 from tiny_state import random_variables
 
 import tarflow_jax as tfj
 from tarflow_jax.data.sources import InMemory
-from tarflow_jax.evaluation.classification import class_log_probs, classification
+from tarflow_jax.evaluation.classification import calibration, class_log_probs, classification
 from tarflow_jax.training import sharding
 from tarflow_jax.training.step import Recipe, add_noise
 
@@ -45,7 +46,10 @@ def flow_that_expects_grey():
 def test_flow_that_knows_the_classes():
     labels = np.arange(20) % 3
     found = score(flow_that_expects_grey(), grey(labels))
-    assert found == {'accuracy': 1.0, 'images': 20}
+    assert (found['accuracy'], found['images'], found['draws']) == (1.0, 20, 1)
+    # Tens of nats apart: it is sure, and right to be.
+    assert found['confidence'] > 0.999 and found['calibration_error'] < 1e-3
+    assert found['reliability'] == [[found['confidence'], 1.0, 20.0]]
 
 
 def test_share_of_right_answers_leaves_padding_out():
@@ -54,14 +58,28 @@ def test_share_of_right_answers_leaves_padding_out():
     labels = np.arange(20) % 3
     source = grey(labels)
     source.label_N[[0, 3, 7, 11, 19]] = (labels[[0, 3, 7, 11, 19]] + 1) % 3
-    assert score(flow_that_expects_grey(), source) == {'accuracy': 0.75, 'images': 20}
+    found = score(flow_that_expects_grey(), source)
+    assert (found['accuracy'], found['images']) == (0.75, 20)
+    np.testing.assert_allclose(found['calibration_error'], 0.25, atol=1e-3)
+    np.testing.assert_allclose(found['accuracy_standard_error'], np.sqrt(0.75 * 0.25 / 19))
+
+
+def test_images_without_a_label_are_left_out():
+    source = grey(np.arange(20) % 3)
+    source.label_N[:5] = -1
+    found = score(flow_that_expects_grey(), source)
+    assert (found['accuracy'], found['images']) == (1.0, 15)
+    source.label_N[:] = -1
+    with pytest.raises(ValueError, match='no image of the set has one'):
+        score(flow_that_expects_grey(), source)
 
 
 def test_log_probs_are_those_of_the_likelihood():
     variables = random_variables(MODEL)
     pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 2), np.uint8)
-    found = class_log_probs(MODEL, RECIPE, variables, pixels, KEY)
-    noisy = add_noise(KEY, pixels, RECIPE)
+    keys = jax.random.split(KEY, 4)
+    found = class_log_probs(MODEL, RECIPE, variables, pixels, keys)
+    noisy = jax.vmap(lambda key, x: add_noise(key, x, RECIPE))(keys, pixels)
     wanted = [tfj.log_prob(MODEL, variables, noisy, np.full(4, y)) for y in range(3)]
     assert found.shape == (4, 3)
     np.testing.assert_allclose(found, np.stack(wanted, 1), rtol=1e-5)
@@ -74,9 +92,30 @@ def test_draws_are_averaged():
     variables = flow_that_expects_grey()
     brightness = np.random.default_rng(0).integers(60, 200, (64, 1, 1, 1), np.uint8)
     pixels = np.ascontiguousarray(np.broadcast_to(brightness, (64, 8, 8, 2)))
-    keys = [jax.random.fold_in(jax.random.fold_in(KEY, draw), 0) for draw in range(3)]
-    draws = np.stack([class_log_probs(MODEL, recipe, variables, pixels, key) for key in keys])
+    of_draw = [jax.random.fold_in(KEY, draw) for draw in range(3)]
+    keys = [jax.vmap(lambda i, key=key: jax.random.fold_in(key, i))(jnp.arange(64)) for key in of_draw]
+    draws = np.stack([class_log_probs(MODEL, recipe, variables, pixels, k) for k in keys])
     labels = draws.mean(0).argmax(1)
     assert all((draw.argmax(1) != labels).any() for draw in draws)
     found = score(variables, InMemory(pixels, labels), draws=3, recipe=recipe, batch_size=64)
-    assert found == {'accuracy': 1.0, 'images': 64}
+    assert (found['accuracy'], found['images'], found['draws']) == (1.0, 64, 3)
+
+
+def test_calibration_by_hand():
+    # Two classes; the classifier says 0.9 and is right in three of four.
+    log_probs = np.log([[0.9, 0.1]] * 8) - 300.0
+    labels = np.array([0, 0, 0, 0, 0, 0, 1, 1])
+    found = calibration(log_probs, labels)
+    assert found['accuracy'] == 0.75 and 'top_5_accuracy' not in found
+    np.testing.assert_allclose(found['confidence'], 0.9)
+    np.testing.assert_allclose(found['calibration_error'], 0.15)
+    np.testing.assert_allclose(found['cross_entropy'], -(0.75 * np.log(0.9) + 0.25 * np.log(0.1)))
+    # sigmoid(log(9) / temperature) = 0.75 fits three of four, in either half.
+    np.testing.assert_allclose(found['temperature'], np.log(9) / np.log(3), rtol=1e-2)
+    assert found['calibration_error_at_temperature'] < 2e-3
+
+
+def test_top_5_of_12_classes():
+    log_probs = np.tile(np.arange(12.0), (12, 1))
+    found = calibration(log_probs, np.arange(12))
+    np.testing.assert_allclose([found['accuracy'], found['top_5_accuracy']], [1 / 12, 5 / 12])

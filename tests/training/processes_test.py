@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from command_line import ROOT, flags, metrics, write_images
+from command_line import ROOT, ended, flags, metrics, start_processes, write_images
 
 from tarflow_jax.training import processes
 from tarflow_jax.training.checkpoint import Checkpoints
@@ -28,31 +28,9 @@ FLOW = dict(
 
 def run(workdir, images, *, count=1, devices=1, file=None, **fields):
     """Starts `count` processes with so many devices each; returns them."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        address = f'127.0.0.1:{free.getsockname()[1]}'
-    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get('PYTHONPATH')) if p)
     program = [WORKER, str(file)] if file else ['-m', 'tarflow_jax.main']
-    started = []
-    for i in range(count):
-        many = dict(
-            JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(count), JAX_PROCESS_ID=str(i)
-        )
-        environment = os.environ | (many if count > 1 else {}) | dict(
-            PYTHONPATH=path, JAX_PLATFORMS='cpu',
-            XLA_FLAGS=f'--xla_force_host_platform_device_count={devices}',
-        )
-        started.append(subprocess.Popen(
-            [sys.executable, *program, *flags(workdir, images, **FLOW | fields)], env=environment,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        ))
-    return started
-
-
-def ended(started, timeout=240) -> list[tuple[int, str]]:
-    """Exit codes and outputs of all, in order."""
-    outputs = [process.communicate(timeout=timeout)[0] for process in started]
-    return [(process.returncode, output) for process, output in zip(started, outputs)]
+    given = flags(workdir, images, **FLOW | fields)
+    return start_processes(count, program, *given, devices=devices)
 
 
 def finished(started) -> None:

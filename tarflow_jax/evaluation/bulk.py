@@ -1,0 +1,295 @@
+"""Samples in bulk: tens of thousands of images, drawn by all devices and put on disk on the way.
+
+Each image comes from noise of its own, which depends on the seed and the image's number alone. So
+neither the batch size nor the mesh matters (but for rounding), and a set can be made longer. Every
+batch is a file, a *part*, before the next one is drawn; a run that was killed goes on behind the
+parts it finds.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from tarflow_jax.evaluation import sample_files, sample_parts
+from tarflow_jax.evaluation.versions import versions
+from tarflow_jax.flow.likelihood import denoise
+from tarflow_jax.flow.sampling import MAX_REDRAWS, sample
+from tarflow_jax.training import pictures, sharding
+from tarflow_jax.training.checkpoint import architecture
+from tarflow_jax.training.loop import Stopped
+from tarflow_jax.training.processes import Stop
+
+SHEETS, PER_SHEET = 10, 100  # pictures of the first images
+LOG_SECONDS = 60  # between lines about the progress where there is no bar
+
+log = logging.getLogger(__name__)
+
+
+def fingerprint(plan, variables, name: str, *, label: int, seed: int, denoise_strength) -> dict:
+    """All that determines the images of a set, as JSON values; neither count nor batch size does.
+
+    Args:
+      plan: a `config.Plan`.
+      name: of the variables, such as step_0001755; their numbers count too, by a digest.
+    """
+    model, noise_std = plan.model, plan.gaussian_noise_std
+    denoised = bool(noise_std and denoise_strength)
+    return {
+        'variables': {'name': name, 'digest': digest(variables)},
+        'model': architecture(model) | {'dtype': jnp.dtype(model.dtype).name},
+        'guidance': dataclasses.asdict(plan.guidance),
+        'denoise': {'noise_std': noise_std, 'strength': denoise_strength} if denoised else None,
+        'label': label if model.num_classes else -1,
+        'seed': seed,
+    }
+
+
+def folder_name(fingerprint: dict) -> str:
+    """What to call the folder of a set, such as step_0001755-guidance_2.3-1f3a9c2e."""
+    canonical = json.dumps(fingerprint, sort_keys=True, separators=(',', ':'))
+    words = [fingerprint['variables']['name']]
+    if fingerprint['guidance']['weight']:
+        words.append(f'guidance_{fingerprint["guidance"]["weight"]:g}')
+    return '-'.join([*words, hashlib.sha256(canonical.encode()).hexdigest()[:8]])
+
+
+def digest(variables) -> str:
+    """Sixteen hexadecimal digits that change with any number of the variables.
+
+    The sums of bits are integers, so that it does not matter how the arrays are split.
+    """
+    sums = jax.device_get(_sums_of_bits(variables))
+    lines = [
+        f'{jax.tree_util.keystr(path)} {leaf.shape} {int(total)}'
+        for (path, leaf), total in zip(jax.tree.leaves_with_path(variables), jax.tree.leaves(sums))
+    ]
+    return hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:16]
+
+
+@jax.jit
+def _sums_of_bits(variables):
+    def leaf(x):
+        bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+        place = jnp.zeros(x.shape, jnp.uint32)
+        for axis, size in enumerate(x.shape):
+            place = place * size + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        # Odd factors that differ from place to place: a permutation changes the sum as well.
+        return jnp.sum((bits ^ (bits >> 15)) * (2 * place + 1), dtype=jnp.uint32)
+
+    return jax.tree.map(leaf, variables)
+
+
+def draw_set(
+    folder,
+    plan,
+    variables,
+    *,
+    count: int,
+    batch_size: int,
+    label: int,
+    seed: int,
+    denoise_strength: float,
+    mesh,
+    fingerprint: dict,
+    file_format: str = 'npz',
+) -> dict:
+    """Draws a set of images into a folder, or what is missing of it; the first process writes.
+
+    The folder gets the images as `sample_files` describes, `samples.json`, and sheets of the first
+    1,000 as PNG. An image that is not finite is drawn again from other noise, up to 10 times, and
+    is grey if that does not help. A finished set is left as it is, a shorter one made longer.
+
+    Args:
+      plan: a `config.Plan`; its flow is laid out over `mesh`.
+      count: images the set is to have at least.
+      batch_size: rounded up to a multiple of what the mesh splits a batch into.
+      label: of all images; -1 goes through the classes.
+      fingerprint: of these very arguments; see `fingerprint`.
+      file_format: of the images, as `sample_files` writes them.
+    Returns:
+      what `samples.json` holds, and 'drawn', 'seconds' and 'path': the images drawn by this call,
+      its time, and the file.
+    Raises:
+      Stopped: after Ctrl-C or SIGTERM; the batches up to there are kept.
+      ValueError: if the folder holds a finished set with another fingerprint.
+    """
+    start, folder, model = time.perf_counter(), Path(folder), plan.model
+    writes = jax.process_index() == 0
+    shape = (model.image_size, model.image_size, model.image_channels)
+    multiple = sharding.batch_multiple(mesh)
+    batch_size = -(-min(batch_size, count) // multiple) * multiple
+    about, stretches, todo = {'count': 0}, [], []
+    if writes:
+        about, stretches = sample_parts.finished(folder, fingerprint)
+        stretches += sample_parts.parts(folder, shape)
+        todo = sample_parts.missing(stretches, count, batch_size)
+    todo = _agreed(todo)
+    draw = functools.partial(
+        _draw, plan, variables, jax.random.key(seed), label, denoise_strength, mesh, batch_size
+    )
+    missing = sum(last - first for first, last in todo)
+    progress = _Progress(count, count - missing)
+    with logging_redirect_tqdm(), progress, Stop() as stop:
+        for i, (first, last) in enumerate(todo, 1):
+            part = draw(np.arange(first, last))
+            if writes:
+                stretches.append(sample_parts.write(folder, first, part))
+            progress.add(last - first)
+            code = stop.after(i)
+            if code is not None:
+                log.warning('stopped; the %d images drawn so far are kept in %s and the same '
+                            'command goes on from there', progress.done, folder)
+                raise Stopped(code)
+    if writes and (about['count'] < count or about['format'] != file_format):
+        count = max(count, about['count'])
+        labels = pictures.class_labels(model, count, label)
+        _assemble(folder, stretches, labels, model.num_classes, (count, *shape), about | {
+            'fingerprint': fingerprint, 'count': count, 'format': file_format,
+            'versions': versions(),
+        })
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f'samples in {folder.name}')
+    about = sample_files.read_about(folder)
+    return about | {
+        'drawn': missing, 'seconds': time.perf_counter() - start,
+        'path': str(sample_files.images_path(folder, about)),
+    }
+
+
+class _Progress:
+    """How far it is: a bar in a terminal, else a line now and then; on the first process only."""
+
+    def __init__(self, count: int, done: int):
+        self.done = done
+        self._count, self._start, self._since = count, done, time.perf_counter()
+        self._logged = self._since
+        self._bar = tqdm(
+            total=count, initial=done, unit='image', desc='sampling',
+            disable=done == count or jax.process_index() > 0 or not sys.stderr.isatty(),
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._bar.close()
+
+    def add(self, images: int) -> None:
+        self.done += images
+        self._bar.update(images)
+        now = time.perf_counter()
+        if self._bar.disable and now - self._logged > LOG_SECONDS:
+            rate = (self.done - self._start) / (now - self._since)
+            left = tqdm.format_interval((self._count - self.done) / rate)
+            log.info('%d of %d images, %.2f a second, %s left', self.done, self._count, rate, left)
+            self._logged = now
+
+
+# Drawing.
+
+
+def _draw(plan, variables, key, label, strength, mesh, batch_size, numbers) -> dict:
+    """The images with these numbers: 'pixels' uint8 [n, H, W, C], 'redraws' and 'finite' [n]."""
+    model, split = plan.model, sharding.batch_sharding(mesh)
+    classes = pictures.class_labels(model, int(numbers.max()) + 1, label)
+
+    def images(numbers, size: int, attempt: int) -> np.ndarray:
+        """[n, H, W, C], drawn as a batch of `size`."""
+        numbers, given = np.resize(numbers, size), len(numbers)
+        noise = _noise(key, numbers, attempt, (model.num_patches, model.patch_dim), split)
+        labels = None if classes is None else jax.make_array_from_callback(
+            (size,), split, classes[numbers].__getitem__
+        )
+        drawn = sample(model, variables, noise, labels, guidance=plan.guidance)
+        if plan.gaussian_noise_std and strength:
+            drawn = denoise(
+                model, variables, drawn, labels, noise_std=plan.gaussian_noise_std,
+                strength=strength,
+            )
+        return sharding.to_host(drawn)[:given]
+
+    drawn = np.array(images(numbers, batch_size, 0))
+    redraws = np.zeros(len(numbers), np.int32)
+    for attempt in range(1, MAX_REDRAWS + 1):
+        failed = np.flatnonzero(~np.isfinite(drawn).all((1, 2, 3)))
+        if not failed.size:
+            break
+        # Doubled until they fit, so that few batch sizes are ever compiled.
+        size = sharding.batch_multiple(mesh)
+        while size < failed.size:
+            size *= 2
+        drawn[failed] = images(numbers[failed], size, attempt)
+        redraws[failed] += 1
+    finite = np.isfinite(drawn).all((1, 2, 3))
+    drawn[~finite] = 0.0
+    return {'pixels': pictures.to_pixels(drawn), 'redraws': redraws, 'finite': finite}
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _noise(key, numbers, attempt, shape: tuple[int, ...], where) -> jax.Array:
+    """Standard normal [n, *shape], each image's from its number and the attempt."""
+
+    def one(number):
+        own = jax.random.fold_in(jax.random.fold_in(key, number), attempt)
+        return jax.random.normal(own, shape)
+
+    return jax.lax.with_sharding_constraint(jax.vmap(one)(numbers), where)
+
+
+def _agreed(batches: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The first process's batches, on every process."""
+    if jax.process_count() == 1:
+        return batches
+    many = int(multihost_utils.broadcast_one_to_all(np.int32(len(batches))))
+    if many == 0:
+        return []
+    own = np.resize(np.array(batches, np.int32), (many, 2))
+    return [(int(a), int(b)) for a, b in multihost_utils.broadcast_one_to_all(own)]
+
+
+# The result.
+
+
+def _assemble(folder: Path, stretches, labels, classes: int, shape, about: dict) -> None:
+    """Makes the finished set of the stretches, then removes the parts that are in it.
+
+    `about` is what `samples.json` is to say, with the totals of the images that had been finished.
+    """
+    path = sample_files.images_path(folder, about)
+    pixels = sample_parts.in_order(stretches, shape[0], about)
+    if about['format'] == 'npz':
+        sample_files.write_npz(path, pixels, shape, labels)
+    else:
+        sample_files.write_array_record(path, pixels, shape, labels, classes)
+    _write_sheets(folder, sample_files.open_samples(path))
+    sample_files.write_about(folder, about)
+    if about['format'] == 'array_record':
+        for shorter in set(folder.glob('array_record-*')) - {path}:
+            shutil.rmtree(shorter)
+    if about['not_finite']:
+        log.warning('%d of %d images were not finite after %d attempts and are grey',
+                    about['not_finite'], about['count'], MAX_REDRAWS)
+    sample_parts.remove(folder, stretches, shape[0])
+
+
+def _write_sheets(folder: Path, source) -> None:
+    """Pictures of the first images, a hundred on each."""
+    count = min(len(source), SHEETS * PER_SHEET)
+    for first in range(0, count, PER_SHEET):
+        numbers = range(first, min(first + PER_SHEET, count))
+        sheet = pictures.grid(np.stack([source[i]['image'] for i in numbers]), 10)
+        scale = 2 if source[0]['image'].shape[0] < 128 else 1
+        pictures.save_png(folder / f'sheet_{first:06d}.png', sheet, scale)

@@ -1,0 +1,233 @@
+"""Finished sets of samples: written in the layout that others' evaluation suites read, and opened.
+
+A set is a folder with `samples.json`, which says what the images are, and the images themselves:
+`samples.npz` in the layout of the ADM suite (`arr_0` uint8 [N, H, W, C], and with classes `arr_1`
+int64 [N]; that suite itself scores RGB only, and grey images keep their one channel), or a folder
+`array_record-N` as `data.prepare` makes them, which TFDS reads too (split `samples`).
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent import futures
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from tarflow_jax.data import image_files, manifest, originals, shards, sources
+
+ABOUT = 'samples.json'
+SPLIT = 'samples'
+ENCODERS = 8  # threads: zlib lets them run side by side
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A binary file that takes the place of `path` once it is complete and on disk, or never."""
+    path = Path(path)
+    temporary = path.with_name(f'{path.name}.tmp')
+    try:
+        with open(temporary, 'wb') as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_npz(path, pieces: Iterable[np.ndarray], shape, labels: np.ndarray | None) -> None:
+    """Writes images, which come in pieces, and labels in ADM's layout; equal images, equal bytes.
+
+    Args:
+      pieces: uint8 [n, H, W, C] each, `shape` [N, H, W, C] together; no two are held at once.
+      labels: [N] or None.
+    """
+    arrays = [('arr_0', np.dtype(np.uint8), shape, pieces)]
+    if labels is not None:
+        arrays.append(('arr_1', np.dtype(np.int64), labels.shape, [labels.astype(np.int64)]))
+    with replacing(path) as file, zipfile.ZipFile(file, 'w') as archive:
+        for name, dtype, shape, pieces in arrays:
+            header = {'descr': dtype.str, 'fortran_order': False, 'shape': tuple(shape)}
+            # A ZipInfo has a fixed date where numpy or the clock would have none.
+            with archive.open(zipfile.ZipInfo(f'{name}.npy'), 'w', force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                for piece in pieces:
+                    member.write(np.ascontiguousarray(piece, dtype).data)
+
+
+def write_array_record(path, pieces: Iterable[np.ndarray], shape, labels, classes: int) -> None:
+    """Writes images, which come in pieces, and labels 0 to `classes` - 1 as a prepared set.
+
+    Args:
+      path: a folder, which is complete when it appears.
+      pieces, shape, labels: as for `write_npz`, H = W.
+    """
+    path = Path(path)
+    count, size, _, channels = shape
+    images = (image for piece in pieces for image in piece)
+
+    def tasks(start: int, stop: int) -> Iterator[originals.Task]:
+        for first in range(start, stop, originals.IMAGES_PER_TASK):
+            rows = range(first, min(first + originals.IMAGES_PER_TASK, stop))
+            batch = np.stack(list(itertools.islice(images, len(rows))))
+            yield originals.Task(
+                [f'sample {row}' for row in rows],
+                [-1] * len(rows) if labels is None else labels[rows.start : rows.stop].tolist(),
+                image_files.encode_array, (batch, size),
+            )
+
+    temporary = path.with_name(f'{path.name}.tmp')
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / manifest.PROGRESS).mkdir(parents=True)
+    places = shards.bounds(count, originals.images_per_shard(size, channels))
+    names = shards.names('samples', SPLIT, len(places))
+    with futures.ThreadPoolExecutor(ENCODERS) as pool, tqdm(disable=True) as progress:
+        told = shards.write(
+            manifest.folder_path(str(temporary)), originals.Split(count, '', tasks, []),
+            dict(zip(names, places)), pool=pool, workers=ENCODERS, labelled=labels is not None,
+            strict=True, progress=progress,
+        )
+    shutil.rmtree(temporary / manifest.PROGRESS)
+    told = [{k: told[name][k] for k in ('name', 'records', 'bytes', 'sha256')} for name in names]
+    none = {'count': 0, 'list': []}
+    manifest.write(manifest.folder_path(str(temporary)), {
+        'format': manifest.FORMAT, 'dataset': 'samples', 'tfds_name': 'samples',
+        'image': {'size': size, 'channels': channels, 'encoding': 'png'},
+        'preprocessing': f'none: drawn as {ABOUT} says',
+        'classes': None if labels is None else [str(k) for k in range(classes)],
+        'splits': {SPLIT: {'images': count, 'shards': told, 'skipped': none, 'notes': none}},
+    })
+    shutil.rmtree(path, ignore_errors=True)
+    temporary.replace(path)
+
+
+def images_path(folder: Path, about: dict) -> Path:
+    """Where the images are that `samples.json` speaks of."""
+    npz = about['format'] == 'npz'
+    return folder / ('samples.npz' if npz else f'array_record-{about["count"]}')
+
+
+def write_about(folder: Path, about: dict) -> None:
+    """Writes `samples.json`."""
+    with replacing(folder / ABOUT) as file:
+        file.write((json.dumps(about, indent=2, sort_keys=True) + '\n').encode())
+
+
+def read_about(folder: Path) -> dict | None:
+    """What `samples.json` says; None if the set is not finished or the file is damaged."""
+    try:
+        about = json.loads((folder / ABOUT).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return about if isinstance(about, dict) and {'count', 'format'} <= about.keys() else None
+
+
+def open_samples(path, count: int | None = None):
+    """A finished set of samples as a source, see `data.sources`; its images stay on disk.
+
+    Args:
+      path: the folder that sampling wrote, its `array_record-N`, or anyone's `.npz` in the layout
+        of the ADM suite.
+      count: the first so many images; None is all.
+    Raises:
+      FileNotFoundError: if there is nothing, or the set was not finished.
+      ValueError: if the file is in another layout or damaged, or has fewer images.
+    """
+    path = Path(path)
+    if path.is_dir() and not (path / manifest.FILE).exists():
+        about = read_about(path)
+        if about is None:
+            raise FileNotFoundError(
+                f'{path} holds no finished set of samples, as {ABOUT} is missing or damaged; '
+                '--mode=sample with the same config finishes it.'
+            )
+        path = images_path(path, about)
+    if not path.exists():
+        raise FileNotFoundError(
+            f'{path} does not exist; draw samples with --mode=sample, or correct the path.'
+        )
+    if path.is_dir():
+        source = sources.load('prepared', SPLIT, path=str(path))
+    else:
+        images, labels = _read_npz(path)
+        source = sources.InMemory(images, labels, {
+            'dataset': path.parent.name if path.name == 'samples.npz' else path.name,
+            'split': SPLIT, 'images': len(images),
+        })
+    if count is not None and len(source) < count:
+        raise ValueError(f'{path} holds {len(source)} images and {count} are wanted; draw more.')
+    return source if count in (None, len(source)) else _First(source, count)
+
+
+@dataclasses.dataclass(frozen=True)
+class _First:
+    """A source of the first images of another."""
+
+    source: object
+    count: int
+
+    @property
+    def about(self) -> dict:
+        return self.source.about | {'images': self.count}
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        if not 0 <= i < self.count:
+            raise IndexError(i)
+        return self.source[i]
+
+
+def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [N, H, W, C] and labels int32 [N], -1 where there are none."""
+    wanted = 'samples are arr_0, uint8 [N, H, W, 1 or 3], and perhaps arr_1, labels [N]'
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name.removesuffix('.npy') for name in archive.namelist()]
+            if 'arr_0' not in names:
+                raise ValueError(f'it holds {", ".join(names)[:60] or "nothing"}')
+            images = _array(path, archive, 'arr_0')
+            labels = _array(path, archive, 'arr_1') if 'arr_1' in names else None
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f'{path} is no .npz of samples ({error}); {wanted}.') from None
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+        raise ValueError(f'{path}: arr_0 is {images.dtype} {list(images.shape)}; {wanted}.')
+    if labels is None:
+        labels = np.full(len(images), -1)
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu':
+        raise ValueError(
+            f'{path}: arr_1 is {labels.dtype} {list(labels.shape)} beside {len(images)} images; '
+            f'{wanted}.'
+        )
+    return images, labels.astype(np.int32)
+
+
+def _array(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """An array of an archive, mapped from the file unless it is compressed."""
+    info = archive.getinfo(f'{name}.npy')
+    with archive.open(info) as member:
+        if info.compress_type != zipfile.ZIP_STORED:
+            return np.lib.format.read_array(member, allow_pickle=False)
+        version = np.lib.format.read_magic(member)
+        if version != (1, 0):
+            raise ValueError(f'{name} is in the version {version} of the format of numpy')
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+        header = member.tell()
+    if dtype.hasobject or 0 in shape:
+        raise ValueError(f'{name} is {dtype} {list(shape)}')
+    with open(path, 'rb') as file:
+        # Of the lengths only this copy is right: the extra fields in the directory may differ.
+        file.seek(info.header_offset)
+        local = struct.unpack('<26xHH', file.read(30))
+    start = info.header_offset + 30 + sum(local) + header
+    return np.memmap(path, dtype, 'r', start, shape, 'F' if fortran else 'C')

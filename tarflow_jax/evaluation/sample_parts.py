@@ -1,0 +1,140 @@
+"""What there is of a set of samples while it is being drawn: finished images, and parts.
+
+A part is a file `parts/FIRST.npz` in the folder of the set, written at once: the images from number
+FIRST on, as `bulk` draws a batch of them. Each array has a checksum, so that damage is found.
+"""
+
+import dataclasses
+import functools
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from tarflow_jax.evaluation import sample_files
+
+READ_AT_ONCE = 1000  # finished images
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """Images `first` to `last` - 1, which `load` reads.
+
+    It returns 'pixels' uint8 [n, H, W, C] and, if this is a part, 'redraws' and 'finite' [n].
+    """
+
+    first: int
+    last: int
+    load: Callable[[], dict]
+    part: Path | None = None  # the file, if it is one
+
+
+def finished(folder: Path, fingerprint: dict) -> tuple[dict, list[Stretch]]:
+    """What `samples.json` says, and the images that it speaks of, if they are there.
+
+    Raises:
+      ValueError: if they are of another fingerprint.
+    """
+    nothing = {'count': 0, 'redraws': 0, 'redrawn': 0, 'not_finite': 0}
+    about = sample_files.read_about(folder)
+    if about is None:
+        return nothing, []
+    if about.get('fingerprint') != fingerprint:
+        raise ValueError(
+            f'{folder} holds samples with another fingerprint, see its {sample_files.ABOUT}; '
+            'choose another folder.'
+        )
+    count = about['count']
+    try:
+        source = sample_files.open_samples(folder, count)
+    except (FileNotFoundError, ValueError) as error:
+        log.warning('%s Its images are drawn again.', error)
+        return nothing, []
+
+    def load(first: int, last: int) -> dict:
+        return {'pixels': np.stack([source[i]['image'] for i in range(first, last)])}
+
+    edges = [*range(0, count, READ_AT_ONCE), count]
+    return about, [Stretch(a, b, functools.partial(load, a, b)) for a, b in zip(edges, edges[1:])]
+
+
+def parts(folder: Path, shape) -> list[Stretch]:
+    """The parts that are whole, with images of this shape; others are removed."""
+    found = []
+    for path in sorted((folder / 'parts').glob('*.npz')):
+        try:
+            pixels = _load(path)['pixels']
+            assert pixels.shape[1:] == shape and pixels.dtype == np.uint8
+        except Exception as error:  # zipfile and numpy answer damage with anything
+            log.warning('%s is damaged (%s); its images are drawn again', path, error)
+            path.unlink()
+            continue
+        found.append(_stretch(path, len(pixels)))
+    return found
+
+
+def write(folder: Path, first: int, part: dict) -> Stretch:
+    """Writes 'pixels', 'redraws' and 'finite' of the images from `first` on as a part."""
+    path = folder / 'parts' / f'{first:08d}.npz'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with sample_files.replacing(path) as file:
+        np.savez(file, **part)
+    return _stretch(path, len(part['pixels']))
+
+
+def _load(path: Path) -> dict:
+    with np.load(path) as part:
+        return {name: part[name] for name in ('pixels', 'redraws', 'finite')}
+
+
+def _stretch(part: Path, images: int) -> Stretch:
+    first = int(part.stem)
+    return Stretch(first, first + images, functools.partial(_load, part), part)
+
+
+def missing(stretches: list[Stretch], count: int, batch_size: int) -> list[tuple[int, int]]:
+    """Batches (first, last + 1) of the images below `count` that no stretch has."""
+    batches, first = [], 0
+    while first < count:
+        there = [s.last for s in stretches if s.first <= first < s.last]
+        if there:
+            first = max(there)
+            continue
+        last = min([first + batch_size, count, *(s.first for s in stretches if s.first > first)])
+        batches.append((first, last))
+        first = last
+    return batches
+
+
+def in_order(stretches: list[Stretch], count: int, totals: dict) -> Iterator[np.ndarray]:
+    """Pixels [n, H, W, C] of stretch after stretch, images 0 to `count` - 1.
+
+    Adds to the totals 'redraws', 'redrawn' and 'not_finite' on the way; finished images, which are
+    in them already, go before parts.
+    """
+    first = 0
+    while first < count:
+        stretch = next(s for s in stretches if s.first <= first < s.last)
+        piece = {
+            name: x[first - stretch.first : count - stretch.first]
+            for name, x in stretch.load().items()
+        }
+        if stretch.part:
+            totals['redraws'] += int(piece['redraws'].sum())
+            totals['redrawn'] += int((piece['redraws'] > 0).sum())
+            totals['not_finite'] += int((~piece['finite']).sum())
+        yield piece['pixels']
+        first = stretch.last
+
+
+def remove(folder: Path, stretches: list[Stretch], count: int) -> None:
+    """Removes the parts below `count`, and all that was left when a run was killed."""
+    for stretch in stretches:
+        if stretch.part and stretch.last <= count:
+            stretch.part.unlink()
+    if not any((folder / 'parts').glob('*.npz')):
+        shutil.rmtree(folder / 'parts', ignore_errors=True)

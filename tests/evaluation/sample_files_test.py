@@ -1,0 +1,114 @@
+"""Sets of samples as files: the layout that others read, and what is refused."""
+
+import io
+import zipfile
+
+import numpy as np
+import pytest
+
+from tarflow_jax.evaluation import sample_files
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (7, 4, 5, 3), np.uint8)
+LABELS = np.arange(7, dtype=np.int32) % 3
+
+
+def write(path, labels=LABELS, cuts=(3, 4)):
+    sample_files.write_npz(path, np.split(IMAGES, cuts), IMAGES.shape, labels)
+    return path
+
+
+def test_npz_is_what_numpy_writes(tmp_path):
+    path = write(tmp_path / 'samples.npz')
+    arrays = np.load(path)
+    assert arrays.files == ['arr_0', 'arr_1'] and arrays['arr_1'].dtype == np.int64
+    np.testing.assert_array_equal(arrays['arr_0'], IMAGES)
+    np.testing.assert_array_equal(arrays['arr_1'], LABELS)
+    wanted = io.BytesIO()
+    np.savez(wanted, IMAGES, LABELS.astype(np.int64))
+    with zipfile.ZipFile(path) as found, zipfile.ZipFile(wanted) as by_numpy:
+        assert found.testzip() is None
+        for name in ('arr_0.npy', 'arr_1.npy'):
+            assert found.read(name) == by_numpy.read(name)
+    # Neither the clock nor the pieces can be seen in it.
+    assert write(tmp_path / 'again.npz', cuts=(1, 2, 6)).read_bytes() == path.read_bytes()
+    assert np.load(write(tmp_path / 'without.npz', labels=None)).files == ['arr_0']
+
+
+@pytest.mark.parametrize('save', [np.savez, np.savez_compressed])
+@pytest.mark.parametrize('dtype', [np.int64, np.uint8])
+def test_open_anyones_npz(tmp_path, save, dtype):
+    path = tmp_path / 'theirs.npz'
+    save(path, IMAGES, LABELS.astype(dtype))
+    source = sample_files.open_samples(path)
+    assert len(source) == 7 and source.label_N.dtype == np.int32
+    for i in (0, 6):
+        np.testing.assert_array_equal(source[i]['image'], IMAGES[i])
+        assert source[i]['label'] == LABELS[i]
+    first = sample_files.open_samples(path, 2)
+    assert len(first) == 2 and first.about['images'] == 2
+    np.testing.assert_array_equal(first[1]['image'], IMAGES[1])
+    with pytest.raises(IndexError):
+        first[2]
+    save(path, arr_0=IMAGES[..., :1], mu=np.zeros(3))
+    source = sample_files.open_samples(path)
+    assert source[6]['image'].shape == (4, 5, 1) and (source.label_N == -1).all()
+
+
+def test_images_stay_on_disk(tmp_path):
+    source = sample_files.open_samples(write(tmp_path / 'samples.npz'))
+    assert isinstance(source.image_NxHxWxC, np.memmap)
+    np.testing.assert_array_equal(source.image_NxHxWxC, IMAGES)
+
+
+def test_open_fortran_order(tmp_path):
+    np.savez(tmp_path / 'theirs.npz', np.asfortranarray(IMAGES))
+    source = sample_files.open_samples(tmp_path / 'theirs.npz')
+    np.testing.assert_array_equal(source.image_NxHxWxC, IMAGES)
+
+
+@pytest.mark.parametrize('arrays, words', [
+    (dict(images=IMAGES), 'it holds images'),
+    (dict(), 'it holds nothing'),
+    (dict(arr_0=IMAGES / 255.0), 'arr_0 is float64'),
+    (dict(arr_0=IMAGES.transpose(0, 3, 1, 2)), r'arr_0 is uint8 \[7, 3, 4, 5\]'),
+    (dict(arr_0=IMAGES[..., 0]), r'arr_0 is uint8 \[7, 4, 5\]'),
+    (dict(arr_0=IMAGES[:0]), r'arr_0 is uint8 \[0, 4, 5, 3\]'),
+    (dict(arr_0=np.array([None])), 'arr_0 is object'),
+    (dict(arr_0=IMAGES, arr_1=LABELS[:6]), r'arr_1 is int32 \[6\] beside 7 images'),
+    (dict(arr_0=IMAGES, arr_1=np.eye(7)), r'arr_1 is float64 \[7, 7\]'),
+], ids=lambda x: x if isinstance(x, str) else '')
+def test_other_layouts_are_refused(tmp_path, arrays, words):
+    path = tmp_path / 'theirs.npz'
+    np.savez(path, **arrays)
+    with pytest.raises(ValueError, match=words) as refused:
+        sample_files.open_samples(path)
+    sentence = str(refused.value)
+    assert str(path) in sentence and 'samples are arr_0, uint8 [N, H, W, 1 or 3]' in sentence
+
+
+def test_what_cannot_be_opened(tmp_path):
+    path = write(tmp_path / 'samples.npz')
+    with pytest.raises(ValueError, match='holds 7 images and 8 are wanted; draw more'):
+        sample_files.open_samples(path, 8)
+    with pytest.raises(FileNotFoundError, match='nosuch.npz does not exist; draw samples'):
+        sample_files.open_samples(tmp_path / 'nosuch.npz')
+    with pytest.raises(FileNotFoundError, match='no finished set of samples, as samples.json'):
+        sample_files.open_samples(tmp_path)
+    whole = path.read_bytes()
+    for damaged in (whole[:-30], whole[30:], b'', b'PK'):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match='samples.npz is no .npz of samples'):
+            sample_files.open_samples(path)
+
+
+def test_replacing_keeps_the_file_before(tmp_path):
+    path = tmp_path / 'file'
+    path.write_bytes(b'before')
+    with pytest.raises(OSError), sample_files.replacing(path) as file:
+        file.write(b'half')
+        raise OSError(28, 'No space left on device')
+    assert [p.name for p in tmp_path.iterdir()] == ['file'] and path.read_bytes() == b'before'
+    with sample_files.replacing(path) as file:
+        file.write(b'whole')
+    assert [p.name for p in tmp_path.iterdir()] == ['file'] and path.read_bytes() == b'whole'

@@ -1,0 +1,189 @@
+"""Evaluation by name: the table, evaluation.json, and what is refused before anything runs."""
+
+import json
+import platform
+import shutil
+from importlib import metadata
+
+import jax
+import numpy as np
+import pytest
+from command_line import call, files, flags, write_images
+
+from tarflow_jax import config as configs
+from tarflow_jax import scoring
+from tarflow_jax.evaluation import statistics_files, tables
+from tarflow_jax.evaluation.frechet import Statistics
+
+LATENTS = 1280  # of EfficientNet-Lite0
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp('images') / 'idx', train=48)
+
+
+@pytest.fixture(scope='module')
+def trained(images, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('trained') / 'run'
+    assert call(*flags(workdir, images, train__epochs=0.7, train__warmup_epochs=0.0)) == 0
+    return workdir
+
+
+@pytest.fixture
+def workdir(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / 'run')
+
+
+def evaluate(workdir, images, *metrics, **fields) -> int:
+    named = ','.join(f'"{name}"' for name in metrics)
+    fields = dict(evaluate__metrics=f'({named},)', **fields)
+    return call(*flags(workdir, images, **fields), '--mode=evaluate')
+
+
+def report_in(workdir) -> dict:
+    return json.loads((workdir / 'evaluation.json').read_text())
+
+
+def test_names():
+    assert configs.METRICS == tuple(scoring.METRICS) == tuple(tables.ROWS)
+
+
+def test_what_it_takes_to_repeat_an_evaluation(workdir, images, capsys):
+    assert evaluate(workdir, images, 'bits_per_dim', evaluate__draws=3, seed=5) == 0
+    report = report_in(workdir)
+    step = report['checkpoint'].pop('step')
+    assert step == 2 and report['checkpoint'] == {'name': f'step 2 of {workdir}'}
+    assert report['data']['split'] == 'test' and report['data']['images'] == 20
+    assert len(report['data']['pixels_sha256']) == 64
+    assert report['seed'] == 5 and report['config']['evaluate']['draws'] == 3
+    assert report['versions']['python'] == platform.python_version()
+    assert report['versions']['grain'] == metadata.version('grain')
+    assert report['devices']['mesh']['data'] == 8 and report['devices']['processes'] == 1
+    bits = report['scores']['bits_per_dim']
+    assert bits['draws'] == 3 and bits['images'] == 20
+    printed = capsys.readouterr().out
+    assert 'bits/dim  ' in printed and f'{bits["bits_per_dim"]:.4f}' in printed
+    bound = bits['importance_weighted_bits_per_dim']
+    assert f'importance-weighted bound, K = 3  {bound:.4f}' in printed
+    assert f'step 2 of {workdir}' in printed
+
+
+def test_an_older_report_keeps_its_numbers(workdir, images):
+    assert evaluate(workdir, images, 'bits_per_dim') == 0
+    first = (workdir / 'evaluation.json').read_text()
+    assert evaluate(workdir, images, 'bits_per_dim') == 0  # the same again
+    names = sorted(path.name for path in workdir.glob('evaluation*'))
+    assert evaluate(workdir, images, 'bits_per_dim', seed=1) == 0
+    older = sorted(workdir.glob('evaluation.*.json'))
+    assert [path.name for path in older] == ['evaluation.0.json', *names[:0], 'evaluation.1.json']
+    assert older[-1].read_text() == first
+    assert report_in(workdir)['seed'] == 1
+
+
+def test_classification_and_outliers(workdir, images, tmp_path, capsys):
+    other = write_images(tmp_path / 'other', test=9)
+    given = dict(evaluate__outliers__source='idx', evaluate__outliers__path=str(other),
+                 evaluate__outliers__images=7)
+    assert evaluate(workdir, images, 'classification', 'outliers', **given) == 0
+    scores = report_in(workdir)['scores']
+    assert scores['classification']['images'] == 20
+    sets = scores['outliers']['sets']
+    assert [one['set'] for one in sets[:3]] == ['training set', 'test set', 'other']
+    assert {one['images'] for one in sets} == {7}
+    assert (workdir / 'outliers.png').stat().st_size > 1000
+    printed = capsys.readouterr().out
+    assert 'accuracy of argmax p(x | y)' in printed
+    assert 'bits/dim of: test set, negative' in printed
+
+
+def test_round_trip(workdir, images, capsys):
+    assert evaluate(workdir, images, 'round_trip', evaluate__round_trip_images=3) == 0
+    found = report_in(workdir)['scores']['round_trip']
+    assert found['trusted']['float32'] == {'sampling': True, 'likelihood': True}
+    assert found['float32']['image_z_image']['max'] < 1e-4
+    assert len(found['bfloat16']['blocks']) == 1
+    printed = capsys.readouterr().out
+    assert 'float32 can be trusted for' in printed and 'sampling yes, likelihood yes' in printed
+
+
+def test_frechet_distance(workdir, images, tmp_path, capsys):
+    ours = tmp_path / 'theirs.npz'
+    rng = np.random.default_rng(0)
+    spread = rng.standard_normal((40, LATENTS))
+    statistics_files.write(ours, Statistics(40, spread.mean(0), np.cov(spread, rowvar=False)))
+    with np.load(ours) as arrays:
+        np.savez(ours, mu=arrays['mu'], sigma=arrays['sigma'])
+    given = dict(evaluate__frechet__references=f'("train_flipped","train","{ours}")',
+                 evaluate__frechet__neighbours=10, evaluate__frechet__batch_size=16)
+    assert evaluate(workdir, images, 'frechet', **given) == 0
+    found = report_in(workdir)['scores']['frechet']
+    assert found['network']['name'] == 'efficientnet-lite0' and found['is_fid'] is False
+    assert found['samples'] == 13
+    flipped, plain, theirs = found['distances']
+    assert [row['reference_images'] for row in found['distances']] == [48, 48, None]
+    assert 0 < plain['distance'] != flipped['distance'] > 0
+    # 13 test images of the kind of the training set are nearer to it than statistics of noise.
+    assert 0 < plain['real_floor'] < theirs['real_floor']
+    assert plain['real_floor_images'] == 13
+    assert found['neighbours']['images_of_each'] == 10
+    printed = capsys.readouterr().out
+    assert 'efficientnet-lite0 (not FID)' in printed and 'FID,' not in printed
+    assert 'file of the EDM suite' in printed
+
+    # The second time neither samples nor statistics are computed, and the numbers are the same.
+    kept = files(workdir / 'statistics') | files(workdir / 'samples')
+    assert len(list((workdir / 'statistics').iterdir())) == 2
+    assert evaluate(workdir, images, 'frechet', **given) == 0
+    assert files(workdir / 'statistics') | files(workdir / 'samples') == kept
+    assert report_in(workdir)['scores']['frechet'] == found
+
+    # Samples from elsewhere, in the layout of the ADM suite.
+    theirs = tmp_path / 'samples.npz'
+    pixels = rng.integers(0, 256, (12, 16, 16, 1), np.uint8)
+    np.savez(theirs, arr_0=pixels)
+    given |= dict(evaluate__frechet__samples=str(theirs))
+    assert evaluate(workdir, images, 'frechet', **given) == 0
+    found = report_in(workdir)['scores']['frechet']
+    assert found['samples'] == 12 and found['samples_from'] == str(theirs)
+
+
+@pytest.mark.parametrize(
+    'metric, fields, words',
+    [
+        ('frechet', {'evaluate__frechet__network': 'vgg'}, ['vgg', 'inception']),
+        ('frechet', {'evaluate__frechet__network': 'inception'},
+         ['pt_inception-2015-12-05-6726825d.pth']),
+        ('frechet', {'evaluate__frechet__weights': '/nosuch.pth'}, ['/nosuch.pth']),
+        ('frechet', {'evaluate__frechet__references': '("/nosuch.npz",)'}, ['/nosuch.npz']),
+        ('frechet', {'evaluate__frechet__samples': '/nosuch.npz'}, ['/nosuch.npz']),
+        ('outliers', {'evaluate__outliers__source': 'folder'}, ['folder']),
+        ('outliers', {'evaluate__outliers__images': 0}, ['evaluate.outliers.images 0']),
+        ('round_trip', {'evaluate__round_trip_images': 0}, ['evaluate.round_trip_images 0']),
+    ],
+)
+def test_what_is_refused(workdir, images, capfd, metric, fields, words):
+    before = files(workdir)
+    assert evaluate(workdir, images, metric, **fields) == 2
+    [line] = capfd.readouterr().err.splitlines()
+    for word in words:
+        assert word in line
+    assert files(workdir) == before
+
+
+def test_reference_of_another_network(workdir, images, tmp_path, capfd):
+    path = tmp_path / 'statistics.npz'
+    statistics_files.write(path, Statistics(9, np.zeros(4), np.eye(4)))
+    fields = dict(evaluate__frechet__references=f'("{path}",)')
+    assert evaluate(workdir, images, 'frechet', **fields) == 2
+    [line] = capfd.readouterr().err.splitlines()
+    assert str(path) in line and '4' in line and str(LATENTS) in line
+
+
+def test_scores_do_not_depend_on_the_batch_size(workdir, images):
+    found = []
+    for batch_size in (8, 24):
+        assert evaluate(workdir, images, 'bits_per_dim', evaluate__batch_size=batch_size) == 0
+        found.append(report_in(workdir)['scores']['bits_per_dim']['bits_per_dim'])
+    assert abs(found[0] - found[1]) < 1e-6
+    assert jax.process_count() == 1
