@@ -4,7 +4,10 @@ The result is a rerun's of the recipe of Zhai et al. (arXiv 2412.06329) after 40
 guidance 3.4 annealed and a denoising strength of 1.4. 463M parameters. `:smoke` shrinks everything
 to seconds on a CPU.
 
-Data: a TFDS set `afhq256` as array_record, with `image` [256, 256, 3] and `label` in 0..2.
+Data: folders train/ and test/ of cat/, dog/ and wild/ (the first version has val/ in place of test/:
+`--config.data.test_split=validation`), prepared with
+
+    python -m tarflow_jax.data.prepare FOLDER --out=data/afhq256 --size=256
 """
 
 from tarflow_jax import config as configs
@@ -15,7 +18,7 @@ def get_config(arg: str = 'cond'):
     c = configs.default()
     c.model.update(image_size=256, image_channels=3, patch_size=8, width=768)
     c.model.update(layers_per_block=(8,) * 8, num_classes=3, remat='layer', dtype='bfloat16')
-    c.data.update(source='tfds', name='afhq256', flip=True)
+    c.data.update(source='prepared', path='data/afhq256', flip=True)
     c.train.update(batch_size=256, epochs=4000.0, noise_std=0.07)
     c.train.update(log_every=50, sample_every=2000, checkpoint_every=1000)
     c.guidance.update(weight=3.4, annealed=True)

@@ -8,9 +8,14 @@ The results are those reported with the original PyTorch code (Zhai et al., arXi
 tables 2 and 3), after 100 (bpd) or 200 epochs. 460M parameters, 466M with classes. `,smoke` behind
 the variant, or `:smoke` alone, shrinks everything to seconds on a CPU.
 
-Data: TFDS `imagenet_resized/64x64` as array_record, the box-resized images that the ImageNet site
-serves today. Older papers score `downsampled_imagenet/64x64`, which is not comparable:
-`--config.data.name=downsampled_imagenet/64x64` (it has no labels: bpd and uncond only).
+Data: the box-resized images that the ImageNet site serves today, prepared with
+
+    python -m tarflow_jax.data.prepare FOLDER --out=data/imagenet64
+
+from the folder of train_data_batch_1 to 10 and val_data. Older papers score another set, which is
+not comparable; prepare it from the folder of train_64x64 and valid_64x64 (it has no labels: bpd and
+uncond only), and give `--config.data.path` its folder. What TFDS prepared as array_record works
+too: `--config.data.source=tfds --config.data.name=imagenet_resized/64x64 --config.data.path=DIR`.
 """
 
 from tarflow_jax import config as configs
@@ -23,7 +28,7 @@ def get_config(arg: str = 'cond'):
     c = configs.default()
     c.model.update(image_size=64, image_channels=3, patch_size=2, width=768)
     c.model.update(layers_per_block=(8,) * 8, num_classes=0, remat='layer')
-    c.data.update(source='tfds', name='imagenet_resized/64x64', test_split='validation')
+    c.data.update(source='prepared', path='data/imagenet64', test_split='validation')
     c.train.update(batch_size=256, log_every=100, sample_every=5000, checkpoint_every=2500)
     if variant == 'bpd':
         c.train.update(epochs=100.0, noise='uniform')

@@ -32,7 +32,7 @@ MODELS = {
 }
 SMOKES = [
     'imagenet64:bpd,smoke', 'imagenet64:uncond,smoke', 'imagenet64:cond,smoke',
-    'imagenet128:smoke', 'afhq256:smoke',
+    'imagenet128:smoke', 'afhq256:smoke', 'colour64:smoke',
 ]
 
 
@@ -49,7 +49,7 @@ def get(name):
 
 
 def test_every_file_is_in_these_tables():
-    named = {name.partition(':')[0] for name in RECIPES} | {'fashion_mnist'}
+    named = {name.partition(':')[0] for name in RECIPES} | {'fashion_mnist', 'colour64'}
     assert named == set(FILES)
 
 
