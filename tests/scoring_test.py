@@ -8,7 +8,7 @@ from importlib import metadata
 import jax
 import numpy as np
 import pytest
-from command_line import call, files, flags, write_images
+from command_line import call, ended, files, flags, start_processes, write_images
 
 from tarflow_jax import config as configs
 from tarflow_jax import scoring
@@ -187,3 +187,42 @@ def test_scores_do_not_depend_on_the_batch_size(workdir, images):
         found.append(report_in(workdir)['scores']['bits_per_dim']['bits_per_dim'])
     assert abs(found[0] - found[1]) < 1e-6
     assert jax.process_count() == 1
+
+
+def numbers(tree, path=()):
+    """The numbers of a report by their place in it."""
+    if isinstance(tree, dict | list):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {k: v for key, value in items for k, v in numbers(value, (*path, key)).items()}
+    return {path: tree} if isinstance(tree, float) else {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('count, names', [
+    (4, ['bits_per_dim', 'classification']), (2, list(scoring.METRICS))
+])
+def test_several_processes_find_the_same_numbers(workdir, images, tmp_path, count, names):
+    fields = dict(
+        evaluate__draws=2, evaluate__round_trip_images=8, evaluate__outliers__images=9,
+        evaluate__frechet__neighbours=10, evaluate__frechet__references='("train_flipped",)',
+        sample__count=12,
+    )
+    alone = shutil.copytree(workdir, tmp_path / 'alone')
+    assert evaluate(alone, images, *names, **fields) == 0
+    fields['evaluate__metrics'] = str(tuple(names))
+    given = [*flags(workdir, images, **fields), '--mode=evaluate']
+    started = start_processes(count, ['-m', 'tarflow_jax.main'], *given)
+    for code, output in ended(started, timeout=480):
+        assert code == 0, output
+    reports = [report_in(folder) for folder in (alone, workdir)]
+    assert reports[1]['devices']['processes'] == count
+    one, many = (numbers(report['scores']) for report in reports)
+    assert one.keys() == many.keys() and len(one) > 5 * len(names)
+    assert one['bits_per_dim', 'bits_per_dim'] == pytest.approx(
+        many['bits_per_dim', 'bits_per_dim'], abs=1e-6
+    )
+    for path, value in one.items():
+        # What is rounding of bfloat16, or of float32, is not the same for other shapes of batches.
+        if path[0] == 'round_trip' or 'histogram' in path or 'reliability' in path:
+            continue
+        assert many[path] == pytest.approx(value, rel=2e-3, abs=1e-5), path

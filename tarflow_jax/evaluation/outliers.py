@@ -19,6 +19,7 @@ from tarflow_jax.flow import likelihood
 from tarflow_jax.flow.model import TarFlow
 
 BINS = 60
+MARGIN = 1.5  # of the histogram beyond the known sets, as a multiple of their width
 BLOCK = 4  # pixels, side of what 'shuffled' moves
 _COLOURS = ('#1b6ca8', '#c8553d', '#3c896d', '#8e5ea2', '#c9a227', '#5b5b5b', '#2ec4b6')
 
@@ -86,8 +87,9 @@ def outliers(
         same kind but unseen: what does not belong is told from this one. The corruptions of the
         second are added.
     Returns:
-      'edges' of the histogram in bits per dimension, and for every set its name, 'images', mean
-      and standard deviation of 'bits_per_dim', 'histogram' (shares of its images), and, from the
+      'edges' of the histogram in bits per dimension (its first and last bin hold what lies beyond,
+      too), and for every set its name, 'images', mean, 'median' and standard deviation of
+      'bits_per_dim', 'histogram' (shares of its images), and, from the
       third on, the areas under the ROC curve of telling it from the second (1 is always, 0.5
       never) by low log p ('auroc_low_log_p') and by log p far from the mean of the first
       ('auroc_atypical').
@@ -113,20 +115,24 @@ def outliers(
 def summary(bits: dict[str, np.ndarray]) -> dict:
     """What `outliers` returns, from the bits per dimension [N] of every image of every set."""
     trained, unseen = list(bits)[:2]
-    together = np.concatenate(list(bits.values()))
-    together = together[np.isfinite(together)]
-    if not together.size:
+    known = np.concatenate([bits[trained], bits[unseen]])
+    known = known[np.isfinite(known)]
+    if not known.size:
         raise ValueError('log p of no image is finite; the flow has diverged.')
-    edges = np.linspace(together.min(), together.max(), BINS + 1)
+    # Around what the flow knows: what it does not may lie at thousands of bits.
+    low, high = np.quantile(known, (0.005, 0.995))
+    edges = np.linspace(low - MARGIN * (high - low), high + MARGIN * (high - low), BINS + 1)
     centre = bits[trained].mean()
     rows = []
     for name, values in bits.items():
+        inside = np.clip(values, edges[0], edges[-1])
         row = {
             'set': name,
             'images': values.size,
             'bits_per_dim': values.mean(),
+            'median': np.median(values),
             'standard_deviation': values.std(),
-            'histogram': (np.histogram(values, edges)[0] / values.size).tolist(),
+            'histogram': (np.histogram(inside, edges)[0] / values.size).tolist(),
         }
         if name not in (trained, unseen):
             row['auroc_low_log_p'] = auroc(values, bits[unseen])

@@ -46,7 +46,7 @@ def _classification_rows(r: dict) -> list[tuple[str, str]]:
 def _outliers_rows(r: dict) -> list[tuple[str, str]]:
     rows = []
     for one in r['sets']:
-        value = f'{one["bits_per_dim"]:.3f} +- {one["standard_deviation"]:.3f}'
+        value = f'{one["bits_per_dim"]:.3f} +- {one["standard_deviation"]:.3f}, median {one["median"]:.3f}'
         if 'auroc_atypical' in one:
             value += f'  (AUROC {one["auroc_atypical"]:.3f} by atypical log p, '
             value += f'{one["auroc_low_log_p"]:.3f} by low log p)'
@@ -56,14 +56,13 @@ def _outliers_rows(r: dict) -> list[tuple[str, str]]:
 
 def _round_trip_rows(r: dict) -> list[tuple[str, str]]:
     rows = [('round trip', f'of {r["images"]} images: largest error (root mean square)')]
-    show = lambda error: f'{error["max"]:.1e} ({error["rms"]:.1e})'  # noqa: E731
     for dtype, passed in r['trusted'].items():
         found = r[dtype]
         ways = ('image_z_image', 'z_image_z')
         named = [(dtype, found)]
         named += [(f'{dtype}, block {b} alone', block) for b, block in enumerate(found['blocks'])]
         for name, errors in named:
-            there, back = (show(errors[way]) for way in ways)
+            there, back = (_error(errors[way]) for way in ways)
             rows.append((name, f'image -> z -> image {there}, z -> image -> z {back}'))
         finite = f'not finite {found["not_finite"]:.2%} of samples'
         if 'guided_not_finite' in found:
@@ -76,6 +75,11 @@ def _round_trip_rows(r: dict) -> list[tuple[str, str]]:
         verdict = ', '.join(f'{use} {"yes" if good else "NO"}' for use, good in passed.items())
         rows.append((f'{dtype} can be trusted for', verdict))
     return rows
+
+
+def _error(error: dict) -> str:
+    share = f', {error["not_finite"]:.1%} not finite' if error['not_finite'] else ''
+    return f'{error["max"]:.1e} ({error["rms"]:.1e}){share}'
 
 
 def _frechet_rows(r: dict) -> list[tuple[str, str]]:

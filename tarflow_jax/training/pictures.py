@@ -16,8 +16,9 @@ from tarflow_jax.training import sharding
 
 
 def to_pixels(images: np.ndarray) -> np.ndarray:
-    """Images in [-1, 1] to uint8, values outside cut off."""
-    return np.round((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
+    """Images in [-1, 1] to uint8, values outside cut off; grey where there is no number."""
+    known = np.where(np.isnan(images), 0, images)
+    return np.round((np.clip(known, -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
 def grid(pixels: np.ndarray, columns: int) -> np.ndarray:

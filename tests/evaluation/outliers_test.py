@@ -98,13 +98,26 @@ def test_area_under_the_curve():
     assert auroc(np.array([1.0, 3.0]), np.array([2.0, 1.0, 1.0])) == (0.5 * 2 / 3 + 1) / 2
 
 
+def test_histogram_is_about_what_is_known():
+    known = np.linspace(1, 2, 1001)
+    bits = {'train': known, 'test': known, 'far': np.array([9e9, 0])}
+    found = summary(bits)
+    # The quantiles 0.005 and 0.995, and one and a half times their distance around.
+    np.testing.assert_allclose(found['edges'][0], 1.005 - 1.5 * 0.99, atol=2e-3)
+    np.testing.assert_allclose(found['edges'][-1], 1.995 + 1.5 * 0.99, atol=2e-3)
+    train, test, far = found['sets']
+    assert train['median'] == 1.5 and far['median'] == 4.5e9
+    assert far['histogram'][-1] == 0.5 and sum(far['histogram']) == 1
+    assert far['auroc_atypical'] == 1.0 and far['auroc_low_log_p'] == 0.5
+
+
 def test_picture(tmp_path):
     found = summary({'train': np.array([1.0, 1.1]), 'test': np.array([1.0, 3.0, np.nan])})
     histogram_picture(found, tmp_path / 'outliers.png', width=300, row=60)
     picture = np.asarray(Image.open(tmp_path / 'outliers.png'))
     assert picture.shape == (30 + 2 * 60 + 40, 300, 3)
     blue = (picture == [0x1B, 0x6C, 0xA8]).all(-1)
-    assert blue.any() and not blue[:, 60:].any()  # the first set is all at the left end
+    assert blue.any() and not blue[:, 150:].any()  # the first set is all in the left half
     assert not list(tmp_path.glob('*.tmp'))
 
 

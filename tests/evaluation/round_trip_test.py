@@ -9,7 +9,7 @@ import pytest
 from tiny_flow import apply, batch, perturbed, tiny
 
 import tarflow_jax as tfj
-from tarflow_jax.evaluation.round_trip import IMAGE_LIMIT, round_trip
+from tarflow_jax.evaluation.round_trip import IMAGE_LIMIT, _error, round_trip
 from tarflow_jax.training import sharding
 
 MODEL = tiny((1, 1))
@@ -80,7 +80,16 @@ def test_flow_that_overflows():
         MODEL, variables, images, labels, key=jax.random.key(3), mesh=MESH
     )
     assert found['float32']['not_finite'] == 1
+    assert found['float32']['z_image_z']['not_finite'] == 1
     assert not found['trusted']['float32']['sampling']
+
+
+def test_errors_are_those_of_the_finite_images():
+    # Not as max() over them all: on a CPU that of XLA passes over NaN, and the mean does not.
+    wanted = jnp.zeros((4, 3, 2))
+    found = wanted.at[1, 0, 0].set(jnp.nan).at[2, 1, 1].set(-3.0).at[3, 2, 0].set(jnp.inf)
+    error = jax.tree.map(float, _error(found, wanted))
+    assert error == {'max': 3.0, 'rms': pytest.approx(np.sqrt(9 / 12)), 'not_finite': 0.5}
 
 
 def test_error_is_measured_in_the_units_of_images():

@@ -20,8 +20,8 @@ KEY = jax.random.key(0)
 def test_to_pixels():
     values = np.arange(256)
     np.testing.assert_array_equal(pictures.to_pixels(values / 127.5 - 1), values)
-    x = jnp.array([-9.0, -1.0, -0.997, -0.994, 0.0, 0.001, 0.999, 1.0, 2.0, jnp.inf, -jnp.inf])
-    wanted = [0, 0, 0, 1, 128, 128, 255, 255, 255, 255, 0]
+    x = jnp.array([-9.0, -1.0, -0.997, -0.994, 0.0, 0.001, 0.999, 1.0, 2.0, jnp.inf, -jnp.inf, jnp.nan])
+    wanted = [0, 0, 0, 1, 128, 128, 255, 255, 255, 255, 0, 128]
     found = pictures.to_pixels(x)
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, wanted)
