@@ -5,8 +5,8 @@
 
 Modes:
   train     train, or go on from the newest checkpoint in the workdir; then sample and evaluate
-  sample    draw images from the workdir's newest checkpoint
-  evaluate  score it on the test set
+  sample    draw images from the workdir's newest checkpoint, or go on drawing them
+  evaluate  score it by config.evaluate.metrics: bits/dim, Frechet distance and others
   convert   official checkpoint to workdir (--input), or workdir to official (--output)
   compile   compile a step for TPU slices on a machine without TPUs: what fits, what it costs
 """

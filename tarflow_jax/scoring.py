@@ -5,6 +5,7 @@ the work as a closure, as the modes in `commands.py` do.
 """
 
 import dataclasses
+import itertools
 import json
 import logging
 import time
@@ -33,8 +34,13 @@ CONVENTIONS = {
     'train_flipped': 'training set, half of it mirrored (official TarFlow code)',
     'train': 'training set (EDM; ADM where the whole set is its reference)',
 }
-FORMATS = {'adm': 'file of the ADM suite', 'edm': 'file of the EDM suite',
-           'torchmetrics': 'file of torchmetrics', 'tarflow_jax': 'file of tarflow_jax'}
+FORMATS = {
+    'adm': 'file of the ADM suite',
+    'edm': 'file of the EDM suite',
+    'torchmetrics': 'file of torchmetrics',
+    'tarflow_jax': 'file of tarflow_jax',
+}
+NEIGHBOURS = 5  # of density and coverage; precision and recall take 3
 
 log = logging.getLogger(__name__)
 
@@ -106,8 +112,8 @@ def _write(workdir: Path, report: dict) -> None:
     path = workdir / 'evaluation.json'
     text = json.dumps(report, indent=2, default=_plain) + '\n'
     if path.exists() and path.read_text() != text:
-        older = sum(1 for _ in workdir.glob('evaluation.*.json'))
-        path.rename(workdir / f'evaluation.{older}.json')
+        names = (workdir / f'evaluation.{k}.json' for k in itertools.count())
+        path.rename(next(name for name in names if not name.exists()))
     temporary = path.with_suffix('.json.tmp')
     temporary.write_text(text)
     temporary.replace(path)
@@ -183,12 +189,19 @@ def _frechet(s: Subject) -> Callable:
                 'evaluate.frechet.network that they were made with.'
             )
     ready = sample_files.open_samples(f.samples) if f.samples else None
+    count = s.config.sample.count if ready is None else len(ready)
+    keep = min(f.neighbours, count, len(train))
+    if keep <= NEIGHBOURS:
+        raise ValueError(
+            f'evaluate.frechet.neighbours {f.neighbours}, {count} samples and {len(train)} '
+            f'training images leave {keep} of each to look for {NEIGHBOURS} neighbours among; take '
+            'more.'
+        )
     folder = Path(f.statistics) if f.statistics else s.workdir / 'statistics'
     options = dict(mesh=s.mesh, batch_size=f.batch_size)
 
     def work(_, draw_samples) -> dict:
         samples, drawn = draw_samples() if ready is None else (ready, {'path': f.samples})
-        keep = min(f.neighbours, len(samples), len(train))
         generated, near = features.statistics_and_features(
             network, samples, keep=keep, about={}, what='samples', **options
         )
@@ -212,6 +225,7 @@ def _frechet(s: Subject) -> Callable:
             'is_fid': network.is_fid,
             'samples': len(samples),
             'samples_from': str(drawn['path']),
+            'pixels': 'rounded to the nearest of 256 levels',
             'distances': rows,
             'neighbours': {'images_of_each': keep} | precision_recall(real, near),
         }
@@ -225,6 +239,7 @@ def _distances(name: str, generated: Statistics, floor: Statistics, reference: S
         'reference': name,
         'convention': kind,
         'reference_images': reference.count,
+        'reference_about': reference.about,
         'distance': frechet_distance(generated, reference),
         'real_floor': frechet_distance(floor, reference),
         'real_floor_images': floor.count,

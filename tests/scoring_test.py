@@ -73,12 +73,15 @@ def test_an_older_report_keeps_its_numbers(workdir, images):
     assert evaluate(workdir, images, 'bits_per_dim') == 0
     first = (workdir / 'evaluation.json').read_text()
     assert evaluate(workdir, images, 'bits_per_dim') == 0  # the same again
-    names = sorted(path.name for path in workdir.glob('evaluation*'))
     assert evaluate(workdir, images, 'bits_per_dim', seed=1) == 0
+    # That of the training run, and the first here.
     older = sorted(workdir.glob('evaluation.*.json'))
-    assert [path.name for path in older] == ['evaluation.0.json', *names[:0], 'evaluation.1.json']
-    assert older[-1].read_text() == first
-    assert report_in(workdir)['seed'] == 1
+    assert [path.name for path in older] == ['evaluation.0.json', 'evaluation.1.json']
+    assert older[1].read_text() == first and report_in(workdir)['seed'] == 1
+    # A name that was freed is taken, and no other file.
+    older[0].unlink()
+    assert evaluate(workdir, images, 'bits_per_dim', seed=2) == 0
+    assert older[1].read_text() == first and json.loads(older[0].read_text())['seed'] == 1
 
 
 def test_classification_and_outliers(workdir, images, tmp_path, capsys):
@@ -157,6 +160,8 @@ def test_frechet_distance(workdir, images, tmp_path, capsys):
         ('frechet', {'evaluate__frechet__weights': '/nosuch.pth'}, ['/nosuch.pth']),
         ('frechet', {'evaluate__frechet__references': '("/nosuch.npz",)'}, ['/nosuch.npz']),
         ('frechet', {'evaluate__frechet__samples': '/nosuch.npz'}, ['/nosuch.npz']),
+        ('frechet', {'evaluate__frechet__neighbours': 5}, ['evaluate.frechet.neighbours 5']),
+        ('frechet', {'sample__count': 3}, ['3 samples and 48 training images']),
         ('outliers', {'evaluate__outliers__source': 'folder'}, ['folder']),
         ('outliers', {'evaluate__outliers__images': 0}, ['evaluate.outliers.images 0']),
         ('round_trip', {'evaluate__round_trip_images': 0}, ['evaluate.round_trip_images 0']),

@@ -1,1 +1,1 @@
-"""Scores of a trained flow: bits per dimension, classification."""
+"""Scores of a trained flow by name, the networks that some of them need, and samples in bulk."""

@@ -87,7 +87,7 @@ def _frechet_rows(r: dict) -> list[tuple[str, str]]:
     name = f'Frechet distance on {network["name"]} (not FID)'
     if r['is_fid']:
         name = 'FID' if network['published_weights'] else 'FID with weights of another checksum'
-    rows = []
+    rows = [('samples', f'{r["samples"]}, {r["samples_from"]}; pixels {r["pixels"]}')]
     for one in r['distances']:
         value = f'{one["distance"]:.3f}  ({r["samples"]} samples'
         if one['reference_images']:
