@@ -107,7 +107,8 @@ def prepare(source: str, out: str, *, size: int | None = None, split: str | None
     _begin(folder, plans, before)
     done = dict(before['splits']) if before else {}
     total = sum(part.count for part in found.splits.values())
-    with shards.worker_processes(workers) as pool, tqdm.tqdm(total=total, unit='img') as progress:
+    bar = tqdm.tqdm(total=total, unit='image', disable=None)
+    with shards.worker_processes(workers) as pool, bar as progress:
         for key, part in found.splits.items():
             names = shards.names(settings['tfds_name'], key, -(-part.count // per_shard))
             places = dict(zip(names, shards.bounds(part.count, per_shard)))

@@ -115,6 +115,7 @@ def write(folder: epath.Path, split: Split, places: dict[str, tuple[int, int]], 
         if manifests.is_local(folder):
             manifests.sync(folder)
         manifests.replace(folder / manifests.PROGRESS / f'{name}.json', json.dumps(shard))
+        log.info('%s is written: %d images', name, shard['records'])
         written[name] = shard
     return written
 

@@ -68,7 +68,8 @@ def parts(folder: Path, shape) -> list[Stretch]:
     for path in sorted((folder / 'parts').glob('*.npz')):
         try:
             pixels = _load(path)['pixels']
-            assert pixels.shape[1:] == shape and pixels.dtype == np.uint8
+            if pixels.shape[1:] != shape or pixels.dtype != np.uint8:
+                raise ValueError(f'it holds {pixels.dtype} {list(pixels.shape)}')
         except Exception as error:  # zipfile and numpy answer damage with anything
             log.warning('%s is damaged (%s); its images are drawn again', path, error)
             path.unlink()
