@@ -1,8 +1,9 @@
-"""What JAX reads from the environment before it starts, for all tests."""
+"""What JAX reads from the environment before it starts, and what Ctrl-C means, for all tests."""
 
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
 DEVICES = '--xla_force_host_platform_device_count=8'
@@ -17,3 +18,6 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     os.environ['JAX_COMPILATION_CACHE_DIR'] = folder
     os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+# A shell's background jobs ignore Ctrl-C, and so would the tests that press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)

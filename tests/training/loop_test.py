@@ -93,15 +93,11 @@ def test_stopped_between_checkpoints(uninterrupted, images, tmp_path, monkeypatc
 def test_ctrl_c_saves_and_the_same_command_goes_on(
     uninterrupted, images, tmp_path, monkeypatch, capfd
 ):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with monkeypatch.context() as patch:
-            at_step(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
-            assert call(*flags(tmp_path, images)) == 130
-        assert 'stopped after step 5, which is saved' in capfd.readouterr().err
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
+        assert call(*flags(tmp_path, images)) == 130
+    assert 'stopped after step 5, which is saved' in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert sorted(path.name for path in (tmp_path / 'checkpoints').iterdir()) == ['3', '5']
     seen = at_step(monkeypatch, 99, None)
     assert call(*flags(tmp_path, images)) == 0
@@ -114,12 +110,8 @@ def test_second_ctrl_c_leaves_at_once(images, tmp_path, monkeypatch):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        at_step(monkeypatch, 2, press_twice)
-        assert call(*flags(tmp_path, images)) == 130
-    finally:
-        signal.signal(signal.SIGINT, before)
+    at_step(monkeypatch, 2, press_twice)
+    assert call(*flags(tmp_path, images)) == 130
     assert [line['step'] for line in metrics(tmp_path)] == [1]
 
 
