@@ -84,18 +84,18 @@ def _error(error: dict) -> str:
 
 def _frechet_rows(r: dict) -> list[tuple[str, str]]:
     network = r['network']
-    name = f'Frechet distance on {network["name"]} (not FID)'
+    name = f'Frechet distance, {network["name"]} (not FID)'
     if r['is_fid']:
         name = 'FID' if network['published_weights'] else 'FID with weights of another checksum'
     rows = [('samples', f'{r["samples"]}, {r["samples_from"]}; pixels {r["pixels"]}')]
     for one in r['distances']:
-        value = f'{one["distance"]:.3f}  ({r["samples"]} samples'
+        against = one['convention']
         if one['reference_images']:
-            value += f' against {one["reference_images"]}'
-        value += f'; {one["real_floor_images"]} real test images: {one["real_floor"]:.3f})'
-        rows.append((f'{name}, {one["convention"]}', value))
+            against += f', {one["reference_images"]} images'
+        floor = f'{one["real_floor_images"]} real test images: {one["real_floor"]:.3f}'
+        rows.append((name, f'{one["distance"]:.3f} to the {against}  ({floor})'))
         if 'spatial_distance' in one:
-            rows.append((f'sFID, {one["convention"]}', f'{one["spatial_distance"]:.3f}'))
+            rows.append(('sFID', f'{one["spatial_distance"]:.3f} to the {against}'))
     n = r['neighbours']
     rows.append(('precision, recall (k = 3)', f'{n["precision"]:.4f}, {n["recall"]:.4f}  '
                  f'({n["images_of_each"]} images of each)'))
