@@ -22,6 +22,8 @@ from tarflow_jax.evaluation.frechet import Statistics, Sums
 from tarflow_jax.evaluation.over_set import batches
 from tarflow_jax.training import sharding
 
+log = logging.getLogger(__name__)
+
 
 def features_of(
     network, source, *, mesh, batch_size: int, flip: bool = False, seed: int = 0,
@@ -159,7 +161,7 @@ def _kept(path: Path, about: dict) -> Statistics | None:
     try:
         kept = statistics_files.read(path)
     except ValueError as error:
-        logging.warning('The statistics are computed again: %s', error)
+        log.warning('The statistics are computed again: %s', error)
         return None
     return kept if kept.about == about else None
 

@@ -70,37 +70,46 @@ def _load_inception(path: str) -> FeatureNetwork:
             'from the releases of pytorch-fid (torch-fidelity has the same file as '
             f'{INCEPTION_FILE.replace("pt_", "weights-")}).'
         )
-    variables = inception.load_inception(path)
-    sha256 = _sha256(path)
-    about = {
-        'name': 'inception-v3-compat',
-        'file': Path(path).name,
-        'sha256': sha256,
-        'published_weights': sha256.startswith(_INCEPTION_SHA256),
-        'feature_size': 2048,
-        'preprocessing': (
+    variables = inception.load_inception(path)  # says what is wrong with a path
+    return FeatureNetwork(
+        'inception-v3-compat',
+        _about(
+            'inception-v3-compat', path, _INCEPTION_SHA256, 2048,
             'bilinear to 299x299 by the rule of TensorFlow 1 (neither aligned corners nor pixel '
-            'centres), then (v - 128) / 128'
+            'centres), then (v - 128) / 128',
         ),
-    }
-    return FeatureNetwork(about['name'], about, True, variables, inception_features)
+        True,
+        variables,
+        inception_features,
+    )
 
 
 def _load_efficientnet_lite0(path: str) -> FeatureNetwork:
     path = path or efficientnet.installed_weights()
     variables = efficientnet.load_efficientnet_lite0(path)
-    sha256 = _sha256(path)
-    about = {
-        'name': 'efficientnet-lite0',
+    return FeatureNetwork(
+        'efficientnet-lite0',
+        _about(
+            'efficientnet-lite0', path, _EFFICIENTNET_SHA256, 1280,
+            'bilinear to 224x224 (pixel centres, antialiased), then (v - 127) / 128',
+        ),
+        False,
+        variables,
+        efficientnet_lite0_features,
+    )
+
+
+def _about(name: str, path, published: str, feature_size: int, preprocessing: str) -> dict:
+    with open(path, 'rb') as file:
+        sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
+    return {
+        'name': name,
         'file': Path(path).name,
         'sha256': sha256,
-        'published_weights': sha256.startswith(_EFFICIENTNET_SHA256),
-        'feature_size': 1280,
-        'preprocessing': (
-            'bilinear to 224x224 (pixel centres, antialiased), then (v - 127) / 128'
-        ),
+        'published_weights': sha256.startswith(published),
+        'feature_size': feature_size,
+        'preprocessing': preprocessing,
     }
-    return FeatureNetwork(about['name'], about, False, variables, efficientnet_lite0_features)
 
 
 def inception_features(variables, images: jax.Array) -> dict[str, jax.Array]:
@@ -119,8 +128,3 @@ def _in_colour(images: jax.Array) -> jax.Array:
             'grey ones [B, H, W, 1].'
         )
     return jnp.repeat(images, 3, axis=-1) if shape[-1] == 1 else images
-
-
-def _sha256(path) -> str:
-    with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
