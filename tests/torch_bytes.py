@@ -110,3 +110,18 @@ def legacy_state(arrays) -> tuple[dict, dict]:
         state[name] = tensor(array.shape, stride, where=where)
         storages[str(number)] = array
     return state, storages
+
+
+def refusals_of_damage(path, whole: bytes, times: int) -> int:
+    """How often a file with three bytes changed at random is refused; anything else is read."""
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(times):
+        data = np.frombuffer(whole, np.uint8).copy()
+        data[rng.integers(len(data), size=3)] = rng.integers(256, size=3)
+        path.write_bytes(data.tobytes())
+        try:
+            read_torch_file(path)
+        except ValueError:
+            refused += 1
+    return refused

@@ -8,7 +8,6 @@ get more of it than those a flow was trained on (Nalisnick et al., arXiv 1810.09
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
