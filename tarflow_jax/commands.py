@@ -19,7 +19,7 @@ import optax
 from tarflow_jax import config as configs
 from tarflow_jax import convert as official
 from tarflow_jax import scoring
-from tarflow_jax.evaluation import bulk, sample_files
+from tarflow_jax.evaluation import bulk, sample_files, schedules
 from tarflow_jax.training import loop, sharding
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.state import from_variables
@@ -79,12 +79,19 @@ def sample_set(config, plan, variables, origin: dict, mesh, workdir: Path):
     name = re.sub(r'[^\w.-]', '_', Path(origin['name']).stem)
     name = name if step is None else f'step_{step:07d}'
     how = dict(label=s.label, seed=config.seed, denoise_strength=s.denoise_strength)
-    known = bulk.fingerprint(plan, variables, name, **how)
+    tolerance = s.tolerance if s.method == 'auto' else None
+    known = bulk.fingerprint(plan, variables, name, tolerance=tolerance, **how)
     folder = workdir / 'samples' / bulk.folder_name(known)
     log.info('samples go to %s', folder)
+    schedule, about = None, sample_files.read_about(folder)
+    if tolerance and (about is None or about['count'] < s.count):
+        schedule = schedules.schedule_of(
+            workdir / 'schedules' / f'{folder.name}.json', plan, variables,
+            batch_size=min(s.batch_size, s.count), label=s.label, tolerance=tolerance, mesh=mesh,
+        )
     summary = bulk.draw_set(
         folder, plan, variables, count=s.count, batch_size=s.batch_size, mesh=mesh,
-        fingerprint=known, file_format=s.format, **how,
+        fingerprint=known, file_format=s.format, schedule=schedule, **how,
     )
     return sample_files.open_samples(folder, s.count), summary
 

@@ -24,6 +24,7 @@ from tarflow_jax.training.step import Recipe
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 METRICS = ('bits_per_dim', 'classification', 'outliers', 'round_trip', 'frechet')
 SAMPLE_FORMATS = ('npz', 'array_record')
+SAMPLE_METHODS = ('sequential', 'auto')
 
 
 def default() -> ConfigDict:
@@ -85,6 +86,8 @@ def default() -> ConfigDict:
     s.batch_size = 100
     s.label = -1  # one class for all samples; -1 goes through the classes
     s.denoise_strength = 1.0  # 0 leaves denoising out
+    s.method = 'sequential'  # or 'auto': as a schedule kept in the workdir says
+    s.tolerance = 1e-4  # of 'auto': largest error of an image, in [-1, 1]
     s.format = 'npz'  # one of SAMPLE_FORMATS
 
     c.guidance = g = ConfigDict()  # the fields of tarflow_jax.Guidance
@@ -138,7 +141,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
     c.model.num_classes = 10 if c.model.num_classes else 0
     c.train.update(batch_size=8, epochs=0.008, warmup_epochs=0.004)
     c.train.update(log_every=2, sample_every=1000, checkpoint_every=1000)
-    c.sample.update(count=20, batch_size=10)
+    c.sample.update(count=20, batch_size=10, method='sequential')
     return c
 
 
@@ -204,6 +207,10 @@ def plan(config: ConfigDict) -> Plan:
             f'sample.label {s.label} is outside 0..{model.num_classes - 1}, the classes of the '
             'model; -1 goes through all of them.'
         )
+    if s.method not in SAMPLE_METHODS:
+        raise ValueError(f'sample.method {s.method!r} is none of {", ".join(SAMPLE_METHODS)}.')
+    if not 0 < s.tolerance < 1:
+        raise ValueError(f'sample.tolerance {s.tolerance} must be above 0 and below 1.')
     if s.format not in SAMPLE_FORMATS:
         raise ValueError(f'sample.format {s.format!r} is none of {", ".join(SAMPLE_FORMATS)}.')
     for field in ('model.unroll', 'sample.count', 'sample.batch_size', 'evaluate.batch_size',

@@ -457,3 +457,27 @@ def test_module_runs(tmp_path):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2
     assert output.count('\n') == 1 and 'holds no checkpoint' in output
+
+
+def test_samples_by_a_schedule(trained, images, tmp_path, capfd):
+    workdir = shutil.copytree(trained, tmp_path / 'run')
+    auto = flags(workdir, images, sample__method='auto', sample__count=8, sample__batch_size=8)
+    assert call(*auto, '--mode=sample') == 0
+    printed = capfd.readouterr().err
+    assert 'finding the fastest way to draw batches of 8' in printed
+    assert 'largest difference to sequential samples' in printed
+    [folder] = samples_in(workdir)
+    [schedule] = (workdir / 'schedules').iterdir()
+    assert schedule.name == f'{folder.name}.json'
+    about = json.loads((folder / 'samples.json').read_text())
+    assert about['fingerprint']['tolerance'] == 1e-4
+    # A longer set goes on by the same schedule, and is what sequential sampling draws.
+    longer = flags(workdir, images, sample__method='auto', sample__count=9, sample__batch_size=8)
+    before = schedule.read_bytes()
+    assert call(*longer, '--mode=sample') == 0
+    assert f'drawn by the schedule {schedule}' in capfd.readouterr().err
+    assert schedule.read_bytes() == before
+    assert call(*flags(workdir, images, sample__count=9), '--mode=sample') == 0
+    [sequential] = set(samples_in(workdir)) - {folder}
+    found, wanted = (np.load(f / 'samples.npz')['arr_0'].astype(int) for f in (folder, sequential))
+    assert np.abs(found - wanted).max() <= 1

@@ -28,6 +28,7 @@ from tarflow_jax.evaluation.versions import versions
 from tarflow_jax.flow.likelihood import denoise
 from tarflow_jax.flow.model import architecture
 from tarflow_jax.flow.sampling import MAX_REDRAWS, sample
+from tarflow_jax.flow.schedule import Schedule
 from tarflow_jax.training import pictures, sharding
 from tarflow_jax.training.loop import Stopped
 from tarflow_jax.training.processes import Stop
@@ -38,16 +39,20 @@ LOG_SECONDS = 60  # between lines about the progress where there is no bar
 log = logging.getLogger(__name__)
 
 
-def fingerprint(plan, variables, name: str, *, label: int, seed: int, denoise_strength) -> dict:
+def fingerprint(
+    plan, variables, name: str, *, label: int, seed: int, denoise_strength, tolerance=None
+) -> dict:
     """All that determines the images of a set, as JSON values; neither count nor batch size does.
 
     Args:
       plan: a `config.Plan`.
       name: of the variables, such as step_0001755; their numbers count too, by a digest.
+      tolerance: of samples drawn by a schedule; None if sequentially.
     """
     model, noise_std = plan.model, plan.gaussian_noise_std
     denoised = bool(noise_std and denoise_strength)
-    return {
+    approximate = {} if tolerance is None else {'tolerance': tolerance}
+    return approximate | {
         'variables': {'name': name, 'digest': digest(variables)},
         'model': architecture(model) | {'dtype': jnp.dtype(model.dtype).name},
         'guidance': dataclasses.asdict(plan.guidance),
@@ -105,6 +110,7 @@ def draw_set(
     mesh,
     fingerprint: dict,
     file_format: str = 'npz',
+    schedule: Schedule | None = None,
 ) -> dict:
     """Draws a set of images into a folder, or what is missing of it; the first process writes.
 
@@ -119,6 +125,7 @@ def draw_set(
       label: of all images; -1 goes through the classes.
       fingerprint: of these very arguments; see `fingerprint`.
       file_format: of the images, as `sample_files` writes them.
+      schedule: how they are drawn; None is sequentially.
     Returns:
       what `samples.json` holds, and 'drawn', 'seconds' and 'path': the images drawn by this call,
       its time, and the file.
@@ -138,7 +145,8 @@ def draw_set(
         todo = sample_parts.missing(stretches, count, batch_size)
     todo = _agreed(todo)
     draw = functools.partial(
-        _draw, plan, variables, jax.random.key(seed), label, denoise_strength, mesh, batch_size
+        _draw, plan, variables, jax.random.key(seed), label, denoise_strength, mesh, batch_size,
+        schedule,
     )
     missing = sum(last - first for first, last in todo)
     progress = _Progress(count, count - missing)
@@ -201,7 +209,7 @@ class _Progress:
 # Drawing.
 
 
-def _draw(plan, variables, key, label, strength, mesh, batch_size, numbers) -> dict:
+def _draw(plan, variables, key, label, strength, mesh, batch_size, schedule, numbers) -> dict:
     """The images with these numbers: 'pixels' uint8 [n, H, W, C], 'redraws' and 'finite' [n]."""
     model, split = plan.model, sharding.batch_sharding(mesh)
     classes = pictures.class_labels(model, int(numbers.max()) + 1, label)
@@ -213,7 +221,10 @@ def _draw(plan, variables, key, label, strength, mesh, batch_size, numbers) -> d
         labels = None if classes is None else jax.make_array_from_callback(
             (size,), split, classes[numbers].__getitem__
         )
-        drawn = sample(model, variables, noise, labels, guidance=plan.guidance)
+        drawn = sample(
+            model, variables, noise, labels, guidance=plan.guidance,
+            method='sequential' if schedule is None else 'auto', schedule=schedule,
+        )
         if plan.gaussian_noise_std and strength:
             drawn = denoise(
                 model, variables, drawn, labels, noise_std=plan.gaussian_noise_std,
