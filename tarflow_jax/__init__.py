@@ -1,9 +1,11 @@
 """tarflow_jax: TarFlow, a normalizing flow of causal Transformers, in JAX and Flax Linen."""
 
+from tarflow_jax.flow.calibration import calibrate
 from tarflow_jax.flow.guidance import Guidance
 from tarflow_jax.flow.likelihood import bits_per_dim, denoise, log_prob
 from tarflow_jax.flow.model import TarFlow
-from tarflow_jax.flow.sampling import sample, sample_trajectory
+from tarflow_jax.flow.sampling import SampleInfo, sample, sample_trajectory
+from tarflow_jax.flow.schedule import Schedule
 
 __version__ = '0.1.0'
 
@@ -24,8 +26,11 @@ def save_official(variables, model, path):
 
 __all__ = [
     'Guidance',
+    'SampleInfo',
+    'Schedule',
     'TarFlow',
     'bits_per_dim',
+    'calibrate',
     'denoise',
     'load_official',
     'log_prob',

@@ -11,7 +11,8 @@ import optax
 from tarflow_jax import config as configs
 from tarflow_jax.ahead_of_time import hlo
 from tarflow_jax.evaluation import bits_per_dim
-from tarflow_jax.flow import sampling
+from tarflow_jax.flow.guidance import Steering
+from tarflow_jax.flow.inverse import invert_block
 from tarflow_jax.flow.likelihood import denoise
 from tarflow_jax.training import sharding
 from tarflow_jax.training.metrics import model_flops
@@ -88,13 +89,12 @@ def sample(config, plan, mesh) -> Step:
     images = _split(images.shape, jnp.float32, split)
     labels = _split((batch_size,), jnp.int32, split) if model.num_classes else None
     guided = guidance.weight > 0
-    rule = (guidance.target, guidance.rule) if guided else None
-    weights = jax.ShapeDtypeStruct((model.num_patches - 1,), jnp.float32) if guided else None
+    steering = jax.eval_shape(lambda: Steering.of(guidance, model.num_patches))
 
     def block(index: int) -> Callable:
-        return lambda: sampling.invert_block.lower(
-            model.block_module(index), rule, variables['params'][f'block_{index}'], sequence,
-            labels, np.bool_(False), weights, guidance.temperature if guided else 1.0,
+        return lambda: invert_block.lower(
+            model.block_module(index), variables['params'][f'block_{index}'], sequence, labels,
+            np.bool_(False), steering,
         )
 
     depths = model.layers_per_block

@@ -26,9 +26,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from tarflow_jax.evaluation import sample_files, sample_parts
 from tarflow_jax.evaluation.versions import versions
 from tarflow_jax.flow.likelihood import denoise
+from tarflow_jax.flow.model import architecture
 from tarflow_jax.flow.sampling import MAX_REDRAWS, sample
 from tarflow_jax.training import pictures, sharding
-from tarflow_jax.training.checkpoint import architecture
 from tarflow_jax.training.loop import Stopped
 from tarflow_jax.training.processes import Stop
 

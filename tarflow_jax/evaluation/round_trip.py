@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tarflow_jax.flow import likelihood
-from tarflow_jax.flow.guidance import Guidance
+from tarflow_jax.flow.guidance import Guidance, Steering
+from tarflow_jax.flow.inverse import invert_block
 from tarflow_jax.flow.model import TarFlow, flip_if, patchify, unpatchify
-from tarflow_jax.flow.sampling import invert_block, sample
+from tarflow_jax.flow.sampling import sample
 from tarflow_jax.training import sharding
 
 DTYPES = ('float32', 'bfloat16')
@@ -135,7 +136,7 @@ def _forward(model, variables, images, labels):
 def _inverse(model, variables, index, z, labels):
     params = variables['params'][f'block_{index}']
     reverse = np.bool_(index % 2)
-    return invert_block(model.block_module(index), None, params, z, labels, reverse, None, 1.0)
+    return invert_block(model.block_module(index), params, z, labels, reverse, Steering())
 
 
 @functools.partial(jax.jit, static_argnums=0)

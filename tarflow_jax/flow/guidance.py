@@ -1,8 +1,10 @@
 """Guidance: sampling from a sharper distribution by extrapolating away from a weaker prediction."""
 
 import dataclasses
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 
 from tarflow_jax.flow.attention import Array
@@ -73,3 +75,61 @@ def guide(target: str, rule: str, weight, conditional, unconditional) -> tuple[A
         d = 1 + weight - weight * s
         a, m = a_c - 0.5 * jnp.log(d), ((1 + weight) * m_c - weight * s * m_u) / d
     return (a if target != 'shift' else a_c), (m if target != 'log_scale' else m_c)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=('weights', 'temperature'), meta_fields=('rule',),
+)
+@dataclasses.dataclass(frozen=True)
+class Steering:
+    """Guidance as compiled programs take it: weights and temperatures share a program.
+
+    Args:
+      rule: (target, rule), or None for unguided.
+      weights: [T] float32, by the position that predicts; the last of them is of no use.
+      temperature: of the attention in the second branch.
+    """
+
+    rule: tuple[str, str] | None = None
+    weights: Array | None = None
+    temperature: Array | float | None = None
+
+    @classmethod
+    def of(cls, guidance: Guidance | None, num_patches: int) -> 'Steering':
+        if guidance is None or guidance.weight == 0:
+            return cls()
+        weights = jnp.pad(guidance.weights(num_patches), (0, 1))
+        return cls((guidance.target, guidance.rule), weights, guidance.temperature)
+
+    @property
+    def branches(self) -> int:
+        return 1 if self.rule is None else 2
+
+    def branch(self, labels: Array | None, batch: int) -> tuple[Array | None, Array | float]:
+        """Labels of all rows, and what divides their attention logits, broadcast to [N, 1, 1, 1].
+
+        Both branches run as one batch, side by side so that they are on the same device: the
+        conditional one of each image, then the unconditional.
+        """
+        if self.branches == 1:
+            return labels, 1.0
+        given = jnp.full(batch, -1) if labels is None else labels
+        labels = jnp.stack([given, jnp.full(batch, -1)], 1).reshape(2 * batch)
+        conditional = jnp.arange(2 * batch)[:, None, None, None] % 2 == 0
+        return labels, jnp.where(conditional, 1.0, self.temperature)
+
+    def guide(self, log_scale: Array, shift: Array, start, axis: int) -> tuple[Array, Array]:
+        """What the images take of the rows' predictions, whose axis `axis` has N rows.
+
+        Args:
+          start: the position that predicts, or the first of those along axis 1 of [N, S, D].
+        """
+        if self.branches == 1:
+            return log_scale, shift
+        split = log_scale.shape[:axis] + (-1, 2) + log_scale.shape[axis + 1 :]
+        rows = [x.reshape(split) for x in (log_scale, shift)]
+        branch = [[jax.lax.index_in_dim(x, i, axis + 1, False) for x in rows] for i in (0, 1)]
+        positions = log_scale.shape[1] if axis == 0 else 1
+        weight = jax.lax.dynamic_slice_in_dim(self.weights, start, positions)[:, None]
+        return guide(*self.rule, weight, *branch)

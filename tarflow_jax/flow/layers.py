@@ -136,10 +136,19 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         scale = self.param('scale', nn.initializers.ones, (self.width,))
         bias = self.param('bias', nn.initializers.zeros, (self.width,))
-        wide = x.astype(at_least_float32(x.dtype))
-        centred = wide - wide.mean(-1, keepdims=True)
-        variance = jnp.square(centred).mean(-1, keepdims=True)
-        return (centred * jax.lax.rsqrt(variance + 1e-5) * scale + bias).astype(x.dtype)
+        return normalize(x, {'scale': scale, 'bias': bias}, axis=x.ndim - 1)
+
+
+def normalize(x: Array, params, axis: int) -> Array:
+    """Layer normalisation over an axis, whose scale and bias are in `params`."""
+    wide = x.astype(at_least_float32(x.dtype))
+    scale, bias = (
+        jnp.expand_dims(params[name], [i for i in range(x.ndim) if i != axis])
+        for name in ('scale', 'bias')
+    )
+    centred = wide - wide.mean(axis, keepdims=True)
+    variance = jnp.square(centred).mean(axis, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + 1e-5) * scale + bias).astype(x.dtype)
 
 
 def gelu(x: Array) -> Array:
@@ -171,7 +180,8 @@ class Layer(nn.Module):
         """Without a cache: causal attention within the S = T given positions.
 
         With a cache: the S positions are those from `start` on; their keys and values are written
-        into the cache, and each attends to every cached position up to itself.
+        into the cache, and each attends to every cached position up to itself. Where they are as
+        many as the cache holds, they are all positions, and `start` is 0.
 
         Args:
           temperature: divides the attention logits; a number or [B, 1, 1, 1].
@@ -190,7 +200,9 @@ class Layer(nn.Module):
         qkv = linear('qkv', (C,), (H, K), parts=3)(x)
         q, k, v = (place(part.transpose(0, 2, 1, 3), 'heads') for part in qkv)
         scale = K**-0.5 / temperature
-        if cache is None:
+        if cache is None or S == cache.key.shape[2]:
+            if cache is not None:
+                cache = LayerCache(k.astype(cache.key.dtype), v.astype(cache.value.dtype))
             x = self.layout.causal_attention(q, k, v, scale)
         else:
             at = (0, 0, start, 0)

@@ -5,6 +5,8 @@ Zhai et al., "Normalizing Flows are Capable Generative Models", ICML 2025 (arXiv
 Shape suffixes: B images, T patches, D numbers in a patch, C width.
 """
 
+import dataclasses
+import json
 from typing import Any
 
 import jax
@@ -45,6 +47,11 @@ def flip_if(reverse, x: Array, axis: int) -> Array:
     if isinstance(reverse, bool):
         return jnp.flip(x, axis) if reverse else x
     return jnp.where(reverse, jnp.flip(x, axis), x)
+
+
+def one_later(x_BxTxD: Array) -> Array:
+    """What each position predicts, at the position that it is for; zeros at position 0."""
+    return jnp.pad(x_BxTxD[:, :-1], ((0, 0), (1, 0), (0, 0)))
 
 
 def check_labels(num_classes: int, labels, batch: int) -> None:
@@ -125,11 +132,15 @@ class Block(nn.Module):
         Position 0 has neither: both are zero there. The log-scale of a volume-preserving block is
         zero everywhere.
         """
+        return tuple(map(one_later, self.predictions(x_BxTxD, labels_B, reverse, temperature)))
+
+    def predictions(
+        self, x_BxTxD: Array, labels_B: Array | None = None, reverse=False, temperature=1.0
+    ) -> tuple[Array, Array]:
+        """As `__call__`, but at the positions that predict: those for t + 1 are at t."""
         positions = flip_if(reverse, self.position_embedding, 0)
         h, _ = self.layers(self.embed(x_BxTxD, positions, labels_B), temperature)
-        later = lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)))  # noqa: E731
-        log_scale, shift = self.predict(h)
-        return later(log_scale), later(shift)
+        return self.predict(h)
 
     def embed(self, x_BxSxD: Array, positions_SxC: Array, labels_B: Array | None) -> Array:
         """What enters the first layer at S positions, [B, S, C]; label -1 or None: the class mean."""
@@ -294,3 +305,12 @@ class TarFlow(nn.Module):
             sequences.append(x)
         return sequences, logdet
 
+
+_COMPUTE_FIELDS = ('dtype', 'remat', 'unroll', 'layout', 'parent', 'name')
+
+
+def architecture(model: TarFlow) -> dict:
+    """The fields of a flow that its parameters depend on, as JSON values."""
+    fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
+    kept = {k: v for k, v in fields.items() if k not in _COMPUTE_FIELDS}
+    return json.loads(json.dumps(kept))

@@ -1,8 +1,9 @@
-"""The sampler: noise to images, one patch after another, with a preallocated key/value cache.
+"""The sampler: noise to images, block by block.
 
 Shape suffixes: B images, T patches, D numbers in a patch.
 """
 
+import dataclasses
 from functools import partial
 from typing import NamedTuple
 
@@ -11,19 +12,35 @@ import jax.numpy as jnp
 import numpy as np
 
 from tarflow_jax.flow.attention import Array
-from tarflow_jax.flow.guidance import Guidance, guide
-from tarflow_jax.flow.layers import Layer, LayerCache, empty_cache
+from tarflow_jax.flow.calibration import calibrated
+from tarflow_jax.flow.guidance import Guidance, Steering
 from tarflow_jax.flow.likelihood import prior_variance
-from tarflow_jax.flow.model import Block, TarFlow, check_labels, flip_if, unpatchify
+from tarflow_jax.flow.model import TarFlow, check_labels, flip_if, one_later, unpatchify
+from tarflow_jax.flow.schedule import TOLERANCE, Schedule, run_block, uniform
 
-METHODS = ('sequential',)
+METHODS = ('sequential', 'jacobi', 'gs_jacobi', 'auto')
 MAX_REDRAWS = 10
 
 
 class SampleInfo(NamedTuple):
-    """What happened while sampling: `redraws` [B] int32, how often each image was drawn again."""
+    """What happened while sampling; B images, N blocks by index.
+
+    Args:
+      redraws: int32 [B], how often an image was drawn again from other noise.
+      sequential: bool [B], whether parallel decoding stopped before the image converged, so that it
+        was drawn sequentially.
+      iterations: int32 [N, B], network calls that an image took; T - 1 where sequential.
+      residual: float32 [N, B], largest |x - (z exp(a(x)) + m(x))| of each block, in units of its
+        output x: for block 0 those are images.
+      round_trip: float32 [B], largest difference between the noise and what the (guided) flow
+        makes of the image again; the noise has standard deviation 1.
+    """
 
     redraws: np.ndarray
+    sequential: np.ndarray
+    iterations: np.ndarray
+    residual: Array
+    round_trip: Array
 
 
 def sample(
@@ -34,6 +51,10 @@ def sample(
     *,
     guidance: Guidance | None = None,
     method: str = 'sequential',
+    schedule: Schedule | None = None,
+    segments: int = 8,
+    tolerance: float = TOLERANCE,
+    cache_dtype=None,
     key: Array | None = None,
     return_info: bool = False,
 ):
@@ -43,22 +64,52 @@ def sample(
       noise: [B, T, D] standard normal.
       labels: int32 [B], -1 for none, or None.
       guidance: None is unguided.
-      method: 'sequential', exact, T network calls in a row per block.
+      method: 'sequential', T - 1 network calls in a row per block; 'jacobi' or 'gs_jacobi', all
+        blocks by parallel decoding (see `flow.parallel`), with `tolerance` for each block's
+        output; 'auto', every block as `schedule` says.
+      schedule: of `calibrate`; if None, 'auto' calibrates with the first call and remembers it for
+        as long as the variables live.
+      segments: of 'gs_jacobi'.
+      tolerance: largest error to leave, in units of the [-1, 1] range of images.
+      cache_dtype: of cached keys and values; jnp.bfloat16 halves them. None is the model's dtype.
       key: if given, an image that is not finite is drawn again by itself from fresh noise of this
-        key, up to 10 times. Without a key nothing is looked at on the host, and the call may stand
-        inside `jax.jit`.
-      return_info: also return a `SampleInfo`.
+        key, up to 10 times. Without a key, and with all blocks sequential, nothing is looked at on
+        the host. Inside `jax.jit` there is no key, and 'auto' needs a schedule.
+      return_info: also return a `SampleInfo`, which costs two more forward passes.
     Returns:
       images [B, H, W, C] float32, or (images, info).
     Raises:
       ValueError: if the arguments do not fit the model or each other.
     """
-    guidance = _checked(model, noise, labels, guidance, method)
-    images = _draw(model, variables, noise, labels, guidance)
-    redraws = np.zeros(noise.shape[0], np.int32)
-    if key is not None:
-        images, redraws = _redraw_failed(model, variables, images, labels, guidance, key, redraws)
-    return (images, SampleInfo(redraws)) if return_info else images
+    guidance = _checked(model, noise, labels, guidance)
+    if method not in METHODS:
+        raise ValueError(f'sampling method {method!r} is none of {", ".join(METHODS)}.')
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((variables, noise, labels)))
+    if schedule is not None and method != 'auto':
+        raise ValueError(f"a schedule is for method 'auto', not {method!r}; leave one of them out.")
+    if method != 'auto':
+        counts = {'sequential': 0, 'jacobi': 1, 'gs_jacobi': segments}
+        schedule = uniform(model, counts[method], tolerance)
+    elif schedule is not None:
+        schedule.check(model, guidance)
+    elif traced:
+        raise ValueError("method 'auto' inside jit needs schedule=calibrate(model, variables, ...).")
+    else:
+        schedule = calibrated(model, variables, labels, noise.shape[0], guidance, tolerance)
+    steering = Steering.of(guidance, model.num_patches)
+    drawn = _draw(
+        model, variables, noise, labels, steering, schedule, limited=not traced,
+        cache_dtype=cache_dtype,
+    )
+    if not traced and (key is not None or any(block.segments for block in schedule.blocks)):
+        drawn = _draw_again(model, variables, drawn, labels, steering, key, cache_dtype)
+    images = unpatchify(drawn.sequences[-1], model.patch_size, model.image_size)
+    if not return_info:
+        return images
+    residual, round_trip = _errors(model, variables, drawn.sequences, labels, steering)
+    return images, SampleInfo(
+        drawn.redraws, ~drawn.converged, drawn.iterations, residual, round_trip
+    )
 
 
 def sample_trajectory(
@@ -74,118 +125,90 @@ def sample_trajectory(
     Arguments as for `sample`. Returns len(layers_per_block) + 1 arrays [B, T, D]; `unpatchify`
     makes pictures of them.
     """
-    guidance = _checked(model, noise, labels, guidance, 'sequential')
-    return _trajectory(model, variables, noise, labels, guidance)
+    steering = Steering.of(_checked(model, noise, labels, guidance), model.num_patches)
+    return _draw(model, variables, noise, labels, steering, uniform(model, 0)).sequences
 
 
-def _checked(model, noise, labels, guidance, method) -> Guidance | None:
+def _checked(model, noise, labels, guidance) -> Guidance | None:
     expected = (model.num_patches, model.patch_dim)
     if noise.ndim != 3 or noise.shape[1:] != expected:
         raise ValueError(f'noise has shape {noise.shape}, this flow takes [B, {expected}].')
     check_labels(model.num_classes, labels, noise.shape[0])
-    if method not in METHODS:
-        raise ValueError(f'sampling method {method!r} is none of {", ".join(METHODS)}.')
     if guidance is None or guidance.weight == 0:
         return None
     guidance.check(has_labels=model.num_classes > 0 and labels is not None)
     return guidance
 
 
-def _draw(model, variables, noise, labels, guidance) -> Array:
-    x_BxTxD = _trajectory(model, variables, noise, labels, guidance)[-1]
-    return unpatchify(x_BxTxD, model.patch_size, model.image_size)
+@dataclasses.dataclass
+class _Drawn:
+    """Samples on their way: the noise and the output of every block in order of sampling, each
+    [B, T, D]; iterations [N, B]; converged and redraws [B]."""
+
+    sequences: list[Array]
+    iterations: Array
+    converged: Array
+    redraws: np.ndarray
 
 
-def _trajectory(model, variables, noise, labels, guidance) -> list[Array]:
+def _draw(
+    model, variables, noise, labels, steering, schedule, *, limited=True, cache_dtype=None
+) -> _Drawn:
     x = noise * jnp.sqrt(prior_variance(variables))
-    sequences = [noise]
-    rule = weights = None
-    temperature = 1.0
-    if guidance is not None:
-        rule = (guidance.target, guidance.rule)
-        weights = guidance.weights(model.num_patches)
-        temperature = guidance.temperature
+    sequences, solutions = [noise], []
     for b in reversed(range(len(model.layers_per_block))):
-        params = variables['params'][f'block_{b}']
-        block = model.block_module(b)
-        # reverse is traced: blocks of the same depth are one compiled program.
-        reverse = np.bool_(b % 2)
-        x, _ = invert_block(block, rule, params, x, labels, reverse, weights, temperature)
+        solution = run_block(
+            model, variables, b, schedule.blocks[b], x, labels, steering,
+            limited=limited, cache_dtype=cache_dtype,
+        )
+        x = solution.x
         sequences.append(x)
-    return sequences
+        solutions.insert(0, solution)
+    xp = np if all(not block.segments for block in schedule.blocks) else jnp
+    return _Drawn(
+        sequences,
+        iterations=xp.stack([s.iterations for s in solutions]),
+        converged=xp.stack([s.converged for s in solutions]).all(0),
+        redraws=np.zeros(noise.shape[0], np.int32),
+    )
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def invert_block(block: Block, rule, params, z_BxTxD, labels, reverse, weights, temperature):
-    """The inverse of one block: x_t = z_t * exp(a_t) + m_t, t = 0..T-1 in the block's order.
+def _draw_again(model, variables, drawn: _Drawn, labels, steering, key, cache_dtype) -> _Drawn:
+    """Draws some images again, only those, and sequentially: first those that did not converge,
+    from their noise; then those that are not finite, each from noise of its own."""
+    to_host = model.layout.to_host
+    labels = None if labels is None else to_host(labels)
+    sequences, redraws = drawn.sequences, drawn.redraws
+    converged, iterations = to_host(drawn.converged), np.array(to_host(drawn.iterations))
 
-    Args:
-      rule: (target, rule) of the guidance, or None for unguided, when `weights` is None.
-      z_BxTxD: in raster order, as is the result.
-      weights: [T - 1], of the guidance at each generated position.
-    Returns:
-      x [B, T, D], and the inverse's log-determinant [B] in nats, sum over t, d of a.
-    """
-    B, T, _ = z_BxTxD.shape
-    place = block.layout.place
-    params = block.layout.gather(params)
-    z = flip_if(reverse, z_BxTxD, 1)
-    positions = flip_if(reverse, params['position_embedding'], 0)
-    branches = 1 if rule is None else 2
-    batch = B * branches
-    if branches == 2:
-        # Both branches run as one batch, side by side so that they are on the same device: the
-        # conditional one of each image, then the unconditional.
-        given = jnp.full(B, -1) if labels is None else labels
-        labels = jnp.stack([given, jnp.full(B, -1)], 1).reshape(batch)
-        conditional = jnp.arange(batch)[:, None, None, None] % 2 == 0
-        temperature = jnp.where(conditional, 1.0, temperature)
-
-    layer = Layer(block.width, block.head_dim, block.dtype, block.layout)
-    # Unstacked outside of the scan: inside, each step would copy every layer's weights.
-    layers = [jax.tree.map(lambda a: a[i], params['layers']) for i in range(block.num_layers)]
-    empty = empty_cache(batch, layer.heads, T, block.head_dim, block.dtype)
-    caches = [LayerCache(*(place(x, 'heads') for x in empty)) for _ in range(block.num_layers)]
-
-    def step(carry, inputs):
-        x_BxD, caches, logdet_B = carry
-        t, z_next_BxD, position_C, weight = inputs
-        x = jnp.repeat(x_BxD, branches, axis=0)[:, None]
-        h = block.apply({'params': params}, x, position_C, labels, method='embed')
-        new_caches = []
-        for layer_params, cache in zip(layers, caches):
-            h, cache = layer.apply({'params': layer_params}, h, temperature, cache, t)
-            new_caches.append(cache)
-        log_scale, shift = block.apply({'params': params}, h, method='predict')
-        both = [x.reshape(B, branches, -1) for x in (log_scale, shift)]
-        log_scale, shift = (x[:, 0] for x in both)
-        if branches == 2:
-            log_scale, shift = guide(*rule, weight, (log_scale, shift), [x[:, 1] for x in both])
-        x_next_BxD = z_next_BxD * jnp.exp(log_scale) + shift
-        return (x_next_BxD, new_caches, logdet_B + log_scale.sum(1)), x_next_BxD
-
-    first, logdet = z[:, 0], jnp.zeros(B, z.dtype)
-    inputs = (jnp.arange(T - 1), z[:, 1:].swapaxes(0, 1), positions[:-1], weights)
-    (_, _, logdet), rest = jax.lax.scan(step, (first, caches, logdet), inputs)
-    x = place(jnp.concatenate([first[None], rest]).swapaxes(0, 1), 'tokens')
-    return flip_if(reverse, x, 1), logdet
-
-
-def _redraw_failed(model, variables, images, labels, guidance, key, redraws):
-    """Draws the images that are not finite again, only those, each from noise of its own."""
-    labels = None if labels is None else model.layout.to_host(labels)
-    for attempt in range(MAX_REDRAWS):
-        finite = model.layout.to_host(jnp.isfinite(images).all((1, 2, 3)))
-        failed = np.flatnonzero(~finite)
-        if not failed.size:
-            break
+    def replace(failed, noise_of):
         # Padded to a power of two, so that few batch sizes are ever compiled.
         rows = np.resize(failed, 1 << (failed.size - 1).bit_length())
-        noise = _redrawn_noise(model, key, attempt, rows)
-        drawn = _draw(model, variables, noise, None if labels is None else labels[rows], guidance)
-        images = images.at[failed].set(drawn[: failed.size])
+        again = _draw(
+            model, variables, noise_of(rows), None if labels is None else labels[rows], steering,
+            uniform(model, 0), cache_dtype=cache_dtype,
+        )
+        iterations[:, failed] = again.iterations[:, : failed.size]
+        return [
+            old.at[failed].set(new[: failed.size])
+            for old, new in zip(sequences, again.sequences)
+        ]
+
+    failed = np.flatnonzero(~converged)
+    if failed.size:
+        sequences = replace(failed, lambda rows: _rows(model, sequences[0], rows))
+    for attempt in range(MAX_REDRAWS if key is not None else 0):
+        failed = np.flatnonzero(~to_host(jnp.isfinite(sequences[-1]).all((1, 2))))
+        if not failed.size:
+            break
+        sequences = replace(failed, lambda rows: _redrawn_noise(model, key, attempt, rows))
         redraws[failed] += 1
-    return images, redraws
+    return _Drawn(sequences, iterations, converged, redraws)
+
+
+@partial(jax.jit, static_argnums=0)
+def _rows(model: TarFlow, noise, rows) -> Array:
+    return model.layout.place(noise[rows], 'tokens')
 
 
 @partial(jax.jit, static_argnums=0)
@@ -193,3 +216,30 @@ def _redrawn_noise(model: TarFlow, key, attempt, rows) -> Array:
     keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, attempt), row))(rows)
     shape = (model.num_patches, model.patch_dim)
     return model.layout.place(jax.vmap(lambda k: jax.random.normal(k, shape))(keys), 'tokens')
+
+
+@partial(jax.jit, static_argnums=0)
+def _errors(model: TarFlow, variables, sequences, labels, steering) -> tuple[Array, Array]:
+    """`residual` and `round_trip` of a `SampleInfo`, from the way from noise to images."""
+    deviation = jnp.sqrt(prior_variance(variables))
+    # By index: block b makes outputs[b] of outputs[b + 1].
+    outputs = [*sequences[:0:-1], sequences[0] * deviation]
+    back, residual = outputs[0], []
+    for b, (x, z) in enumerate(zip(outputs, outputs[1:])):
+        log_scale, shift = _guided(model, variables, b, x, labels, steering)
+        residual.append(abs(x - (z * jnp.exp(log_scale) + shift)).max((1, 2)))
+        log_scale, shift = _guided(model, variables, b, back, labels, steering)
+        back = (back - shift) * jnp.exp(-log_scale)
+    return jnp.stack(residual), abs(back / deviation - sequences[0]).max((1, 2))
+
+
+def _guided(model, variables, index, x_BxTxD, labels, steering) -> tuple[Array, Array]:
+    """Guided log-scale and shift of block `index` at all positions at once, in raster order."""
+    block, params = model.block_module(index), variables['params'][f'block_{index}']
+    labels, temperature = steering.branch(labels, x_BxTxD.shape[0])
+    reverse = index % 2 == 1
+    x = jnp.repeat(flip_if(reverse, x_BxTxD, 1), steering.branches, axis=0)
+    both = block.apply({'params': params}, x, labels, reverse, temperature, method='predictions')
+    return tuple(
+        flip_if(reverse, one_later(y), 1) for y in steering.guide(*both, 0, axis=0)
+    )

@@ -5,8 +5,6 @@ renames it when complete, so that a run killed while writing leaves the checkpoi
 """
 
 import contextlib
-import dataclasses
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,25 +12,17 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from tarflow_jax.flow.model import TarFlow
+from tarflow_jax.flow.model import TarFlow, architecture
 from tarflow_jax.training.state import TrainState, variables_of
 
 KEPT = 2
 _WEIGHTS = ('params', 'ema_params', 'prior')
 _PROGRESS = ('step', 'opt_state', 'skipped')
 # Fields that decide how the flow is computed, not what its parameters are.
-_COMPUTE_FIELDS = ('dtype', 'remat', 'unroll', 'layout', 'parent', 'name')
 
 
 class CheckpointError(OSError):
     """A checkpoint could not be written, and the ones before it are whole; or it cannot be read."""
-
-
-def architecture(model: TarFlow) -> dict:
-    """The fields of a flow that its parameters depend on, as JSON values."""
-    fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
-    kept = {k: v for k, v in fields.items() if k not in _COMPUTE_FIELDS}
-    return json.loads(json.dumps(kept))
 
 
 class Checkpoints:

@@ -48,6 +48,8 @@ ACTIVATIONS = {
     'tokens': P(BATCH),  # [B, positions, channels]
     'hidden': P(BATCH, None, TENSOR),  # [B, positions, 4 C]
     'heads': P(BATCH, TENSOR),  # [B, H, positions, K]
+    'channels_first': P(None, BATCH),  # [channels, B], at one position
+    'hidden_first': P(TENSOR, BATCH),  # [4 C, B]
 }
 
 

@@ -9,7 +9,7 @@ from parity_cases import CASES, Case, relative_error
 from tiny_flow import apply, batch, perturbed, tiny
 
 import tarflow_jax as tfj
-from tarflow_jax.flow import sampling
+from tarflow_jax.flow import inverse, sampling
 from tarflow_jax.flow.model import patchify, unpatchify
 
 TAGS = ('g_ab', 'g_a', 'g_b', 'g_anneal', 'g_temp', 'g_temp_anneal')
@@ -113,20 +113,20 @@ def test_bfloat16_samples_are_close():
 def test_blocks_of_one_depth_share_one_program():
     # Of a width that no other test uses, so that nothing is compiled yet.
     model = tiny(layers_per_block=(2, 2, 1, 2), width=48)
-    before = sampling.invert_block._cache_size()
+    before = inverse.invert_block._cache_size()
     noise = jnp.zeros((2, model.num_patches, model.patch_dim))
     tfj.sample(model, perturbed(model), noise)
-    assert sampling.invert_block._cache_size() - before == 2
+    assert inverse.invert_block._cache_size() - before == 2
 
 
 def test_weights_and_temperatures_share_one_program():
     model = tiny(width=80)
     variables, noise = perturbed(model), jnp.zeros((2, model.num_patches, model.patch_dim))
     labels = jnp.zeros(2, int)
-    before = sampling.invert_block._cache_size()
+    before = inverse.invert_block._cache_size()
     for guidance in (tfj.Guidance(1.0), tfj.Guidance(2.0, temperature=0.5, annealed=True)):
         tfj.sample(model, variables, noise, labels, guidance=guidance)
-    assert sampling.invert_block._cache_size() - before == len({*model.layers_per_block})
+    assert inverse.invert_block._cache_size() - before == len({*model.layers_per_block})
 
 
 def test_it_runs_inside_jit():

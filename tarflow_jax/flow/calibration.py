@@ -1,0 +1,189 @@
+"""Finds by measurement how each block of a flow is inverted fastest on the devices at hand."""
+
+import dataclasses
+import logging
+import time
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from tarflow_jax.flow.attention import Array
+from tarflow_jax.flow.guidance import Guidance, Steering
+from tarflow_jax.flow.likelihood import prior_variance
+from tarflow_jax.flow.model import TarFlow, check_labels
+from tarflow_jax.flow.schedule import (
+    TOLERANCE,
+    BlockSchedule,
+    Schedule,
+    made_for,
+    run_block,
+)
+
+SEGMENTS = (1, 2, 4, 8, 16, 32)
+SHORTEST_WINDOW = 8
+# Parallel decoding must save this much of the sequential time to be worth its error.
+WORTH_IT, CLEARLY_SLOWER = 0.95, 1.3
+# Images of the calibration stay this far below the tolerance, so that others stay below it.
+MARGIN = 0.25
+REPEATS = 3
+
+log = logging.getLogger(__name__)
+
+
+def calibrate(
+    model: TarFlow,
+    variables,
+    labels: Array | None = None,
+    *,
+    batch_size: int = 16,
+    guidance: Guidance | None = None,
+    tolerance: float = TOLERANCE,
+    key: Array | None = None,
+) -> Schedule:
+    """A schedule that minimises the time of sampling under a tolerance.
+
+    Draws one batch sequentially, then inverts every block on what sequential sampling gives it, by
+    Jacobi and Gauss-Seidel-Jacobi iteration with ever more segments, and takes what was fastest.
+    An error of one block grows in those after it by a factor that only the flow knows. So the whole
+    batch is then drawn by the schedule, and the blocks' tolerances are lowered until its images
+    differ from the sequential ones by less than a quarter of the tolerance.
+
+    Takes the time of some ten batches, and of compiling: a dozen programs for each depth of block.
+
+    Args:
+      labels: int32 [B], those of the batch; None for B = `batch_size` images without.
+      batch_size: should be that of the sampling to come: it decides what is fastest.
+      guidance: that of the sampling to come.
+      tolerance: largest error of an image, in units of the [-1, 1] range.
+      key: of the noise.
+    Raises:
+      ValueError: if the arguments do not fit the model or each other.
+    """
+    if not tolerance > 0:
+        raise ValueError(f'tolerance {tolerance} must be above 0.')
+    batch_size = batch_size if labels is None else labels.shape[0]
+    check_labels(model.num_classes, labels, batch_size)
+    if guidance is not None:
+        guidance.check(has_labels=model.num_classes > 0 and labels is not None)
+    steering = Steering.of(guidance, model.num_patches)
+    key = jax.random.key(0) if key is None else key
+    shape = (batch_size, model.num_patches, model.patch_dim)
+    draw = jax.jit(lambda key: model.layout.place(jax.random.normal(key, shape), 'tokens'))
+    start = draw(key) * jnp.sqrt(prior_variance(variables))
+
+    def run(index, how, x):
+        return run_block(model, variables, index, how, x, labels, steering)
+
+    blocks, x = {}, start
+    for b in reversed(range(len(model.layers_per_block))):
+        blocks[b], x = _fastest(lambda how, b=b, x=x: run(b, how, x), model.num_patches, tolerance)
+    wanted, factor, error = x, 1.0, 0.0
+
+    for _ in range(4):
+        tried, x = {}, start
+        for b, how in blocks.items():
+            how = dataclasses.replace(how, tolerance=factor * how.tolerance)
+            solution = run(b, how, x)
+            x = solution.x
+            tried[b] = dataclasses.replace(how, calls=int(solution.calls))
+        before, error = error, _largest_difference(x, wanted)
+        lowest = MARGIN * tolerance
+        if error <= lowest or (before and error > before / 2):
+            break  # or else it is rounding, which no tolerance lowers
+        factor *= max(0.3 * lowest / error, 0.01)
+    blocks = {b: _limited(how, model.num_patches) for b, how in tried.items()}
+    # Times once more, with the tolerances as they are now.
+    x = start
+    for b, how in blocks.items():
+        functions = [lambda h=h, x=x, b=b: run(b, h, x) for h in (how, BlockSchedule())]
+        blocks[b] = _decided(how, *_seconds(functions), model.num_patches)
+        x = run(b, blocks[b], x).x
+    return Schedule(
+        blocks=tuple(blocks[b] for b in sorted(blocks)),
+        tolerance=tolerance,
+        made_for=made_for(model, guidance),
+        batch_size=batch_size,
+        error=error,
+    )
+
+
+def _fastest(run, num_patches: int, tolerance: float) -> tuple[BlockSchedule, Array]:
+    """The fastest way to invert a block, and its output; `run` takes a BlockSchedule."""
+    sequential = BlockSchedule(tolerance=tolerance)
+    output = run(sequential).x
+    best, best_seconds, worse = sequential, np.inf, 0
+    for segments in SEGMENTS:
+        if segments > 1 and num_patches // segments < SHORTEST_WINDOW:
+            break
+        how = BlockSchedule(segments, tolerance)
+        run(how)  # compiles
+        seconds, sequential_seconds = _seconds([lambda h=h: run(h) for h in (how, sequential)])
+        if seconds < best_seconds:
+            best, best_seconds, worse = how, seconds, 0
+        else:
+            worse += 1
+        if worse == 2:  # the time has one minimum: more calls of fewer positions each
+            break
+    if best_seconds > CLEARLY_SLOWER * sequential_seconds:
+        best = sequential
+    return best, output
+
+
+def _limited(how: BlockSchedule, num_patches: int) -> BlockSchedule:
+    """With a limit to what an unlucky batch may cost."""
+    if not how.segments:
+        return how
+    return dataclasses.replace(how, max_iterations=min(2 * how.calls + 4, num_patches))
+
+
+def _decided(how, seconds, sequential_seconds, num_patches: int) -> BlockSchedule:
+    if seconds > WORTH_IT * sequential_seconds:
+        how, seconds = BlockSchedule(calls=num_patches - 1), sequential_seconds
+    return dataclasses.replace(how, seconds=seconds, sequential_seconds=sequential_seconds)
+
+
+def _seconds(functions) -> list[float]:
+    """The least time of each, called in turn; the first process decides for all."""
+    least = [np.inf] * len(functions)
+    for _ in range(REPEATS):
+        for i, function in enumerate(functions):
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            least[i] = min(least[i], time.perf_counter() - start)
+    if jax.process_count() > 1:
+        least = multihost_utils.broadcast_one_to_all(np.array(least)).tolist()
+    return least
+
+
+@jax.jit
+def _difference(x, wanted):
+    difference = abs(x - wanted)
+    # Images that overflow are drawn again, however they were drawn.
+    return jnp.where(jnp.isfinite(wanted).all((1, 2), keepdims=True), difference, 0.0).max()
+
+
+def _largest_difference(x, wanted) -> float:
+    return float(_difference(x, wanted))
+
+
+# Schedules of `sample(method='auto')` without one, each with a reference to the variables it is for.
+_REMEMBERED: list[tuple[weakref.ref, tuple, Schedule]] = []
+
+
+def calibrated(model, variables, labels, batch_size, guidance, tolerance) -> Schedule:
+    """The schedule of an earlier call with the same arguments, or of `calibrate` now."""
+    leaf = jax.tree.leaves(variables)[0]
+    what = (model, batch_size, labels is None, guidance, tolerance)
+    _REMEMBERED[:] = [entry for entry in _REMEMBERED if entry[0]() is not None]
+    for reference, known, schedule in _REMEMBERED:
+        if reference() is leaf and known == what:
+            return schedule
+    schedule = calibrate(
+        model, variables, labels, batch_size=batch_size, guidance=guidance, tolerance=tolerance
+    )
+    log.info('calibrated:\n%s', '\n'.join(schedule.table()))
+    _REMEMBERED.append((weakref.ref(leaf), what, schedule))
+    return schedule

@@ -1,0 +1,101 @@
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_flow import perturbed, tiny
+
+import tarflow_jax as tfj
+from tarflow_jax.flow import calibration
+from tarflow_jax.flow.schedule import BlockSchedule
+from tarflow_jax.flow.schedule import run_block as real_run_block
+
+MODEL = tiny(layers_per_block=(1, 1), image_size=12)  # 36 patches
+LABELS = np.arange(4, dtype=np.int32) % 3
+
+
+def slow(monkeypatch, seconds_of):
+    """Has every inversion take as long as `seconds_of` (index, segments) says."""
+
+    def run_block(model, variables, index, how, *args, **kwargs):
+        time.sleep(seconds_of(index, how.segments))
+        return real_run_block(model, variables, index, how, *args, **kwargs)
+
+    monkeypatch.setattr(calibration, 'run_block', run_block)
+
+
+def test_it_takes_what_is_fastest_and_keeps_the_tolerance(monkeypatch):
+    # Block 1 is fastest in two segments, block 0 sequentially.
+    seconds = {1: {0: 0.6, 1: 0.4, 2: 0.0, 4: 0.4}, 0: {0: 0.0, 1: 0.4, 2: 0.4, 4: 0.4}}
+    slow(monkeypatch, lambda index, segments: seconds[index][segments])
+    schedule = tfj.calibrate(MODEL, perturbed(MODEL), LABELS, tolerance=1e-3)
+    assert [block.segments for block in schedule.blocks] == [0, 2]
+    block = schedule.blocks[1]
+    assert 0 < block.calls < 35
+    assert block.max_iterations == min(2 * block.calls + 4, 36)
+    assert block.seconds < 0.3 < block.sequential_seconds
+    assert schedule.blocks[0].calls == 35
+    assert schedule.error <= 2.5e-4
+    assert schedule.batch_size == 4
+    monkeypatch.undo()
+    noise = jax.random.normal(jax.random.key(5), (4, 36, 8))  # not that of the calibration
+    wanted = tfj.sample(MODEL, perturbed(MODEL), noise, LABELS)
+    found, info = tfj.sample(
+        MODEL, perturbed(MODEL), noise, LABELS, method='auto', schedule=schedule, return_info=True
+    )
+    assert np.abs(found - wanted).max() < 1e-3
+    np.testing.assert_array_equal(info.iterations[0], 35)
+    assert np.asarray(info.iterations[1]).max() <= block.max_iterations
+
+
+def test_it_lowers_the_tolerance_of_blocks_whose_errors_grow(monkeypatch):
+    # Block 0 multiplies everything by some exp(6).
+    slow(monkeypatch, lambda index, segments: 0.2 if index == 0 or segments != 1 else 0.0)
+    variables = perturbed(MODEL)
+    params = {name: {**block} for name, block in variables['params'].items()}
+    last, first = params['block_0']['proj_out'], params['block_1']['proj_out']
+    params['block_0']['proj_out'] = {**last, 'bias': last['bias'].at[:8].add(6.0)}
+    params['block_1']['proj_out'] = {**first, 'kernel': 3 * first['kernel']}  # converges slowly
+    variables = {'params': params}
+    schedule = tfj.calibrate(MODEL, variables, LABELS, tolerance=1e-2)
+    assert schedule.blocks[1].segments == 1
+    assert schedule.blocks[1].tolerance < 2e-3
+    assert schedule.error <= 2.5e-3
+
+
+def test_auto_without_a_schedule_calibrates_once(monkeypatch):
+    calls = []
+
+    def calibrate(model, variables, labels, **kwargs):
+        calls.append(kwargs)
+        return tfj.Schedule((BlockSchedule(1), BlockSchedule(0)))
+
+    monkeypatch.setattr(calibration, 'calibrate', calibrate)
+    model = tiny(layers_per_block=(1, 1))
+    variables = jax.tree.map(jnp.copy, perturbed(model))
+    noise = jax.random.normal(jax.random.key(5), (3, 16, 8))
+    draw = lambda **k: tfj.sample(model, variables, noise, LABELS[:3], method='auto', **k)  # noqa: E731
+    np.testing.assert_array_equal(draw(), draw())
+    assert len(calls) == 1
+    draw(guidance=tfj.Guidance(1.0))
+    assert len(calls) == 2
+    assert calls[1] == {
+        'batch_size': 3, 'guidance': tfj.Guidance(1.0), 'tolerance': 1e-4,
+    }
+    variables = jax.tree.map(jnp.copy, variables)
+    draw()
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    'arguments, words',
+    [
+        ({'tolerance': 0.0}, 'tolerance 0.0 must be above 0'),
+        ({'labels': np.array([7])}, 'label 7 is outside 0..2'),
+        ({'guidance': tfj.Guidance(1.0)}, 'labels or a temperature'),
+    ],
+)
+def test_arguments_that_do_not_fit(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        tfj.calibrate(MODEL, perturbed(MODEL), **arguments)
