@@ -17,7 +17,7 @@ def get_config(arg: str = 'cond'):
     _, smoke = configs.variant(arg, ('cond',), default='cond')
     c = configs.default()
     c.model.update(image_size=256, image_channels=3, patch_size=8, width=768)
-    c.model.update(layers_per_block=(8,) * 8, num_classes=3, remat='layer', dtype='bfloat16')
+    c.model.update(layers_per_block=(8,) * 8, num_classes=3, remat='attention', dtype='bfloat16')
     c.data.update(source='prepared', path='data/afhq256', flip=True)
     c.train.update(batch_size=256, epochs=4000.0, noise_std=0.07)
     c.train.update(log_every=50, sample_every=2000, checkpoint_every=1000)

@@ -18,7 +18,7 @@ def get_config(arg: str = 'cond'):
     _, smoke = configs.variant(arg, ('cond',), default='cond')
     c = configs.default()
     c.model.update(image_size=128, image_channels=3, patch_size=4, width=1024)
-    c.model.update(layers_per_block=(8,) * 8, num_classes=1000, remat='layer', dtype='bfloat16')
+    c.model.update(layers_per_block=(8,) * 8, num_classes=1000, remat='attention', dtype='bfloat16')
     c.data.update(source='prepared', path='data/imagenet128', test_split='validation', flip=True)
     c.train.update(batch_size=768, epochs=320.0, noise_std=0.15)
     c.train.update(log_every=100, sample_every=5000, checkpoint_every=2500)

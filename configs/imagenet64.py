@@ -35,8 +35,8 @@ def get_config(arg: str = 'cond'):
     else:
         c.train.update(epochs=200.0, noise_std=0.05)
         c.data.flip = True
+        c.model.update(dtype='bfloat16', remat='attention')
         c.sample.method = 'auto'
-        c.model.dtype = 'bfloat16'
     if variant == 'uncond':
         c.guidance.update(weight=0.2, temperature=0.3)
     if variant == 'cond':

@@ -42,7 +42,7 @@ def default() -> ConfigDict:
     m.head_dim = 64
     m.volume_preserving = False
     m.dtype = 'float32'  # or 'bfloat16'
-    m.remat = 'none'  # or 'layer', 'dots'
+    m.remat = 'none'  # or 'layer', 'dots', 'attention'
     m.unroll = 1  # layers per loop iteration
     m.attention = 'auto'  # the kernel of the chip; or one of flow.attention.KERNELS
 

@@ -8,6 +8,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from tarflow_jax.flow import tpu_attention
+
 Array = jax.Array
 
 
@@ -40,13 +42,14 @@ def attention(q_BxHxSxK: Array, k_BxHxTxK: Array, v_BxHxTxK: Array, mask: Array,
 def kernel_for(platform: str, dtype, length: int) -> str:
     """The kernel for causal attention over `length` positions on 'tpu', 'gpu' or 'cpu'.
 
-    'splash' and 'cudnn' keep the T x T logits on the chip. Both are for bfloat16: their float32
-    products are rounded, which would cost the likelihood its digits. 'xla' is for everything else.
+    'whole_head', 'splash' (for longer sequences) and 'cudnn' keep the T x T logits on the chip.
+    They are for bfloat16: their float32 products are rounded, which would cost the likelihood its
+    digits. 'xla' is for everything else.
     """
     if dtype != jnp.bfloat16:
         return 'xla'
     if platform == 'tpu' and length % _BLOCK == 0:
-        return 'splash'
+        return 'whole_head' if length <= tpu_attention.MAX_LENGTH else 'splash'
     return 'cudnn' if platform == 'gpu' else 'xla'
 
 
@@ -72,6 +75,17 @@ def _cudnn(q, k, v, scale):
     return jax.nn.dot_product_attention(
         q, k, v, scale=1.0, is_causal=True, implementation='cudnn'
     ).swapaxes(1, 2)
+
+
+def _whole_head(q, k, v, scale, interpret=False):
+    B, H, T, K = q.shape
+    missing = -H * K % tpu_attention.whole_lanes(K)  # of heads too few, filled up with zeros
+    flat = lambda x: jnp.pad(  # noqa: E731
+        x.swapaxes(1, 2).reshape(B, T, H * K), ((0, 0), (0, 0), (0, missing))
+    )
+    q, k, v = (flat(x) for x in ((q * scale).astype(q.dtype), k, v))
+    out = tpu_attention.whole_head_attention(q, k, v, K, interpret)
+    return out[..., : H * K].reshape(B, T, H, K).swapaxes(1, 2)
 
 
 _BLOCK = 128  # the kernel's tiles are multiples of the 128 lanes of the chip
@@ -102,6 +116,9 @@ def _splash_kernel(heads: int, length: int, interpret: bool):
 KERNELS = {
     'xla': _xla,
     'cudnn': _cudnn,
+    'whole_head': _whole_head,
     'splash': _splash,
-    'splash_interpreted': functools.partial(_splash, interpret=True),  # runs anywhere, slowly
+    # These two run anywhere, slowly.
+    'whole_head_interpreted': functools.partial(_whole_head, interpret=True),
+    'splash_interpreted': functools.partial(_splash, interpret=True),
 }

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from tarflow_jax.flow.attention import (
     Array,
@@ -106,18 +107,19 @@ class Linear(nn.Module):
         ]
 
     def _affine(self, x: Array, kernel: Array, bias: Array) -> Array:
-        n_in = len(self.inputs)
-        leading = x.shape[: x.ndim - n_in]
-        # One token axis: XLA's CPU backend has a slow path for the gradient of a matmul with two.
-        x = x.reshape(-1, *self.inputs).astype(self.dtype)
-        contract = (tuple(range(1, n_in + 1)), tuple(range(n_in)))
+        leading = x.shape[: x.ndim - len(self.inputs)]
+        inputs, outputs = math.prod(self.inputs), math.prod(self.outputs)
+        # Matrices, nothing else: XLA's CPU backend has a slow path for the gradient of a product
+        # with two token axes, and on TPU heads as an axis of their own are copied to be one.
+        x = x.reshape(-1, inputs).astype(self.dtype)
+        kernel, bias = kernel.reshape(inputs, outputs), bias.reshape(outputs)
         # A float32 model means float32: TPUs (bfloat16) and GPUs (tf32) round the operands of a
         # default-precision matmul, which would cost the likelihood its digits.
         exact = self.dtype != jnp.bfloat16
         y = jax.lax.dot_general(
             x,
             kernel,
-            (contract, ((), ())),
+            (((1,), (0,)), ((), ())),
             precision=jax.lax.Precision.HIGHEST if exact else None,
             preferred_element_type=at_least_float32(self.dtype),
         )
@@ -209,7 +211,9 @@ class Layer(nn.Module):
             cache = LayerCache(place(k, 'heads'), place(v, 'heads'))
             mask = jnp.arange(k.shape[2]) <= start + jnp.arange(S)[:, None]
             x = attention(q, *cache, mask, scale)
-        x = place(x, 'heads').transpose(0, 2, 1, 3)
+        # Merged: kept for the backward pass, a last axis of head_dim would be padded to 128.
+        x = place(x, 'heads').transpose(0, 2, 1, 3).reshape(B, S, C)
+        x = checkpoint_name(x, 'attention').reshape(B, S, H, K)
         h_BxSxC = place(h_BxSxC + linear('attention_proj', (H, K), (C,))(x), 'tokens')
 
         x = LayerNorm(C, name='mlp_norm')(h_BxSxC)

@@ -17,7 +17,13 @@ from flax import linen as nn
 from tarflow_jax.flow.attention import Array, at_least_float32
 from tarflow_jax.flow.layers import Layer, Linear, OneDevice
 
-REMAT_POLICIES = ('none', 'layer', 'dots')
+# What a layer keeps of its forward pass beside its input; the rest is recomputed.
+REMAT_POLICIES = {
+    'none': jax.checkpoint_policies.everything_saveable,
+    'layer': jax.checkpoint_policies.nothing_saveable,
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'attention': jax.checkpoint_policies.save_only_these_names('attention'),
+}
 
 
 def patchify(images_BxHxWxC: Array, patch_size: int) -> Array:
@@ -101,11 +107,8 @@ class Block(nn.Module):
             )
         layer = Layer
         if self.remat != 'none':
-            dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             # prevent_cse is needed outside of a scan only, and costs speed inside one.
-            layer = nn.remat(
-                Layer, prevent_cse=False, policy=dots if self.remat == 'dots' else None
-            )
+            layer = nn.remat(Layer, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
         self.layers = nn.scan(
             layer,
             variable_axes={'params': 0},
@@ -183,7 +186,8 @@ class TarFlow(nn.Module):
       volume_preserving: the paper's ablation without log-scales.
       dtype: of the Transformers' matrix products and activations. Parameters, normalisations,
         softmax, log-scales and log-determinants are float32 whatever it is.
-      remat: what the backward pass recomputes: 'none', every 'layer', or all but the 'dots'.
+      remat: what the backward pass recomputes: 'none', every 'layer', all but the 'dots', or all
+        but the 'attention', whose outputs are small for what they cost.
       unroll: layers per iteration of the loop over layers; more compile longer, run faster on CPU.
       layout: where activations live and which attention kernel runs; `layers.OneDevice`, or a
         `training.sharding.Layout` for a mesh.

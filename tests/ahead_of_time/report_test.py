@@ -38,7 +38,7 @@ def data_parallel(slice_of_16, tmp_path_factory):
 def test_train_step_on_16_chips(data_parallel, slice_of_16):
     row, folder = data_parallel
     assert row['chips'] == 16 and row['fits'] and row['mesh'] == {'data': 16, 'fsdp': 1, 'tensor': 1}
-    assert row['attention'] == 'splash' and row['uncounted_kernels'] == []
+    assert row['attention'] == 'whole_head' and row['uncounted_kernels'] == []
     state = report.planned(tiny_config(), slice_of_16, 'train')[2].resident
     numbers = sum(leaf.size for leaf in jax.tree.leaves(state))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -81,10 +81,10 @@ def test_attention_without_the_kernel_moves_more(slice_of_16):
         kernel: report.compile_for(
             tiny_config(**large, **{'model.attention': kernel}), slice_of_16, 'train'
         )
-        for kernel in ('xla', 'splash')
+        for kernel in ('xla', 'whole_head')
     }
     traffic = {k: r['attention_traffic_share'] * r['hbm_traffic_bytes'] for k, r in rows.items()}
-    assert traffic['xla'] > 3 * traffic['splash'] > 0
+    assert traffic['xla'] > 3 * traffic['whole_head'] > 0
 
 
 def test_sampler(slice_of_16):

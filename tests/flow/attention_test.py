@@ -8,11 +8,11 @@ import pytest
 from tarflow_jax.flow.attention import KERNELS, causal_attention, kernel_for
 
 # cuDNN needs a GPU, the compiled Pallas kernel a TPU; what runs there is interpreted here.
-HERE = ['xla', 'splash_interpreted']
+HERE = ['xla', 'whole_head_interpreted', 'splash_interpreted']
 if jax.default_backend() == 'gpu':
     HERE.append('cudnn')
 if jax.default_backend() == 'tpu':
-    HERE.append('splash')
+    HERE += ['whole_head', 'splash']
 
 
 def plain(q, k, v, scale):
@@ -24,9 +24,9 @@ def plain(q, k, v, scale):
     return np.einsum('bhst,bhtk->bhsk', weights / weights.sum(-1, keepdims=True), v)
 
 
-def inputs(dtype, length=256, head_dim=64):
+def inputs(dtype, length=256, heads=3, head_dim=64):
     keys = jax.random.split(jax.random.key(0), 4)
-    return [jax.random.normal(key, (2, 3, length, head_dim)).astype(dtype) for key in keys]
+    return [jax.random.normal(key, (2, heads, length, head_dim)).astype(dtype) for key in keys]
 
 
 def value_and_gradient(kernel, scale, q, k, v, g):
@@ -61,8 +61,25 @@ def test_nothing_is_seen_of_what_comes_later(kernel):
     assert np.abs(before[:, :, 70:] - after[:, :, 70:]).min(-1).max() > 0.1
 
 
+@pytest.mark.parametrize('length, heads, head_dim', [(384, 4, 64), (512, 2, 128), (128, 5, 32)])
+def test_whole_heads_of_many_sizes(length, heads, head_dim):
+    q, k, v, g = inputs(jnp.float32, length, heads, head_dim)
+    run = jax.jit(value_and_gradient, static_argnums=(0, 1))
+    kernels = ('whole_head_interpreted', 'xla')
+    found, wanted = (run(kernel, 0.1, q, k, v, g) for kernel in kernels)
+    for one, other in zip(found, wanted):
+        assert jnp.abs(one - other).max() < 2e-6 * jnp.abs(other).max()
+
+
+def test_the_kernel_of_whole_heads_takes_whole_tiles_only():
+    q, k, v, _ = inputs(jnp.bfloat16, length=49)
+    with pytest.raises(ValueError, match=r"49 positions.*multiples of 128.*'xla'"):
+        causal_attention('whole_head_interpreted', q, k, v, 0.125)
+
+
 @pytest.mark.parametrize('platform, dtype, length, kernel', [
-    ('tpu', jnp.bfloat16, 1024, 'splash'),
+    ('tpu', jnp.bfloat16, 1024, 'whole_head'),
+    ('tpu', jnp.bfloat16, 4096, 'splash'),
     ('tpu', jnp.bfloat16, 49, 'xla'),  # not a whole number of tiles
     ('tpu', jnp.float32, 1024, 'xla'),  # likelihoods keep their digits
     ('gpu', jnp.bfloat16, 49, 'cudnn'),

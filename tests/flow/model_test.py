@@ -138,7 +138,7 @@ def test_an_unconditional_flow_ignores_labels():
     )
 
 
-@pytest.mark.parametrize('fields', [{'remat': 'layer'}, {'remat': 'dots'}, {'unroll': 2}])
+@pytest.mark.parametrize('fields', [{'remat': 'layer'}, {'remat': 'attention'}, {'remat': 'dots'}, {'unroll': 2}])
 def test_rematerialisation_and_unrolling_change_nothing(fields):
     images, labels = batch(tiny())
     variables = perturbed(tiny())
@@ -157,6 +157,19 @@ def test_rematerialisation_and_unrolling_change_nothing(fields):
     assert abs(value - wanted) < 1e-6
     for found, right in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted_gradient)):
         np.testing.assert_allclose(found, right, atol=2e-6)
+
+
+def test_products_that_the_backward_pass_makes_again():
+    def products(remat):
+        model = tiny(remat=remat)
+        loss = lambda variables: apply(model, variables, *batch(model))[0].sum()  # noqa: E731
+        return str(jax.make_jaxpr(jax.grad(loss))(perturbed(model))).count('= dot_general[')
+
+    blocks = len(tiny().layers_per_block)  # each with a loop over its layers, seen once
+    # Of the 8 products of a layer the last is never needed again, and that of probabilities and
+    # values makes what 'attention' keeps.
+    assert products('layer') - products('none') == 7 * blocks
+    assert products('attention') - products('none') == 6 * blocks
 
 
 def test_bfloat16_computes_narrow_and_accounts_wide():

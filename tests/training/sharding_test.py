@@ -159,7 +159,7 @@ def test_a_process_gets_the_rows_of_its_devices(monkeypatch):
     assert sharding.local_rows(mesh, 8).tolist() == [0, 1, 4, 5]
 
 
-@pytest.mark.parametrize('kernel', ['xla', 'splash_interpreted'])
+@pytest.mark.parametrize('kernel', ['xla', 'splash_interpreted', 'whole_head_interpreted'])
 def test_attention_on_a_mesh(kernel):
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, g = (jax.random.normal(key, (4, 2, 128, 16)) for key in keys)
