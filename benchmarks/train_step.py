@@ -24,6 +24,7 @@ LEARNING_RATE = 1e-4
 def our_step(model, variables, batch, parts: int):
     """A function that makes one step and returns its loss."""
     mesh = sharding.make_mesh()
+    model = model.clone(layout=sharding.Layout(mesh))
     optimizer = optimizers.adamw(lambda k: LEARNING_RATE)
     # No noise and no dropout, so that both sides see the same numbers; both still draw them.
     recipe = step.Recipe(noise_std=0.0, label_dropout=0.0, ema_decay=0.0, accumulation=parts)

@@ -214,6 +214,13 @@ class Layout:
     def to_host(self, x):
         return to_host(x)
 
+    @property
+    def devices_alone(self) -> bool:
+        """Whether the devices, of a CPU and each with all parameters, work alone until a step's end."""
+        platform = self.mesh.devices.flat[0].platform
+        whole = self.mesh.shape[FSDP] == self.mesh.shape[TENSOR] == 1
+        return platform == 'cpu' and whole and self.attention in ('auto', 'xla')
+
     def kernel(self, dtype, length: int) -> str:
         if self.attention != 'auto':
             return self.attention

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from tarflow_jax.flow import likelihood
+from tarflow_jax.flow.layers import OneDevice
 from tarflow_jax.flow.model import TarFlow
 from tarflow_jax.training import sharding
 from tarflow_jax.training.state import TrainState, variables_of
@@ -100,7 +102,14 @@ def update(
     recipe: Recipe,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """As `train_step`, on images [B, H, W, C] that have their noise and labels already dropped."""
-    grads, metrics, prior = _gradients(state, images, labels, model, recipe.accumulation)
+    gradients = functools.partial(_gradients, parts=recipe.accumulation)
+    if getattr(model.layout, 'devices_alone', False):
+        gradients = _each_device_alone(gradients, model.layout.mesh)
+        model = model.clone(layout=OneDevice())
+    grads, metrics, prior = gradients(state, images, labels, model=model)
+    # What follows takes the gradients as they are. XLA's CPU backend would stack those of a block's
+    # layers once for the norm and once more for the update.
+    grads = jax.lax.optimization_barrier(grads)
     metrics['gradient_norm'] = optax.global_norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -116,6 +125,25 @@ def update(
     after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
     metrics['skipped'] = state.skipped + jnp.where(finite, 0, 1)
     return after._replace(step=state.step + 1, skipped=metrics['skipped']), metrics
+
+
+def _each_device_alone(gradients, mesh: Mesh):
+    """`_gradients` by every device over its images of the batch, and their mean over the devices.
+
+    On a CPU a step takes 6% less time than with the mean of every part taken by the partitioner:
+    that puts it between the product that is a weight's gradient and its transposition, which XLA
+    can then no longer do as one product, and does it once for every part.
+    """
+
+    def mean(*arguments, model):
+        one = lambda *local: jax.lax.pmean(gradients(*local, model=model), sharding.BATCH)  # noqa: E731
+        specs = (P(), P(sharding.BATCH), P(sharding.BATCH))
+        # The kernels' gradients are sums over local images only, which check_vma would average.
+        return jax.shard_map(one, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(
+            *arguments
+        )
+
+    return mean
 
 
 def _gradients(state: TrainState, images, labels, model: TarFlow, parts: int):
