@@ -1,6 +1,7 @@
 """Finds by measurement how each block of a flow is inverted fastest on the devices at hand."""
 
 import dataclasses
+import functools
 import logging
 import time
 import weakref
@@ -80,8 +81,14 @@ def calibrate(
     blocks, x = {}, start
     for b in reversed(range(len(model.layers_per_block))):
         blocks[b], x = _fastest(lambda how, b=b, x=x: run(b, how, x), model.num_patches, tolerance)
-    wanted, factor, error = x, 1.0, 0.0
+    made = functools.partial(
+        Schedule, tolerance=tolerance, made_for=made_for(model, guidance), batch_size=batch_size
+    )
+    if not _finite(x).any():
+        log.warning('no image of the calibration is finite: all blocks are left sequential.')
+        return made((BlockSchedule(calls=model.num_patches - 1),) * len(blocks))
 
+    wanted, factor, error = x, 1.0, 0.0
     for _ in range(4):
         tried, x = {}, start
         for b, how in blocks.items():
@@ -89,7 +96,7 @@ def calibrate(
             solution = run(b, how, x)
             x = solution.x
             tried[b] = dataclasses.replace(how, calls=int(solution.calls))
-        before, error = error, _largest_difference(x, wanted)
+        before, error = error, float(_largest_difference(x, wanted))
         lowest = MARGIN * tolerance
         if error <= lowest or (before and error > before / 2):
             break  # or else it is rounding, which no tolerance lowers
@@ -101,13 +108,7 @@ def calibrate(
         functions = [lambda h=h, x=x, b=b: run(b, h, x) for h in (how, BlockSchedule())]
         blocks[b] = _decided(how, *_seconds(functions), model.num_patches)
         x = run(b, blocks[b], x).x
-    return Schedule(
-        blocks=tuple(blocks[b] for b in sorted(blocks)),
-        tolerance=tolerance,
-        made_for=made_for(model, guidance),
-        batch_size=batch_size,
-        error=error,
-    )
+    return made(tuple(blocks[b] for b in sorted(blocks)), error=error)
 
 
 def _fastest(run, num_patches: int, tolerance: float) -> tuple[BlockSchedule, Array]:
@@ -159,14 +160,14 @@ def _seconds(functions) -> list[float]:
 
 
 @jax.jit
-def _difference(x, wanted):
-    difference = abs(x - wanted)
+def _finite(x):
+    return jnp.isfinite(x).all((1, 2))
+
+
+@jax.jit
+def _largest_difference(x, wanted):
     # Images that overflow are drawn again, however they were drawn.
-    return jnp.where(jnp.isfinite(wanted).all((1, 2), keepdims=True), difference, 0.0).max()
-
-
-def _largest_difference(x, wanted) -> float:
-    return float(_difference(x, wanted))
+    return jnp.where(_finite(wanted)[:, None, None], abs(x - wanted), 0.0).max()
 
 
 # Schedules of `sample(method='auto')` without one, each with a reference to the variables it is for.

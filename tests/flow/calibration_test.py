@@ -49,19 +49,31 @@ def test_it_takes_what_is_fastest_and_keeps_the_tolerance(monkeypatch):
     assert np.asarray(info.iterations[1]).max() <= block.max_iterations
 
 
+def with_last_block(variables, kernel: float, log_scale: float):
+    """`variables` whose block 0, the last in sampling, has another log-scale, and a kernel multiplied by `kernel`."""
+    params = {**variables['params']}
+    out = params['block_0']['proj_out']
+    bias = out['bias'].at[: out['bias'].size // 2].set(log_scale)
+    params['block_0'] = {**params['block_0'], 'proj_out': {'kernel': kernel * out['kernel'], 'bias': bias}}
+    return {**variables, 'params': params}
+
+
 def test_it_lowers_the_tolerance_of_blocks_whose_errors_grow(monkeypatch):
-    # Block 0 multiplies everything by some exp(6).
     slow(monkeypatch, lambda index, segments: 0.2 if index == 0 or segments != 1 else 0.0)
-    variables = perturbed(MODEL)
-    params = {name: {**block} for name, block in variables['params'].items()}
-    last, first = params['block_0']['proj_out'], params['block_1']['proj_out']
-    params['block_0']['proj_out'] = {**last, 'bias': last['bias'].at[:8].add(6.0)}
-    params['block_1']['proj_out'] = {**first, 'kernel': 3 * first['kernel']}  # converges slowly
-    variables = {'params': params}
-    schedule = tfj.calibrate(MODEL, variables, LABELS, tolerance=1e-2)
-    assert schedule.blocks[1].segments == 1
-    assert schedule.blocks[1].tolerance < 2e-3
-    assert schedule.error <= 2.5e-3
+    variables = with_last_block(perturbed(MODEL), kernel=0.0, log_scale=3.0)
+    schedule = tfj.calibrate(MODEL, variables, LABELS, tolerance=1e-1)
+    assert [block.segments for block in schedule.blocks] == [0, 1]
+    # An error of block 1 is 20 times as large in the images.
+    assert schedule.blocks[1].tolerance < 1e-2
+    assert 0 < schedule.error <= 2.5e-2
+
+
+def test_a_flow_whose_samples_overflow_stays_sequential(caplog):
+    variables = with_last_block(perturbed(MODEL), kernel=1.0, log_scale=6.0)
+    schedule = tfj.calibrate(MODEL, variables, LABELS)
+    assert [block.method for block in schedule.blocks] == ['sequential'] * 2
+    assert schedule.error is None
+    assert 'no image of the calibration is finite' in caplog.text
 
 
 def test_auto_without_a_schedule_calibrates_once(monkeypatch):
