@@ -139,6 +139,8 @@ def refused(capfd):
     (['--config.sample.label=12'], ['sample.label 12', '0..4']),
     (['--config.sample.count=0'], ['sample.count 0']),
     (['--config.sample.batch_size=0'], ['sample.batch_size 0']),
+    (['--config.sample.method=jacobi'], ["sample.method 'jacobi' is none of sequential, auto"]),
+    (['--config.sample.tolerance=0.0'], ['sample.tolerance 0.0 must be above 0']),
     (['--config.sample.format=png'], ["sample.format 'png'", 'npz']),
     (['--config.evaluate.metrics=("fid",)'], ["'fid'", 'bits_per_dim, classification']),
     (['--config.evaluate.batch_size=0'], ['evaluate.batch_size 0']),

@@ -6,7 +6,7 @@ tokens, C width, H heads, K head_dim.
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,10 @@ from tarflow_jax.flow.attention import (
 class OneDevice:
     """How a flow is laid out where nothing is split: the default of `TarFlow.layout`.
 
-    `tarflow_jax.training.sharding.Layout` has the same methods for a mesh of devices.
+    `tarflow_jax.training.sharding.Layout` has the same for a mesh of devices.
     """
+
+    devices_alone: ClassVar[bool] = False
 
     def place(self, x: Array, name: str) -> Array:
         """The activation or cache x, split over the devices as arrays of this name are."""

@@ -103,7 +103,7 @@ def update(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """As `train_step`, on images [B, H, W, C] that have their noise and labels already dropped."""
     gradients = functools.partial(_gradients, parts=recipe.accumulation)
-    if getattr(model.layout, 'devices_alone', False):
+    if model.layout.devices_alone:
         gradients = _each_device_alone(gradients, model.layout.mesh)
         model = model.clone(layout=OneDevice())
     grads, metrics, prior = gradients(state, images, labels, model=model)

@@ -251,8 +251,10 @@ def test_gradient_norm_is_taken_before_clipping():
     np.testing.assert_allclose(optax.global_norm(first_moments), 0.1 * 0.01, rtol=1e-4)
 
 
+@pytest.mark.parametrize('alone', [False, True])
 @pytest.mark.parametrize('parts', [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_eight_devices_compute_what_one_does(parts):
+def test_eight_devices_compute_what_one_does(parts, alone):
+    # With a layout each device takes its gradients alone, without it XLA's partitioner decides.
     model = tiny((1,), volume_preserving=parts == 2)
     recipe = Recipe(noise_std=0.1, label_dropout=0.3, ema_decay=0.9, accumulation=parts)
     optimizer = optax.sgd(0.1, momentum=0.9)
@@ -261,8 +263,9 @@ def test_eight_devices_compute_what_one_does(parts):
         mesh = sharding.make_mesh(devices=devices)
         state = from_variables(random_variables(model), optimizer, ema=True)
         state = jax.device_put(state, sharding.replicated(mesh))
+        laid_out = model.clone(layout=sharding.Layout(mesh)) if alone else model
         step_fn = jax.jit(
-            functools.partial(train_step, model=model, optimizer=optimizer, recipe=recipe)
+            functools.partial(train_step, model=laid_out, optimizer=optimizer, recipe=recipe)
         )
         all_metrics = []
         batch = pixels_and_labels()
