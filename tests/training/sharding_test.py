@@ -10,9 +10,11 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
-from tiny_flow import tiny
+from tiny_flow import perturbed, tiny
 
+import tarflow_jax as tfj
 from tarflow_jax.flow.attention import causal_attention
+from tarflow_jax.flow.schedule import BlockSchedule
 from tarflow_jax.training import sharding
 from tarflow_jax.training.optimizer import adamw
 from tarflow_jax.training.state import abstract_state
@@ -212,3 +214,33 @@ def test_number_of_devices_divides_the_batch(cores, batch_size, flags, count):
         check=True,
     )
     assert int(ran.stdout) == count
+
+
+def test_the_one_image_of_a_mesh_that_does_not_converge_is_drawn_sequentially():
+    model = tiny((1, 1))
+    variables = perturbed(model)
+    noise = jax.random.normal(jax.random.key(0), (8, 16, 8))
+    labels = np.arange(8, dtype=np.int32) % 3
+    _, info = tfj.sample(
+        model, variables, noise, labels, method='gs_jacobi', segments=2, return_info=True
+    )
+    second_slowest, slowest = np.sort(info.iterations[1])[-2:]
+    assert second_slowest < slowest
+    mesh = sharding.make_mesh(devices=jax.devices()[:8])
+    images, info = tfj.sample(
+        model.clone(layout=sharding.Layout(mesh)),
+        jax.device_put(variables, sharding.replicated(mesh)),
+        *jax.device_put((noise, labels), sharding.batch_sharding(mesh)),
+        method='auto',
+        schedule=tfj.Schedule((
+            BlockSchedule(2, tolerance=1e-4),
+            BlockSchedule(2, tolerance=1e-4, max_iterations=int(second_slowest)),
+        )),
+        return_info=True,
+    )
+    assert np.sum(info.sequential) == 1
+    failed = int(np.argmax(info.sequential))
+    np.testing.assert_array_equal(np.asarray(info.iterations)[:, failed], 15)
+    wanted = tfj.sample(model, variables, noise, labels)
+    assert np.abs(images - wanted).max() < 5e-4
+    np.testing.assert_allclose(images[failed], wanted[failed], atol=1e-5)
