@@ -73,12 +73,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def interleaved(ours, theirs, repeats: int, warm_up: int = 2) -> dict:
-    """Median seconds of both functions, called in turn, and the median of the pairwise ratios.
-
-    Ratios of neighbours in time, because the speed of a shared machine drifts.
-    """
-    functions = {'ours': ours} | ({'official': theirs} if theirs else {})
+def in_turn(functions: dict, repeats: int, warm_up: int = 2) -> dict[str, list[float]]:
+    """Seconds of every call of each function; one after another, as the speed of machines drifts."""
     seconds = {name: [] for name in functions}
     for repeat in range(-warm_up, repeats):
         for name, function in functions.items():
@@ -86,10 +82,20 @@ def interleaved(ours, theirs, repeats: int, warm_up: int = 2) -> dict:
             function()
             if repeat >= 0:
                 seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds: list[float], to: list[float]) -> float:
+    """The median of the ratios of neighbours in time."""
+    return round(statistics.median(a / b for a, b in zip(seconds, to)), 3)
+
+
+def interleaved(ours, theirs, repeats: int) -> dict:
+    """Median seconds of both functions, and their ratio; `theirs` may be None."""
+    seconds = in_turn({'ours': ours} | ({'official': theirs} if theirs else {}), repeats)
     result = {f'{name}_seconds': round(statistics.median(s), 4) for name, s in seconds.items()}
     if theirs:
-        pairs = zip(seconds['ours'], seconds['official'])
-        result['ratio'] = round(statistics.median(a / b for a, b in pairs), 3)
+        result['ratio'] = ratio(seconds['ours'], seconds['official'])
     return result
 
 
