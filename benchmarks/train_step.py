@@ -23,6 +23,15 @@ PARTS = {'toy': 4, 'color32': 1}
 LEARNING_RATE = 1e-4
 
 
+def random_batch(model, size: str) -> dict:
+    rng = np.random.default_rng(1)
+    shape = (BATCH[size], model.image_size, model.image_size, model.image_channels)
+    return {
+        'image': rng.integers(0, 256, shape).astype(np.uint8),
+        'label': rng.integers(0, comparison.CLASSES, BATCH[size]).astype(np.int32),
+    }
+
+
 def our_step(model, variables, batch, parts: int):
     """A function that makes one step and returns its loss."""
     mesh = sharding.make_mesh()
@@ -82,13 +91,7 @@ def main():
     model = comparison.our_model(size)
     variables = comparison.random_variables(model)
     model = model.clone(dtype=jnp.dtype(args.dtype))
-    rng = np.random.default_rng(1)
-    shape = (BATCH[size], model.image_size, model.image_size, model.image_channels)
-    batch = {
-        'image': rng.integers(0, 256, shape).astype(np.uint8),
-        'label': rng.integers(0, comparison.CLASSES, BATCH[size]).astype(np.int32),
-    }
-    theirs = None
+    batch, theirs = random_batch(model, size), None
     if args.official:
         official = comparison.official_model(args.official, model, variables)
         theirs = official_step(official, batch, args.dtype)
