@@ -74,10 +74,16 @@ def cores() -> int:
 
 
 def in_turn(functions: dict, repeats: int, warm_up: int = 2) -> dict[str, list[float]]:
-    """Seconds of every call of each function; one after another, as the speed of machines drifts."""
+    """Seconds of every call of each function; one after another, as the speed of machines drifts.
+
+    Forwards and backwards in turn, as a function may run faster behind some other.
+    """
     seconds = {name: [] for name in functions}
+    order = list(functions)
     for repeat in range(-warm_up, repeats):
-        for name, function in functions.items():
+        order.reverse()
+        for name in order:
+            function = functions[name]
             start = time.perf_counter()
             function()
             if repeat >= 0:
