@@ -3,7 +3,8 @@
 The images are synthetic and photo-like, smooth with a little noise, so that JPEG and PNG have about
 as much to do as with photographs. Prints one line of JSON per measurement; rates are images per
 second over all cores (`prepare`) or of the pipeline as a whole (`read`), and per core that it kept
-busy: processor seconds of this process and its children.
+busy: processor seconds of this process and its children. `--official=CHECKOUT` reads the same 64x64
+images through the official code's dataset of PNG files, too, in as many workers.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import logging
 import os
 import pickle
 import resource
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -59,6 +61,18 @@ def write_photographs(folder: Path, count: int) -> None:
         os.link(folder / 'cat' / f'{i % DISTINCT:06d}.jpg', folder / 'dog' / f'{i:06d}.jpg')
 
 
+def write_pictures(folder: Path, count: int) -> None:
+    """PNG files in one class folder, as the official code reads ImageNet64."""
+    rng = np.random.default_rng(0)
+    (folder / 'imagenet64/one').mkdir(parents=True)
+    for i in range(count):
+        path = folder / f'imagenet64/one/{i:06d}.png'
+        if i < DISTINCT:
+            Image.fromarray(photo_like(rng, SIZE, SIZE)).save(path)
+        else:
+            os.link(folder / f'imagenet64/one/{i % DISTINCT:06d}.png', path)
+
+
 def cpu_seconds() -> float:
     # Of children, those that have ended.
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -102,6 +116,29 @@ def time_reading(folder: Path, batch_size: int, batches: int, workers: int) -> N
     )
 
 
+def time_official(checkout: str, folder: Path, batch_size: int, batches: int, workers: int) -> None:
+    sys.path.insert(0, checkout)
+    import torch
+    import utils
+
+    write_pictures(folder, batch_size * (batches + 2 * workers + 1))
+    data, _ = utils.get_data('imagenet64', SIZE, folder)
+    before = cpu_seconds()
+    iterator = iter(torch.utils.data.DataLoader(
+        data, batch_size=batch_size, shuffle=True, num_workers=workers, drop_last=True
+    ))
+    next(iterator)
+    start = time.perf_counter()
+    for _ in range(batches):
+        next(iterator)
+    seconds = time.perf_counter() - start
+    del iterator  # ends the workers
+    measured(
+        'read', batch_size * batches, seconds, cpu_seconds() - before, batch=batch_size,
+        workers=workers, flip=True, reader='official',
+    )
+
+
 def time_source(folder: Path, count: int) -> None:
     source = sources.load('prepared', 'validation', path=str(folder))
     order = np.random.default_rng(0).integers(0, len(source), count)
@@ -131,6 +168,7 @@ def main():
     parser.add_argument('--batch', type=int, default=256)
     parser.add_argument('--batches', type=int, default=100, help='to read, of the training set')
     parser.add_argument('--workers', type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument('--official', help='a checkout of github.com/apple/ml-tarflow to compare with')
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as temporary:
@@ -151,6 +189,9 @@ def main():
         time_tfds(prepared, 5_000)
         for workers in (0, 1, 2):
             time_reading(prepared, args.batch, args.batches, workers)
+            if args.official and workers:
+                pictures = folder / f'pictures_{workers}'
+                time_official(args.official, pictures, args.batch, args.batches, workers)
 
 
 if __name__ == '__main__':
