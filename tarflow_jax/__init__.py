@@ -2,7 +2,7 @@
 
 from tarflow_jax.flow.calibration import calibrate
 from tarflow_jax.flow.guidance import Guidance
-from tarflow_jax.flow.likelihood import bits_per_dim, denoise, log_prob
+from tarflow_jax.flow.likelihood import bits_per_dim, denoise, latent_log_prob, log_prob
 from tarflow_jax.flow.model import TarFlow
 from tarflow_jax.flow.sampling import SampleInfo, sample, sample_trajectory
 from tarflow_jax.flow.schedule import Schedule
@@ -32,6 +32,7 @@ __all__ = [
     'bits_per_dim',
     'calibrate',
     'denoise',
+    'latent_log_prob',
     'load_official',
     'log_prob',
     'sample',
