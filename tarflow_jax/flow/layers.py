@@ -87,7 +87,7 @@ class Linear(nn.Module):
     parts: int = 0
 
     @nn.compact
-    def __call__(self, x: Array) -> Array | list[Array]:
+    def __call__(self, x: Array) -> Any:  # an array, or a list of `parts`
         bound = 1.0 / math.sqrt(math.prod(self.inputs))
 
         def uniform(key, shape, dtype=jnp.float32):

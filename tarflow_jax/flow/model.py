@@ -7,6 +7,7 @@ Shape suffixes: B images, T patches, D numbers in a patch, C width.
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from flax import linen as nn
 
 from tarflow_jax.flow.attention import Array, at_least_float32
 from tarflow_jax.flow.layers import Layer, Linear, OneDevice
+
+Variables = Mapping[str, Any]  # what `TarFlow.init` returns
 
 # What a layer keeps of its forward pass beside its input; the rest is recomputed.
 REMAT_POLICIES = {
@@ -132,7 +135,8 @@ class Block(nn.Module):
         Position 0 has neither: both are zero there. The log-scale of a volume-preserving block is
         zero everywhere.
         """
-        return tuple(map(one_later, self.predictions(x_BxTxD, labels_B, reverse, temperature)))
+        log_scale, shift = self.predictions(x_BxTxD, labels_B, reverse, temperature)
+        return one_later(log_scale), one_later(shift)
 
     def predictions(
         self, x_BxTxD: Array, labels_B: Array | None = None, reverse=False, temperature=1.0
@@ -161,7 +165,8 @@ class Block(nn.Module):
         out = self.proj_out(h_BxSxC)
         if self.volume_preserving:
             return jnp.zeros_like(out), out
-        return tuple(jnp.split(out, 2, axis=-1))
+        log_scale, shift = jnp.split(out, 2, axis=-1)
+        return log_scale, shift
 
 
 class TarFlow(nn.Module):

@@ -5,7 +5,7 @@ Shape suffixes: B images, T patches, D numbers in a patch.
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,15 @@ from tarflow_jax.flow.attention import Array
 from tarflow_jax.flow.calibration import calibrated
 from tarflow_jax.flow.guidance import Guidance, Steering
 from tarflow_jax.flow.likelihood import prior_variance
-from tarflow_jax.flow.model import TarFlow, check_labels, flip_if, one_later, unpatchify
+from tarflow_jax.flow.model import (
+    TarFlow,
+    Variables,
+    check_labels,
+    flip_if,
+    one_later,
+    unpatchify,
+)
+from tarflow_jax.flow.parallel import Solution
 from tarflow_jax.flow.schedule import TOLERANCE, Schedule, run_block, uniform
 
 METHODS = ('sequential', 'jacobi', 'gs_jacobi', 'auto')
@@ -37,15 +45,15 @@ class SampleInfo(NamedTuple):
     """
 
     redraws: np.ndarray
-    sequential: np.ndarray
-    iterations: np.ndarray
+    sequential: Array | np.ndarray
+    iterations: Array | np.ndarray
     residual: Array
     round_trip: Array
 
 
 def sample(
     model: TarFlow,
-    variables,
+    variables: Variables,
     noise: Array,
     labels: Array | None = None,
     *,
@@ -54,10 +62,10 @@ def sample(
     schedule: Schedule | None = None,
     segments: int = 8,
     tolerance: float = TOLERANCE,
-    cache_dtype=None,
+    cache_dtype: Any = None,
     key: Array | None = None,
     return_info: bool = False,
-):
+) -> Any:
     """Images from noise: the inverse of the flow, with guidance.
 
     Args:
@@ -114,7 +122,7 @@ def sample(
 
 def sample_trajectory(
     model: TarFlow,
-    variables,
+    variables: Variables,
     noise: Array,
     labels: Array | None = None,
     *,
@@ -146,8 +154,8 @@ class _Drawn:
     [B, T, D]; iterations [N, B]; converged and redraws [B]."""
 
     sequences: list[Array]
-    iterations: Array
-    converged: Array
+    iterations: Array | np.ndarray
+    converged: Array | np.ndarray
     redraws: np.ndarray
 
 
@@ -155,7 +163,8 @@ def _draw(
     model, variables, noise, labels, steering, schedule, *, limited=True, cache_dtype=None
 ) -> _Drawn:
     x = noise * jnp.sqrt(prior_variance(variables))
-    sequences, solutions = [noise], []
+    sequences: list[Array] = [noise]
+    solutions: list[Solution] = []
     for b in reversed(range(len(model.layers_per_block))):
         solution = run_block(
             model, variables, b, schedule.blocks[b], x, labels, steering,
@@ -239,7 +248,8 @@ def _guided(model, variables, index, x_BxTxD, labels, steering) -> tuple[Array, 
     labels, temperature = steering.branch(labels, x_BxTxD.shape[0])
     reverse = index % 2 == 1
     x = jnp.repeat(flip_if(reverse, x_BxTxD, 1), steering.branches, axis=0)
-    both = block.apply({'params': params}, x, labels, reverse, temperature, method='predictions')
-    return tuple(
-        flip_if(reverse, one_later(y), 1) for y in steering.guide(*both, 0, axis=0)
+    predicted: Any = block.apply(
+        {'params': params}, x, labels, reverse, temperature, method='predictions'
     )
+    log_scale, shift = steering.guide(*predicted, 0, axis=0)
+    return flip_if(reverse, one_later(log_scale), 1), flip_if(reverse, one_later(shift), 1)
