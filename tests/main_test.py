@@ -24,6 +24,7 @@ from command_line import (
 )
 from parity_cases import FOLDER, Case
 
+from tarflow_jax import commands
 from tarflow_jax.data import pipeline, sources
 from tarflow_jax.evaluation import sample_files, sample_parts
 from tarflow_jax.flow.likelihood import training_loss
@@ -85,20 +86,34 @@ def refused(capfd):
 
 @pytest.mark.parametrize('given, words', [
     # The config and its fields.
-    (['--config.model.widht=64'], ["no field 'widht'", "did you mean 'width'"]),
-    (['--config.trian.epochs=1'], ["no field 'trian'", "did you mean 'train'"]),
+    (['--config.model.widht=64'], ["no field 'model.widht'", "did you mean 'model.width'?"]),
+    (['--config.trian.epochs=1'], ["no field 'trian.epochs'", "did you mean 'train.epochs'?"]),
+    (['--config.evaluate.frechet.wieghts=x'], ["did you mean 'evaluate.frechet.weights'?"]),
+    (['--config.epochs=1'], ["no field 'epochs'", "did you mean 'train.epochs'?"]),
+    (['--config.noise_std=1'], ["did you mean 'train.noise_std'?"]),
+    (['--noconfig.data.flpi'], ["no field 'data.flpi'", "did you mean 'data.flip'?"]),
     (['--config.zzz=1'], ["no field 'zzz'", 'tarflow_jax/config.py']),
     (['--config.train.batch_size=abc'], ['config.train.batch_size', "'abc'"]),
     (['--config.train.batch_size=2.5'], ['config.train.batch_size', "'2.5'"]),
     (['--config.data.flip=maybe'], ['config.data.flip', 'maybe']),
     (['--config.model=3'], ['--config.model', '--help']),
-    (['--config=configs/nosuch.py'], ['No such file', 'configs/nosuch.py']),
+    (['--config=configs/nosuch.py'], ['--config=configs/nosuch.py: there is no such file',
+                                      'there are', 'fashion_mnist.py', 'imagenet64.py']),
+    (['--config=configs/imagnet64.py:cond'], ['no such file; did you mean', 'configs/imagenet64.py?']),
+    (['--config=fashion_mnist'], ['no such file; did you mean', 'configs/fashion_mnist.py?']),
     ([f'--config={ROOT}/configs/imagenet64.py:mnist'], ["variant 'mnist'", 'bpd, uncond, cond']),
     ([f'--config={ROOT}/configs/imagenet64.py:bpd,cond'], ['exclude each other']),
     ([f'{QUICKSTART}:cond'], ['get_config()']),
     # The flags.
-    (['--wrokdir=x'], ["'wrokdir'", 'workdir', '--help']),
+    (['--wrokdir=x'], ['--wrokdir is not a flag; did you mean --workdir?']),
+    (['--workdri=x'], ['--workdri is not a flag; did you mean --workdir?']),
+    (['--confg=x.py'], ['--confg is not a flag; did you mean --config?']),
+    (['--epochs=3'], ['--epochs is not a flag; did you mean --config.train.epochs?']),
+    (['--model.width=3'], ['did you mean --config.model.width?']),
+    (['--zzz'], ['--zzz is not a flag; --help lists the flags.']),
     (['--mode=test'], ['--mode=test', 'train|sample|evaluate|convert']),
+    (['--mode=smaple'], ['--mode=smaple', "did you mean 'sample'?"]),
+    (['--distributed=onn'], ['--distributed=onn', "did you mean 'on'?"]),
     (['train'], ["'train' is not a flag"]),
     (['--workdir='], ['--workdir is missing']),
     (['--input=x.pth'], ['--input=x.pth has no meaning with --mode=train']),
@@ -182,8 +197,11 @@ def test_missing_flags(refused):
 def test_help(capfd):
     assert call('--help') == 0
     out = capfd.readouterr().out
-    for word in ('--workdir', '--config', '--mode: <train|sample|evaluate|convert|compile>', 'Modes:'):
+    for word in ('--workdir', '--config', '--mode: <train|sample|evaluate|convert|compile>'):
         assert word in out
+    lines = out.partition('\nModes:\n')[2].splitlines()
+    assert [line.split()[0] for line in lines[:5]] == list(commands.MODES)
+    assert all(len(line) <= 100 for line in lines[:5])
 
 
 def test_imagenet_without_its_data(refused, tmp_path):
