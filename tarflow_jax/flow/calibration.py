@@ -171,7 +171,7 @@ def _largest_difference(x, wanted):
     return jnp.where(_finite(wanted)[:, None, None], abs(x - wanted), 0.0).max()
 
 
-# Schedules of `sample(method='auto')` without one, each with a reference to the variables it is for.
+# Schedules of `sample(method='auto')` without one, each with a reference to its variables.
 _REMEMBERED: list[tuple[weakref.ref, tuple, Schedule]] = []
 
 

@@ -70,7 +70,7 @@ def guide(target: str, rule: str, weight, conditional, unconditional) -> tuple[A
     if rule == 'linear':
         a, m = a_c + weight * (a_c - a_u), m_c + weight * (m_c - m_u)
     else:
-        # A Gaussian N(m, sigma^2) = N(c)^(1+w) / N(u)^w, its precision kept positive by the minimum.
+        # A Gaussian N(m, sigma^2) = N(c)^(1+w) / N(u)^w; the minimum keeps its precision positive.
         s = jnp.exp(2 * jnp.minimum(a_c - a_u, 0.0))
         d = 1 + weight - weight * s
         a, m = a_c - 0.5 * jnp.log(d), ((1 + weight) * m_c - weight * s * m_u) / d

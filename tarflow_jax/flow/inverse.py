@@ -122,7 +122,7 @@ class _Network(NamedTuple):
         )
 
     def predict(self, x_DxB: Array, t, caches: list[LayerCache]):
-        """Guided log-scale and shift of position t + 1, [D, B] float32 each, and the caches with t."""
+        """Guided log-scale and shift of position t + 1, [D, B] float32 each; the caches with t."""
         block, place = self.block, self.block.layout.place
         h = self._product(self.proj_in, jnp.repeat(x_DxB, self.steering.branches, axis=1), 1)
         position_C = jax.lax.dynamic_index_in_dim(self.positions_TxC, t, keepdims=False)

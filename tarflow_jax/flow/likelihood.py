@@ -12,7 +12,7 @@ from tarflow_jax.flow.model import TarFlow, Variables, check_labels
 
 
 def prior_variance(variables: Variables) -> Array | float:
-    """Variance of the Gaussian prior: `prior/variance` [T, D] of a volume-preserving flow, else 1."""
+    """Variance of the Gaussian prior: `prior/variance` [T, D] if volume-preserving, else 1."""
     return variables['prior']['variance'] if 'prior' in variables else 1.0
 
 

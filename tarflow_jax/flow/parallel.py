@@ -49,7 +49,7 @@ class _State(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """Of a block: x [B, T, D], iterations [B] and converged [B] of each image, calls of the network."""
+    """Of a block: x [B, T, D], iterations [B] and converged [B] of each image, network calls."""
 
     x: Array
     iterations: Array | np.ndarray
@@ -145,7 +145,7 @@ def _conditioner(block: Block, params, labels, reverse, steering: Steering, batc
     labels, temperature = steering.branch(labels, batch)
     layer = Layer(block.width, block.head_dim, block.dtype, block.layout)
     # Unstacked outside of the loop: inside, each iteration would copy every layer's weights.
-    layers = [jax.tree.map(lambda a: a[i], params['layers']) for i in range(block.num_layers)]
+    layers = [jax.tree.map(lambda a, i=i: a[i], params['layers']) for i in range(block.num_layers)]
 
     def predict(x_BxWxD, start, caches):
         x = jnp.repeat(x_BxWxD, steering.branches, axis=0)

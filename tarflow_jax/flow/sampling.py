@@ -92,7 +92,8 @@ def sample(
     guidance = _checked(model, noise, labels, guidance)
     if method not in METHODS:
         raise ValueError(f'sampling method {method!r} is none of {", ".join(METHODS)}.')
-    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((variables, noise, labels)))
+    leaves = jax.tree.leaves((variables, noise, labels))
+    traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
     if schedule is not None and method != 'auto':
         raise ValueError(f"a schedule is for method 'auto', not {method!r}; leave one of them out.")
     if method != 'auto':
@@ -101,7 +102,9 @@ def sample(
     elif schedule is not None:
         schedule.check(model, guidance)
     elif traced:
-        raise ValueError("method 'auto' inside jit needs schedule=calibrate(model, variables, ...).")
+        raise ValueError(
+            "method 'auto' inside jit needs schedule=calibrate(model, variables, ...)."
+        )
     else:
         schedule = calibrated(model, variables, labels, noise.shape[0], guidance, tolerance)
     steering = Steering.of(guidance, model.num_patches)
@@ -210,7 +213,7 @@ def _draw_again(model, variables, drawn: _Drawn, labels, steering, key, cache_dt
         failed = np.flatnonzero(~to_host(jnp.isfinite(sequences[-1]).all((1, 2))))
         if not failed.size:
             break
-        sequences = replace(failed, lambda rows: _redrawn_noise(model, key, attempt, rows))
+        sequences = replace(failed, partial(_redrawn_noise, model, key, attempt))
         redraws[failed] += 1
     return _Drawn(sequences, iterations, converged, redraws)
 
