@@ -62,7 +62,8 @@ def main(argv: list[str]) -> int:
     except Stopped as stopped:
         return stopped.code
     except KeyboardInterrupt:
-        log.info('stopped; %s', commands.INTERRUPTED[given.mode])
+        what = commands.INTERRUPTED.get(given.mode, 'the same command starts again')
+        log.info('stopped; %s', what)
         return 130
     except Diverged as error:
         log.error('error: %s', error)
