@@ -4,8 +4,8 @@ The result is a rerun's of the recipe of Zhai et al. (arXiv 2412.06329) after 40
 guidance 3.4 annealed and a denoising strength of 1.4. 463M parameters. `:smoke` shrinks everything
 to seconds on a CPU.
 
-Data: folders train/ and test/ of cat/, dog/ and wild/ (the first version has val/ in place of test/:
-`--config.data.test_split=validation`), prepared with
+Data: folders train/ and test/ of cat/, dog/ and wild/ (the first version has val/ in place of
+test/: `--config.data.test_split=validation`), prepared with
 
     python -m tarflow_jax.data.prepare FOLDER --out=data/afhq256 --size=256
 """

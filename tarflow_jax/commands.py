@@ -20,6 +20,7 @@ from tarflow_jax import config as configs
 from tarflow_jax import convert as official
 from tarflow_jax import scoring
 from tarflow_jax.evaluation import bulk, sample_files, schedules
+from tarflow_jax.flow.layers import OneDevice
 from tarflow_jax.training import loop, sharding
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.state import from_variables
@@ -41,6 +42,17 @@ def train(config, given) -> Callable[[], None]:
     scores = scoring.prepare(scoring.Subject(config, plan, mesh, workdir, test_source))
 
     def job():
+        latest = checkpoints.latest()
+        _announce(
+            given.mode, plan.model, mesh,
+            data=f'{_set_name(source)}; {_set_name(test_source)}',
+            steps=f'{schedule.total_steps} of {config.train.batch_size} images '
+            f'({config.train.epochs:g} epochs), '
+            + ('from the first' if latest is None else f'going on after step {latest}'),
+            then=f'{config.sample.count} samples if a score needs them; scores: '
+            f'{", ".join(config.evaluate.metrics) or "none"}',
+            output=f'{workdir}: checkpoints, metrics, samples, evaluation.json',
+        )
         with checkpoints:
             state = loop.train(config, plan, schedule, source, checkpoints, workdir, mesh)
         variables, origin = state.variables(), _at_step(int(state.step), workdir)
@@ -59,6 +71,15 @@ def sample(config, given) -> Callable[[], None]:
     variables, origin = _variables(plan, workdir, given.input, mesh)
 
     def job():
+        s = config.sample
+        classes = f'class {s.label}' if s.label >= 0 else 'all classes in turn'
+        _announce(
+            given.mode, plan.model, mesh, checkpoint=origin['name'],
+            samples=f'{s.count} in batches of {s.batch_size}, '
+            f'{classes if plan.model.num_classes else "no classes"}, guidance '
+            f'{plan.guidance.weight:g}, {s.method}',
+            output=f'{workdir / "samples"}, as {s.format}',
+        )
         _, summary = sample_set(config, plan, variables, origin, mesh, workdir)
         log.info(
             '%d samples of %s (%d drawn now, in %.1f s; %d drawn again as not finite) are in %s',
@@ -105,7 +126,16 @@ def evaluate(config, given) -> Callable[[], None]:
     scores = scoring.prepare(scoring.Subject(config, plan, mesh, workdir, source))
     variables, origin = _variables(plan, workdir, given.input, mesh)
     draw = functools.partial(sample_set, config, plan, variables, origin, mesh, workdir)
-    return functools.partial(scores, variables, origin, draw)
+
+    def job():
+        _announce(
+            given.mode, plan.model, mesh, checkpoint=origin['name'], data=_set_name(source),
+            scores=', '.join(config.evaluate.metrics) or 'none',
+            output=str(workdir / 'evaluation.json'),
+        )
+        scores(variables, origin, draw)
+
+    return job
 
 
 def convert(config, given) -> Callable[[], None]:
@@ -129,6 +159,9 @@ def convert(config, given) -> Callable[[], None]:
         variables, origin = _variables(plan, origin_dir, input_file, mesh)
 
         def write():
+            _announce(
+                given.mode, plan.model, mesh, checkpoint=origin['name'], output=output_file
+            )
             official.save_official(variables, plan.model, output_file)
             log.info('%s is now %s', origin['name'], output_file)
 
@@ -144,6 +177,9 @@ def convert(config, given) -> Callable[[], None]:
         )
 
     def store():
+        _announce(
+            given.mode, plan.model, mesh, checkpoint=input_file, output=str(checkpoints.folder)
+        )
         # The optimizer starts afresh: the structure of its state does not depend on its settings.
         optimizer = configs.optimizer(config, optax.constant_schedule(0.0))
         state = from_variables(variables, optimizer, ema=plan.recipe.ema_decay > 0)
@@ -156,7 +192,7 @@ def convert(config, given) -> Callable[[], None]:
 
 
 def compile_ahead(config, given) -> Callable[[], None]:
-    """Compiles a step for each of the TPU topologies, of which none is needed; prints what it costs."""
+    """Compiles a step for each of the TPU topologies and prints what it costs; needs no TPU."""
     # Imported here: the other modes need nothing of it.
     from tarflow_jax.ahead_of_time import report, topology
 
@@ -177,6 +213,11 @@ def compile_ahead(config, given) -> Callable[[], None]:
         setups.append((own, slice_))
 
     def job():
+        _announce(
+            given.mode, configs.plan(config).model, None, program=f'the step of {given.program}',
+            topologies=', '.join(given.topology),
+            output=', '.join(filter(None, (given.json, given.out))) or 'printed only',
+        )
         rows = []
         for own, slice_ in setups:
             row = report.compile_for(
@@ -191,12 +232,16 @@ def compile_ahead(config, given) -> Callable[[], None]:
                     if better else 'none found; take more chips, or chips with more memory'
                 ), flush=True)
             rows.append(row)
+            if given.json:  # now, so that Ctrl-C leaves what is known
+                temporary = Path(f'{given.json}.tmp')
+                temporary.write_text(json.dumps(rows, indent=2) + '\n')
+                temporary.replace(given.json)
         if len(rows) > 1:
-            print(*report.table(rows), sep='\n')
+            print(*report.table(rows), sep='\n', flush=True)
         if given.json:
-            temporary = Path(f'{given.json}.tmp')
-            temporary.write_text(json.dumps(rows, indent=2) + '\n')
-            temporary.replace(given.json)
+            log.info('the numbers are in %s', given.json)
+        if given.out:
+            log.info('the compiled programs are in %s', given.out)
 
     return job
 
@@ -207,6 +252,15 @@ MODES = {
     'evaluate': evaluate,
     'convert': convert,
     'compile': compile_ahead,
+}
+# What Ctrl-C leaves behind, where the mode has not said so itself.
+INTERRUPTED = {
+    'train': 'the checkpoints are as they were; the same command goes on from the newest',
+    'sample': 'the batches that were drawn are kept; the same command goes on from there',
+    'evaluate': 'no scores were written, samples that were drawn are kept; the same command '
+    'starts the scores again',
+    'convert': 'a checkpoint is there whole or not at all; the same command starts again',
+    'compile': 'what was compiled is printed above; the same command starts again',
 }
 _FLAGS = ('workdir', 'input', 'output', 'topology', 'batch_per_chip', 'json', 'out')
 
@@ -220,6 +274,36 @@ def _only(given, *names: str) -> None:
             raise ValueError(
                 f'--{name}={value} has no meaning with --mode={given.mode}; leave it out.'
             )
+
+
+def _announce(mode: str, model, mesh, **rows: str) -> None:
+    """Says what is about to be done, before anything is compiled."""
+    layers = sorted(set(model.layers_per_block))
+    depth = layers[0] if len(layers) == 1 else ','.join(map(str, model.layers_per_block))
+    shape = (1, model.image_size, model.image_size, model.image_channels)
+    variables = jax.eval_shape(
+        model.clone(layout=OneDevice()).init, jax.random.key(0), jax.ShapeDtypeStruct(shape, 'f4')
+    )
+    count = sum(leaf.size for leaf in jax.tree.leaves(variables['params']))
+    lines = {
+        'flow': f'{model.patch_size}-{model.width}-{len(model.layers_per_block)}-{depth} at '
+        f'{model.image_size}x{model.image_size}x{model.image_channels}, {count:,} parameters, '
+        f'{jax.numpy.dtype(model.dtype).name}',
+    }
+    if mesh is not None:
+        axes = ', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())
+        lines['devices'] = (
+            f'{mesh.devices.size} x {mesh.devices.flat[0].device_kind} of '
+            f'{jax.process_count()} process(es) as {axes}'
+        )
+    width = max(map(len, lines | rows))
+    text = (f'  {name:{width}}  {value}' for name, value in (lines | rows).items())
+    log.info('%s\n%s', mode, '\n'.join(text))
+
+
+def _set_name(source) -> str:
+    name, split = source.about.get('dataset', 'images'), source.about.get('split')
+    return f'{name}, {len(source):,} images' + (f' of split {split!r}' if split else '')
 
 
 def _workdir(workdir) -> Path:
@@ -247,8 +331,8 @@ def _check_average(checkpoints: Checkpoints, config) -> None:
     there, here = checkpoints.about()['config']['train']['ema_decay'], config.train.ema_decay
     if (there > 0) != (here > 0):
         raise ValueError(
-            f'{checkpoints.folder} holds a checkpoint with train.ema_decay {there}, this config has '
-            f'{here}; an average can be neither begun nor dropped on the way.'
+            f'{checkpoints.folder} holds a checkpoint with train.ema_decay {there}, this config '
+            f'has {here}; an average can be neither begun nor dropped on the way.'
         )
 
 

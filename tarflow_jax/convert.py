@@ -21,6 +21,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 from tarflow_jax import torch_file
+from tarflow_jax.flow.model import TarFlow, Variables
 
 # Official name, our path, and the axes of both, named as in `_sizes`; those in parentheses are
 # merged into one. The official code registers the layers as `blocks.B.attn_blocks.L`; here they
@@ -64,7 +65,7 @@ class _Row(NamedTuple):
     layer: int | None = None
 
 
-def load_official(path, model) -> dict[str, Any]:
+def load_official(path: str | os.PathLike[str], model: TarFlow) -> dict[str, Any]:
     """Variables of `model` from a checkpoint of the official PyTorch code; torch is not needed.
 
     Args:
@@ -114,7 +115,9 @@ def load_official(path, model) -> dict[str, Any]:
     return traverse_util.unflatten_dict(copies, sep='/')
 
 
-def save_official(variables: Mapping[str, Any], model, path) -> None:
+def save_official(
+    variables: Variables, model: TarFlow, path: str | os.PathLike[str]
+) -> None:
     """Writes the variables under the official names, for `load_state_dict` of the official model.
 
     In PyTorch: `model.load_state_dict(safetensors.torch.load_file(path))`. The official model has
@@ -171,13 +174,14 @@ def _rows(model) -> list[_Row]:
     """All tensors of the official state dict except for `_buffers`."""
     rows = [_Row(*_PRIOR)] if model.volume_preserving else []
     for b, num_layers in enumerate(model.layers_per_block):
-        for official, path, *axes in _BLOCK:
+        for official, path, theirs, ours in _BLOCK:
             if official != 'class_embed' or model.num_classes:
-                rows.append(_Row(f'blocks.{b}.{official}', f'params/block_{b}/{path}', *axes))
+                official, path = f'blocks.{b}.{official}', f'params/block_{b}/{path}'
+                rows.append(_Row(official, path, theirs, ours))
         for i in range(num_layers):
-            for official, path, *axes in _LAYER:
+            for official, path, theirs, ours in _LAYER:
                 official = f'blocks.{b}.attn_blocks.{i}.{official}'
-                rows.append(_Row(official, f'params/block_{b}/layers/{path}', *axes, layer=i))
+                rows.append(_Row(official, f'params/block_{b}/layers/{path}', theirs, ours, i))
     return rows
 
 
@@ -270,8 +274,10 @@ def _refuse(what, model, problems: list[str]) -> None:
     """ValueError that names the problems, if there are any."""
     if not problems:
         return
-    fields = ('image_size', 'image_channels', 'patch_size', 'width', 'layers_per_block')
-    fields += ('num_classes', 'head_dim', 'volume_preserving')
+    fields = (
+        'image_size', 'image_channels', 'patch_size', 'width', 'layers_per_block', 'num_classes',
+        'head_dim', 'volume_preserving',
+    )
     settings = ', '.join(f'{field}={getattr(model, field)}' for field in fields)
     named = problems[:_MAX_NAMED]
     if len(problems) > _MAX_NAMED:

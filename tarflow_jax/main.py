@@ -11,16 +11,19 @@ Modes:
   compile   compile a step for TPU slices on a machine without TPUs: what fits, what it costs
 """
 
+import difflib
 import logging
 import os
 import re
 import sys
+from pathlib import Path
 
 import jax
 from absl import flags
 from ml_collections import config_flags
 
 from tarflow_jax import commands
+from tarflow_jax import config as configs
 from tarflow_jax.training import compiled, processes, sharding
 from tarflow_jax.training.checkpoint import CheckpointError
 from tarflow_jax.training.loop import Diverged, Stopped
@@ -50,16 +53,17 @@ def main(argv: list[str]) -> int:
     except (ValueError, OSError) as error:
         log.error('error: %s', error)
         return 2
-    if given.workdir:
-        devices = jax.devices()
-        log.info('%s on %d %s device(s) of %d process(es), workdir %s', given.mode, len(devices),
-                 devices[0].device_kind, jax.process_count(), given.workdir)
+    except KeyboardInterrupt:
+        log.info('stopped before anything was done; the same command starts again')
+        return 130
     try:
         with compiled.savings():
             job()
     except Stopped as stopped:
         return stopped.code
     except KeyboardInterrupt:
+        what = commands.INTERRUPTED.get(given.mode, 'the same command starts again')
+        log.info('stopped; %s', what)
         return 130
     except Diverged as error:
         log.error('error: %s', error)
@@ -132,25 +136,98 @@ def _flags(argv: list[str]) -> flags.FlagValues:
 def _parse(argv: list[str]) -> flags.FlagValues:
     """The flags of the command line; ValueError if they cannot be understood."""
     given = _flags(argv)
+    _check_file(argv)
     try:
         rest = given(argv)
         config = given.config
-        config is None or config.seed  # a file that could not be read only now says so
+        if config is not None:
+            _ = config.seed  # a file that could not be read only now says so
+    except flags.UnrecognizedFlagError as error:
+        raise ValueError(_unknown_flag(error.flagname, list(given))) from error
+    except flags.IllegalFlagValueError as error:
+        choices = re.search(r'=(.*): value should be one of <(.+)>', str(error))
+        close = choices and difflib.get_close_matches(choices[1], choices[2].split('|'), 1)
+        hint = f'did you mean {close[0]!r}?' if close else '--help lists the flags.'
+        raise ValueError(f'{_sentence(error)}; {hint}') from error
     except (AttributeError, KeyError) as error:
+        unknown = [name for name in _given_fields(argv) if name not in _fields()]
         closest = re.search(r'Did you mean "(.+?)" instead of "(.+?)"', str(error))
-        field = closest[2] if closest else str(error).strip('\'"\\')
-        hint = f'did you mean {closest[1]!r}?' if closest else 'tarflow_jax/config.py lists them.'
+        if unknown:
+            field, close = unknown[0], _closest_fields(unknown[0])
+        elif closest:
+            field, close = closest[2], [closest[1]]
+        else:
+            field, close = str(error).strip('\'"\\'), []
+        hint = f'did you mean {_either(close)}?' if close else 'tarflow_jax/config.py lists them.'
         raise ValueError(f'the config has no field {field!r}; {hint}') from error
     except Exception as error:
-        # config_flags passes on what the config file raised with its traceback, the sentence last.
-        lines = [line for line in str(error).splitlines() if line.strip(' ;')]
-        sentence = re.sub(r'^\s*(\[Errno \d+\]|\w+Error:) ', '', lines[-1])
-        raise ValueError(f'{sentence.rstrip(".")}; --help lists the flags.') from error
+        raise ValueError(f'{_sentence(error)}; --help lists the flags.') from error
     if len(rest) > 1:
         raise ValueError(f'{rest[1]!r} is not a flag; flags look like --workdir=DIR.')
     if config is None and not given.help:
         raise ValueError('--config is missing; give a file such as configs/fashion_mnist.py.')
     return given
+
+
+def _sentence(error: Exception) -> str:
+    # config_flags passes on what the config file raised with its traceback, the sentence last.
+    lines = [line for line in str(error).splitlines() if line.strip(' ;')]
+    return re.sub(r'^\s*(\[Errno \d+\]|\w+Error:) ', '', lines[-1]).rstrip('.')
+
+
+def _check_file(argv: list[str]) -> None:
+    """ValueError that names the closest config there is if --config names a file that is not."""
+    given = [re.fullmatch(r'--?config(?:=(.*))?', word) for word in argv[1:]]
+    values = [
+        match[1] if match[1] is not None else argv[i + 1]
+        for i, match in enumerate(given, 1) if match and (match[1] is not None or argv[i + 1 :])
+    ]
+    for value in values:
+        path = Path(re.sub(r'(\.py):.*', r'\1', value))
+        if not value or path.is_file():
+            continue
+        # Where it was looked for, here, and in the clone that this package may lie in.
+        folders = (path.parent, Path('configs'), Path(__file__).parents[1] / 'configs')
+        there = {file.stem: file for folder in reversed(folders) for file in folder.glob('*.py')}
+        close = difflib.get_close_matches(path.name.removesuffix('.py'), there, 1)
+        hint = 'give one such as configs/fashion_mnist.py of the repository.'
+        if close:
+            hint = f'did you mean {there[close[0]]}?'
+        elif there:
+            hint = f'there are {", ".join(str(there[stem]) for stem in sorted(there))}.'
+        raise ValueError(f'--config={value}: there is no such file; {hint}')
+
+
+def _given_fields(argv: list[str]) -> list[str]:
+    found = (re.match(r'--?(?:no)?config\.([\w.]+)', word) for word in argv[1:])
+    return [match[1] for match in found if match]
+
+
+def _fields(fields=None, prefix: str = '') -> list[str]:
+    """All names of the config, sections and fields, such as 'model' and 'model.width'."""
+    names = []
+    for name, value in (configs.default().to_dict() if fields is None else fields).items():
+        names.append(prefix + name)
+        if isinstance(value, dict):
+            names += _fields(value, f'{prefix}{name}.')
+    return names
+
+
+def _closest_fields(name: str) -> list[str]:
+    """Fields that may have been meant: of a name much alike, or of another section."""
+    elsewhere = [field for field in _fields() if field.split('.')[-1] == name.split('.')[-1]]
+    return difflib.get_close_matches(name, _fields(), 1, 0.75) or elsewhere
+
+
+def _unknown_flag(name: str, known: list[str]) -> str:
+    close = [f'--{flag}' for flag in difflib.get_close_matches(name, known, 1)]
+    close = close or [f'--config.{field}' for field in _closest_fields(name)]
+    hint = f'did you mean {_either(close)}?' if close else '--help lists the flags.'
+    return f'--{name} is not a flag; {hint}'
+
+
+def _either(names: list[str]) -> str:
+    return ' or '.join(names if names[0].startswith('--') else map(repr, names))
 
 
 def _log_to_stderr() -> None:

@@ -18,7 +18,12 @@ import numpy as np
 from tarflow_jax import config as configs
 from tarflow_jax.data import sources
 from tarflow_jax.evaluation import (
-    features, networks, outliers, sample_files, statistics_files, tables
+    features,
+    networks,
+    outliers,
+    sample_files,
+    statistics_files,
+    tables,
 )
 from tarflow_jax.evaluation.bits_per_dim import bits_per_dim
 from tarflow_jax.evaluation.classification import classification

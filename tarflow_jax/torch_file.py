@@ -142,7 +142,7 @@ class _ZipRecords:
     def size(self, key: str) -> int | None:
         """Length of a storage in bytes, None if the archive does not hold it."""
         entry = self._entries.get(f'data/{key}')
-        return entry and entry.file_size
+        return entry.file_size if entry else None
 
     def read(self, key: str) -> bytes:
         return self._read(f'data/{key}')

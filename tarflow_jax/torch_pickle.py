@@ -104,11 +104,10 @@ def _follow(data: bytes | BinaryIO) -> Any:
             below.append(stack)
             stack = []
         elif name == 'TUPLE':
-            items, stack = tuple(stack), below.pop()
-            stack.append(items)
+            whole, stack = tuple(stack), below.pop()
+            stack.append(whole)
         elif name in _TUPLE_SIZES:
-            items = tuple(stack.pop() for _ in range(_TUPLE_SIZES[name]))[::-1]
-            stack.append(items)
+            stack.append(tuple(stack.pop() for _ in range(_TUPLE_SIZES[name]))[::-1])
         elif name == 'APPEND':
             _extend(stack[-2], [stack.pop()])
         elif name == 'APPENDS':
@@ -165,7 +164,7 @@ def _set_items(target: Any, items: list) -> None:
 
 
 def short(key: str | int) -> str:
-    return repr(key if type(key) is int or len(key) <= 100 else key[:97] + '...')
+    return repr(key if isinstance(key, int) or len(key) <= 100 else key[:97] + '...')
 
 
 def _global(name: str) -> _Global:
@@ -234,5 +233,4 @@ def state_dict(state: Any) -> dict[str, Tensor]:
 
 
 def _is_state_dict(value: Any) -> bool:
-    tensors = type(value) is dict and [type(v) is Tensor for v in value.values()]
-    return bool(tensors) and all(tensors)
+    return type(value) is dict and bool(value) and all(type(v) is Tensor for v in value.values())

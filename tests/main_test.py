@@ -24,10 +24,14 @@ from command_line import (
 )
 from parity_cases import FOLDER, Case
 
+from tarflow_jax import commands
+from tarflow_jax import config as configs
+from tarflow_jax import convert as official
 from tarflow_jax.data import pipeline, sources
-from tarflow_jax.evaluation import sample_files, sample_parts
+from tarflow_jax.evaluation import bits_per_dim, bulk, sample_files, sample_parts
 from tarflow_jax.flow.likelihood import training_loss
 from tarflow_jax.torch_file import read_torch_file
+from tarflow_jax.training import loop
 from tarflow_jax.training.metrics import MetricWriter
 from tarflow_jax.training.step import Recipe, add_noise
 
@@ -85,20 +89,34 @@ def refused(capfd):
 
 @pytest.mark.parametrize('given, words', [
     # The config and its fields.
-    (['--config.model.widht=64'], ["no field 'widht'", "did you mean 'width'"]),
-    (['--config.trian.epochs=1'], ["no field 'trian'", "did you mean 'train'"]),
+    (['--config.model.widht=64'], ["no field 'model.widht'", "did you mean 'model.width'?"]),
+    (['--config.trian.epochs=1'], ["no field 'trian.epochs'", "did you mean 'train.epochs'?"]),
+    (['--config.evaluate.frechet.wieghts=x'], ["did you mean 'evaluate.frechet.weights'?"]),
+    (['--config.epochs=1'], ["no field 'epochs'", "did you mean 'train.epochs'?"]),
+    (['--config.noise_std=1'], ["did you mean 'train.noise_std'?"]),
+    (['--noconfig.data.flpi'], ["no field 'data.flpi'", "did you mean 'data.flip'?"]),
     (['--config.zzz=1'], ["no field 'zzz'", 'tarflow_jax/config.py']),
     (['--config.train.batch_size=abc'], ['config.train.batch_size', "'abc'"]),
     (['--config.train.batch_size=2.5'], ['config.train.batch_size', "'2.5'"]),
     (['--config.data.flip=maybe'], ['config.data.flip', 'maybe']),
     (['--config.model=3'], ['--config.model', '--help']),
-    (['--config=configs/nosuch.py'], ['No such file', 'configs/nosuch.py']),
+    (['--config=configs/nosuch.py'], ['--config=configs/nosuch.py: there is no such file',
+                                      'there are', 'fashion_mnist.py', 'imagenet64.py']),
+    (['--config=configs/imagnet64.py:cond'], ['no such file; did you mean', 'configs/imagenet64.py?']),
+    (['--config=fashion_mnist'], ['no such file; did you mean', 'configs/fashion_mnist.py?']),
     ([f'--config={ROOT}/configs/imagenet64.py:mnist'], ["variant 'mnist'", 'bpd, uncond, cond']),
     ([f'--config={ROOT}/configs/imagenet64.py:bpd,cond'], ['exclude each other']),
     ([f'{QUICKSTART}:cond'], ['get_config()']),
     # The flags.
-    (['--wrokdir=x'], ["'wrokdir'", 'workdir', '--help']),
+    (['--wrokdir=x'], ['--wrokdir is not a flag; did you mean --workdir?']),
+    (['--workdri=x'], ['--workdri is not a flag; did you mean --workdir?']),
+    (['--confg=x.py'], ['--confg is not a flag; did you mean --config?']),
+    (['--epochs=3'], ['--epochs is not a flag; did you mean --config.train.epochs?']),
+    (['--model.width=3'], ['did you mean --config.model.width?']),
+    (['--zzz'], ['--zzz is not a flag; --help lists the flags.']),
     (['--mode=test'], ['--mode=test', 'train|sample|evaluate|convert']),
+    (['--mode=smaple'], ['--mode=smaple', "did you mean 'sample'?"]),
+    (['--distributed=onn'], ['--distributed=onn', "did you mean 'on'?"]),
     (['train'], ["'train' is not a flag"]),
     (['--workdir='], ['--workdir is missing']),
     (['--input=x.pth'], ['--input=x.pth has no meaning with --mode=train']),
@@ -182,8 +200,11 @@ def test_missing_flags(refused):
 def test_help(capfd):
     assert call('--help') == 0
     out = capfd.readouterr().out
-    for word in ('--workdir', '--config', '--mode: <train|sample|evaluate|convert|compile>', 'Modes:'):
+    for word in ('--workdir', '--config', '--mode: <train|sample|evaluate|convert|compile>'):
         assert word in out
+    lines = out.partition('\nModes:\n')[2].splitlines()
+    assert [line.split()[0] for line in lines[:5]] == list(commands.MODES)
+    assert all(len(line) <= 100 for line in lines[:5])
 
 
 def test_imagenet_without_its_data(refused, tmp_path):
@@ -398,6 +419,73 @@ def test_evaluate(trained, images, tmp_path):
     assert 8.0 < bits['bits_per_dim'] < 9.0
     assert 20 * classes['accuracy'] == pytest.approx(round(20 * classes['accuracy']))
     assert not list(workdir.glob('*.tmp'))
+
+
+def announced(printed, mode):
+    """What a mode says that it is about to do, as {name: value}; one screen at most."""
+    block = re.search(rf'^\d\d:\d\d:\d\d {mode}\n((  \w+ .*\n)+)', printed, re.MULTILINE)[1]
+    lines = block.splitlines()
+    assert len(lines) < 12
+    return dict(line.split(maxsplit=1) for line in lines)
+
+
+def test_modes_say_what_they_are_about_to_do(trained, images, tmp_path, capfd):
+    workdir = shutil.copytree(trained, tmp_path / 'run')
+    scores = dict(evaluate__metrics='("bits_per_dim",)')
+    output = tmp_path / 'out.safetensors'
+    found, ends = {}, {}
+    for mode, more in (
+        ('train', ()), ('sample', ()), ('evaluate', ()), ('convert', (f'--output={output}',))
+    ):
+        assert call(*flags(workdir, images, **scores), f'--mode={mode}', *more) == 0
+        printed = capfd.readouterr().err
+        found[mode], ends[mode] = announced(printed, mode), printed.splitlines()[-1]
+    saved_tensors = safetensors.numpy.load_file(output)
+    count = sum(t.size for name, t in saved_tensors.items() if 'mask' not in name and name != 'var')
+    for lines in found.values():
+        assert lines['flow'] == f'8-32-1-1 at 16x16x1, {count:,} parameters, float32'
+        assert lines['devices'].startswith('8 x cpu of 1 process(es) as data 8, fsdp 1')
+    assert lines['checkpoint'] == f'step 12 of {workdir}' and lines['output'] == str(output)
+    assert '96 images' in found['train']['data'] and '20 images' in found['train']['data']
+    assert found['train']['steps'] == '12 of 16 images (2 epochs), going on after step 12'
+    assert found['sample']['samples'].startswith('13 in batches of 8, all classes in turn')
+    assert found['evaluate']['scores'] == 'bits_per_dim'
+    for mode, place in (
+        ('train', workdir), ('sample', workdir / 'samples'),
+        ('evaluate', workdir / 'evaluation.json'), ('convert', output),
+    ):
+        assert str(place) in found[mode]['output'] and str(place) in ends[mode]
+
+
+def press_ctrl_c(*_, **__):
+    # Twice: training and sampling note the first and finish what they are at.
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize('mode, where, name, says', [
+    ('train', loop, 'jitted_train_step', 'goes on from the newest'),
+    ('sample', bulk, '_noise', 'goes on from there'),
+    ('evaluate', bits_per_dim, 'over_set', 'starts the scores again'),
+    ('convert', official, '_rearrange', 'starts again'),
+    ('evaluate', configs, 'source', 'stopped before anything was done'),
+])
+def test_ctrl_c(trained, images, tmp_path, monkeypatch, capfd, mode, where, name, says):
+    workdir = shutil.copytree(trained, tmp_path / 'run')
+    output = tmp_path / 'out.safetensors'
+    fields = dict(evaluate__metrics='("bits_per_dim",)', train__epochs=2.1)
+    command = [*flags(workdir, images, **fields), f'--mode={mode}']
+    command += [f'--output={output}'] * (mode == 'convert')
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, press_ctrl_c)
+        assert call(*command) == 130
+    printed = capfd.readouterr().err
+    assert 'Traceback' not in printed
+    assert says in printed.splitlines()[-1]
+    assert not output.exists() and not list(tmp_path.glob('.out*'))
+    scores = 'evaluation.json'
+    assert (workdir / scores).read_bytes() == (trained / scores).read_bytes()
+    assert call(*command) == 0
 
 
 def test_converted_checkpoint_samples_and_scores_as_the_official_one(converted, images, tmp_path):

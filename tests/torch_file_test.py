@@ -8,7 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from torch_bytes import (
-    NUMBERS, Raw, call, encode, name_of, refusal, refusals_of_damage, storage, tensor, write,
+    NUMBERS,
+    Raw,
+    call,
+    encode,
+    name_of,
+    refusal,
+    refusals_of_damage,
+    storage,
+    tensor,
+    write,
 )
 
 from tarflow_jax.torch_file import read_torch_file

@@ -7,8 +7,18 @@ import struct
 import numpy as np
 import pytest
 from torch_bytes import (
-    LEGACY_START, MACHINE, NUMBERS, Raw, encode, legacy_state, name_of, refusal,
-    refusals_of_damage, storage, tensor, write_legacy,
+    LEGACY_START,
+    MACHINE,
+    NUMBERS,
+    Raw,
+    encode,
+    legacy_state,
+    name_of,
+    refusal,
+    refusals_of_damage,
+    storage,
+    tensor,
+    write_legacy,
 )
 
 from tarflow_jax.torch_file import read_torch_file

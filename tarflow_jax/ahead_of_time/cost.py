@@ -70,7 +70,7 @@ class Costs:
 
     def largest_moved(self) -> Line | None:
         """The collective with the largest single array; None without collectives."""
-        size = lambda line: line.work.collective.largest.bytes
+        size = lambda line: line.work.collective.largest.bytes  # noqa: E731
         return max(self.collectives, key=size, default=None)
 
     def uncounted_kernels(self) -> dict[str, int]:

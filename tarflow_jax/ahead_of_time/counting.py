@@ -34,7 +34,7 @@ _FREE_TARGETS = ('ConcatBitcast', 'AllocateBuffer', 'AssumeGatherIndicesInBound'
 _SLICES = ('slice', 'dynamic-slice', 'gather')
 _SAME_ELEMENTS = ('bitcast', 'reshape', 'transpose', 'convert', 'copy')
 
-# (flops, flops with MXU padding, HBM bytes) of a Pallas kernel call, or None for what it says itself
+# (flops, flops with MXU padding, HBM bytes) of a Pallas kernel call; None for what it says itself.
 KernelCost = Callable[[hlo.Instruction], tuple[float, float, float] | None]
 
 
@@ -337,7 +337,10 @@ def _convolution_flops(i: hlo.Instruction, image: hlo.Array, kernel: hlo.Array) 
     TPU as convolutions whose window is mostly padding."""
     of_image, of_kernel, of_result = re.split('_|->', i.attribute('dim_labels'))
     window = dict(re.findall(r'(\w+)=([\dx_\-]+)', i.attribute('window') or ''))
-    per_axis = lambda key, default: window[key].split('x') if key in window else [default] * 9
+
+    def per_axis(key, default):
+        return window[key].split('x') if key in window else [default] * 9
+
     pairs = 1
     for axis in sorted(set(of_image) & set('0123456789')):
         n, out, width = (
@@ -358,7 +361,7 @@ def _convolution_flops(i: hlo.Instruction, image: hlo.Array, kernel: hlo.Array) 
     return 2.0 * batch * features * kernel.dims[of_kernel.index('o')] * pairs
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _window_pairs(
     size: int,
     out: int,

@@ -1,4 +1,4 @@
-"""The programs that training, evaluation and sampling run, lowered for devices that are not there."""
+"""The programs that training, evaluation and sampling run, lowered for devices not at hand."""
 
 import dataclasses
 from collections.abc import Callable
@@ -60,7 +60,9 @@ def train(config, plan, mesh) -> Step:
     state = abstract_state(plan.model, optimizer, ema=plan.recipe.ema_decay > 0)
     state = sharding.placed(state, mesh)
     step = jitted_train_step(state, mesh, plan.model, optimizer, plan.recipe)
-    program = Program('train_step', lambda: step.lower(state, _batch(plan, mesh, batch_size), _key()))
+    program = Program(
+        'train_step', lambda: step.lower(state, _batch(plan, mesh, batch_size), _key())
+    )
     return Step((program,), batch_size, batch_size * model_flops(plan.model), state)
 
 

@@ -1,4 +1,4 @@
-"""A step compiled for a TPU slice on a machine without one: whether it fits, and how long it takes."""
+"""A step compiled for a TPU slice on a machine without one: whether it fits, how long it takes."""
 
 import logging
 import time

@@ -35,7 +35,8 @@ def over_set(
     for first, batch, mask in batches(source, mesh=mesh, batch_size=batch_size, what=what):
         for draw in range(draws):
             scores = score(batch, keys(key, draw, first, mask.size))
-            found[draw].append(jax.tree.map(lambda x: x[mask], sharding.to_host(scores)))
+            scores = sharding.to_host(scores)
+            found[draw].append(jax.tree.map(lambda x, mask=mask: x[mask], scores))
     together = [jax.tree.map(lambda *parts: np.concatenate(parts), *parts) for parts in found]
     return jax.tree.map(lambda *draws: np.stack(draws), *together)
 

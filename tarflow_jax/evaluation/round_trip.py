@@ -49,7 +49,8 @@ def round_trip(
       'images', and for each dtype: 'image_z_image' and 'z_image_z' {'max', 'rms', 'not_finite'}
       over all pixels of the images that stay finite (images in [-1, 1]; z of standard deviation 1
       or the prior's) and the share of those that do not, the same of each of 'blocks' alone
-      (image_z_image takes a block's own output back; z_image_z its own input forth), 'logdet_sum' (largest |forward + inverse| log-determinant, in bits per dimension),
+      (image_z_image takes a block's own output back; z_image_z its own input forth), 'logdet_sum'
+      (largest |forward + inverse| log-determinant, in bits per dimension),
       'bits_per_dim_error' (largest difference of an image's bits per dimension to float32), and
       'not_finite' and 'guided_not_finite' (shares of the samples, none drawn again).
       'trusted' says for each dtype whether it passes for 'sampling' and for 'likelihood'.

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 def schedule_of(
     path, plan, variables, *, batch_size: int, label: int, tolerance: float, mesh
 ) -> Schedule:
-    """The schedule in a file if it is for these arguments and devices; else calibrates, and writes it.
+    """The schedule in a file if it is for these arguments and devices; else calibrates and writes.
 
     Args:
       plan: a `config.Plan`; its flow is laid out over `mesh`.

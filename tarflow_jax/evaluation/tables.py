@@ -46,7 +46,8 @@ def _classification_rows(r: dict) -> list[tuple[str, str]]:
 def _outliers_rows(r: dict) -> list[tuple[str, str]]:
     rows = []
     for one in r['sets']:
-        value = f'{one["bits_per_dim"]:.3f} +- {one["standard_deviation"]:.3f}, median {one["median"]:.3f}'
+        value = f'{one["bits_per_dim"]:.3f} +- {one["standard_deviation"]:.3f}'
+        value += f', median {one["median"]:.3f}'
         if 'auroc_atypical' in one:
             value += f'  (AUROC {one["auroc_atypical"]:.3f} by atypical log p, '
             value += f'{one["auroc_low_log_p"]:.3f} by low log p)'

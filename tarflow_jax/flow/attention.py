@@ -4,6 +4,7 @@ Shape suffixes: B images, H heads, S queries, T keys, K head_dim.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +114,7 @@ def _splash_kernel(heads: int, length: int, interpret: bool):
     return splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
 
 
-KERNELS = {
+KERNELS: dict[str, Callable[..., Array]] = {
     'xla': _xla,
     'cudnn': _cudnn,
     'whole_head': _whole_head,

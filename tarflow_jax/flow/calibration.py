@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from tarflow_jax.flow.attention import Array
 from tarflow_jax.flow.guidance import Guidance, Steering
 from tarflow_jax.flow.likelihood import prior_variance
-from tarflow_jax.flow.model import TarFlow, check_labels
+from tarflow_jax.flow.model import TarFlow, Variables, check_labels
 from tarflow_jax.flow.schedule import (
     TOLERANCE,
     BlockSchedule,
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 def calibrate(
     model: TarFlow,
-    variables,
+    variables: Variables,
     labels: Array | None = None,
     *,
     batch_size: int = 16,
@@ -106,7 +106,8 @@ def calibrate(
     x = start
     for b, how in blocks.items():
         functions = [lambda h=h, x=x, b=b: run(b, h, x) for h in (how, BlockSchedule())]
-        blocks[b] = _decided(how, *_seconds(functions), model.num_patches)
+        seconds, sequential_seconds = _seconds(functions)
+        blocks[b] = _decided(how, seconds, sequential_seconds, model.num_patches)
         x = run(b, blocks[b], x).x
     return made(tuple(blocks[b] for b in sorted(blocks)), error=error)
 
@@ -135,7 +136,7 @@ def _fastest(run, num_patches: int, tolerance: float) -> tuple[BlockSchedule, Ar
 
 def _limited(how: BlockSchedule, num_patches: int) -> BlockSchedule:
     """With a limit to what an unlucky batch may cost."""
-    if not how.segments:
+    if not how.segments or how.calls is None:
         return how
     return dataclasses.replace(how, max_iterations=min(2 * how.calls + 4, num_patches))
 
@@ -170,7 +171,7 @@ def _largest_difference(x, wanted):
     return jnp.where(_finite(wanted)[:, None, None], abs(x - wanted), 0.0).max()
 
 
-# Schedules of `sample(method='auto')` without one, each with a reference to the variables it is for.
+# Schedules of `sample(method='auto')` without one, each with a reference to its variables.
 _REMEMBERED: list[tuple[weakref.ref, tuple, Schedule]] = []
 
 

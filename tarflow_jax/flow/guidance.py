@@ -70,7 +70,7 @@ def guide(target: str, rule: str, weight, conditional, unconditional) -> tuple[A
     if rule == 'linear':
         a, m = a_c + weight * (a_c - a_u), m_c + weight * (m_c - m_u)
     else:
-        # A Gaussian N(m, sigma^2) = N(c)^(1+w) / N(u)^w, its precision kept positive by the minimum.
+        # A Gaussian N(m, sigma^2) = N(c)^(1+w) / N(u)^w; the minimum keeps its precision positive.
         s = jnp.exp(2 * jnp.minimum(a_c - a_u, 0.0))
         d = 1 + weight - weight * s
         a, m = a_c - 0.5 * jnp.log(d), ((1 + weight) * m_c - weight * s * m_u) / d
@@ -112,8 +112,9 @@ class Steering:
         Both branches run as one batch, side by side so that they are on the same device: the
         conditional one of each image, then the unconditional.
         """
-        if self.branches == 1:
+        if self.rule is None:
             return labels, 1.0
+        assert self.temperature is not None
         given = jnp.full(batch, -1) if labels is None else labels
         labels = jnp.stack([given, jnp.full(batch, -1)], 1).reshape(2 * batch)
         conditional = jnp.arange(2 * batch)[:, None, None, None] % 2 == 0
@@ -125,11 +126,14 @@ class Steering:
         Args:
           start: the position that predicts, or the first of those along axis 1 of [N, S, D].
         """
-        if self.branches == 1:
+        if self.rule is None:
             return log_scale, shift
+        assert self.weights is not None
         split = log_scale.shape[:axis] + (-1, 2) + log_scale.shape[axis + 1 :]
         rows = [x.reshape(split) for x in (log_scale, shift)]
-        branch = [[jax.lax.index_in_dim(x, i, axis + 1, False) for x in rows] for i in (0, 1)]
+        conditional, unconditional = (
+            [jax.lax.index_in_dim(x, i, axis + 1, False) for x in rows] for i in (0, 1)
+        )
         positions = log_scale.shape[1] if axis == 0 else 1
         weight = jax.lax.dynamic_slice_in_dim(self.weights, start, positions)[:, None]
-        return guide(*self.rule, weight, *branch)
+        return guide(*self.rule, weight, conditional, unconditional)

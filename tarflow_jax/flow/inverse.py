@@ -5,7 +5,7 @@ in a patch, C width, H heads, K head_dim.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +96,7 @@ class _Network(NamedTuple):
         rows = batch * steering.branches
         # Bias and class are the same at every position.
         nothing = jnp.zeros((rows, 1, block.patch_dim)), jnp.zeros((1, block.width))
-        constant = block.apply({'params': params}, *nothing, labels, method='embed')
+        constant: Any = block.apply({'params': params}, *nothing, labels, method='embed')
 
         def turned(linear, inputs: int):
             """The output axes first: [*outputs, *inputs], and the bias to add to [*outputs, N]."""
@@ -122,7 +122,7 @@ class _Network(NamedTuple):
         )
 
     def predict(self, x_DxB: Array, t, caches: list[LayerCache]):
-        """Guided log-scale and shift of position t + 1, [D, B] float32 each, and the caches with t."""
+        """Guided log-scale and shift of position t + 1, [D, B] float32 each; the caches with t."""
         block, place = self.block, self.block.layout.place
         h = self._product(self.proj_in, jnp.repeat(x_DxB, self.steering.branches, axis=1), 1)
         position_C = jax.lax.dynamic_index_in_dim(self.positions_TxC, t, keepdims=False)
@@ -136,7 +136,8 @@ class _Network(NamedTuple):
         out = self._product(kernel, h, 1) + bias
         if block.volume_preserving:
             out = jnp.concatenate([jnp.zeros_like(out), out])
-        log_scale, shift = self.steering.guide(*jnp.split(out, 2), t, axis=1)
+        log_scale, shift = jnp.split(out, 2)
+        log_scale, shift = self.steering.guide(log_scale, shift, t, axis=1)
         return log_scale, shift, filled
 
     def _layer(self, layer: dict, h_CxN, t, cache: LayerCache):

@@ -1,4 +1,4 @@
-"""The Transformer layer of a TarFlow block, with its key/value cache as an argument and a return value.
+"""The Transformer layer of a TarFlow block; its key/value cache is an argument and a return value.
 
 Shape suffixes: B images, T positions of the whole sequence, S positions of this call, N = B*S
 tokens, C width, H heads, K head_dim.
@@ -74,7 +74,7 @@ class Linear(nn.Module):
 
     Args:
       path: of the module within a block, for the layout.
-      parts: the outputs are so many arrays, each [*outputs], of a kernel [*inputs, parts, *outputs].
+      parts: the outputs are so many arrays [*outputs], of a kernel [*inputs, parts, *outputs].
     """
 
     inputs: tuple[int, ...]
@@ -87,7 +87,7 @@ class Linear(nn.Module):
     parts: int = 0
 
     @nn.compact
-    def __call__(self, x: Array) -> Array | list[Array]:
+    def __call__(self, x: Array) -> Any:  # an array, or a list of `parts`
         bound = 1.0 / math.sqrt(math.prod(self.inputs))
 
         def uniform(key, shape, dtype=jnp.float32):

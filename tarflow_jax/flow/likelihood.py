@@ -2,16 +2,17 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from tarflow_jax.flow.attention import Array
-from tarflow_jax.flow.model import TarFlow, check_labels
+from tarflow_jax.flow.model import TarFlow, Variables, check_labels
 
 
-def prior_variance(variables) -> Array | float:
-    """Variance of the Gaussian prior: `prior/variance` [T, D] of a volume-preserving flow, else 1."""
+def prior_variance(variables: Variables) -> Array | float:
+    """Variance of the Gaussian prior: `prior/variance` [T, D] if volume-preserving, else 1."""
     return variables['prior']['variance'] if 'prior' in variables else 1.0
 
 
@@ -30,7 +31,9 @@ def latent_log_prob(z: Array, logdet: Array, variance: Array | float = 1.0) -> A
     return logdet - 0.5 * terms.sum((1, 2))
 
 
-def log_prob(model: TarFlow, variables, images: Array, labels: Array | None = None) -> Array:
+def log_prob(
+    model: TarFlow, variables: Variables, images: Array, labels: Array | None = None
+) -> Array:
     """Exact log density of images [B, H, W, C] in [-1, 1]: [B], nats per image.
 
     Labels are int32 [B], -1 for none, or None. The density is with respect to the [-1, 1] scale;
@@ -45,7 +48,8 @@ def log_prob(model: TarFlow, variables, images: Array, labels: Array | None = No
 
 @partial(jax.jit, static_argnums=0)
 def _log_prob(model: TarFlow, variables, images: Array, labels: Array | None) -> Array:
-    z, logdet = model.apply(variables, images, labels)
+    found: Any = model.apply(variables, images, labels)
+    z, logdet = found
     return latent_log_prob(z, logdet, prior_variance(variables))
 
 
@@ -95,7 +99,7 @@ def add_gaussian_noise(key: Array, images: Array, noise_std: float) -> Array:
 
 def denoise(
     model: TarFlow,
-    variables,
+    variables: Variables,
     images: Array,
     labels: Array | None = None,
     *,

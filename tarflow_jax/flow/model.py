@@ -7,6 +7,7 @@ Shape suffixes: B images, T patches, D numbers in a patch, C width.
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from flax import linen as nn
 
 from tarflow_jax.flow.attention import Array, at_least_float32
 from tarflow_jax.flow.layers import Layer, Linear, OneDevice
+
+Variables = Mapping[str, Any]  # what `TarFlow.init` returns
 
 # What a layer keeps of its forward pass beside its input; the rest is recomputed.
 REMAT_POLICIES = {
@@ -27,7 +30,7 @@ REMAT_POLICIES = {
 
 
 def patchify(images_BxHxWxC: Array, patch_size: int) -> Array:
-    """Images [B, H, W, C] to patches [B, T, D] in raster order; inside a patch (row, column, channel)."""
+    """Images [B, H, W, C] to patches [B, T, D], raster order; in a patch (row, column, channel)."""
     B, H, W, C = images_BxHxWxC.shape
     p = patch_size
     x = images_BxHxWxC.reshape(B, H // p, p, W // p, p, C)
@@ -35,7 +38,7 @@ def patchify(images_BxHxWxC: Array, patch_size: int) -> Array:
 
 
 def unpatchify(x_BxTxD: Array, patch_size: int, image_size: int) -> Array:
-    """Patches [B, T, D] back to images [B, image_size, image_size, C]: the inverse of `patchify`."""
+    """Patches [B, T, D] to images [B, image_size, image_size, C]: the inverse of `patchify`."""
     B, T, D = x_BxTxD.shape
     p, n = patch_size, image_size // patch_size
     x = x_BxTxD.reshape(B, n, n, p, p, D // (p * p))
@@ -127,12 +130,13 @@ class Block(nn.Module):
     def __call__(
         self, x_BxTxD: Array, labels_B: Array | None = None, reverse=False, temperature=1.0
     ) -> tuple[Array, Array]:
-        """Log-scale and shift of every position from the positions before it, both [B, T, D] float32.
+        """Log-scale and shift of every position from those before it, both [B, T, D] float32.
 
         Position 0 has neither: both are zero there. The log-scale of a volume-preserving block is
         zero everywhere.
         """
-        return tuple(map(one_later, self.predictions(x_BxTxD, labels_B, reverse, temperature)))
+        log_scale, shift = self.predictions(x_BxTxD, labels_B, reverse, temperature)
+        return one_later(log_scale), one_later(shift)
 
     def predictions(
         self, x_BxTxD: Array, labels_B: Array | None = None, reverse=False, temperature=1.0
@@ -143,25 +147,26 @@ class Block(nn.Module):
         return self.predict(h)
 
     def embed(self, x_BxSxD: Array, positions_SxC: Array, labels_B: Array | None) -> Array:
-        """What enters the first layer at S positions, [B, S, C]; label -1 or None: the class mean."""
+        """What enters the first layer at S positions, [B, S, C]; label -1, None: the class mean."""
         h = self.proj_in(x_BxSxD) + positions_SxC.astype(self.dtype)
         if self.num_classes:
             mean = self.class_embedding.mean(0)
             if labels_B is None:
                 h = h + mean.astype(self.dtype)
             else:
-                # A label past the last class gives NaN (the fill mode of take), never another class.
+                # A label past the last class gives NaN (take's fill mode), never another class.
                 known = jnp.take(self.class_embedding, jnp.maximum(labels_B, 0), axis=0)
                 classes_BxC = jnp.where(labels_B[:, None] < 0, mean, known)
                 h = h + classes_BxC[:, None].astype(self.dtype)
         return self.layout.place(h, 'tokens')
 
     def predict(self, h_BxSxC: Array) -> tuple[Array, Array]:
-        """Log-scale and shift, [B, S, D] float32 each, that position s predicts for position s + 1."""
+        """Log-scale and shift, [B, S, D] float32 each, that position s predicts for s + 1."""
         out = self.proj_out(h_BxSxC)
         if self.volume_preserving:
             return jnp.zeros_like(out), out
-        return tuple(jnp.split(out, 2, axis=-1))
+        log_scale, shift = jnp.split(out, 2, axis=-1)
+        return log_scale, shift
 
 
 class TarFlow(nn.Module):

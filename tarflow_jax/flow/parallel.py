@@ -15,10 +15,11 @@ Shape suffixes: B images, T patches, W positions of a window, D numbers in a pat
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tarflow_jax.flow.attention import Array
 from tarflow_jax.flow.guidance import Steering
@@ -37,23 +38,23 @@ class _State(NamedTuple):
       x: [B, T + 1, D], final up to `final`, guesses from there on; nothing reads the last one.
       final: [B], how many positions are.
       iterations: [B], how many each image took.
-      count: how many the batch took.
+      calls: how many the batch took.
     """
 
     x: Array
     final: Array
     caches: list[LayerCache]
     iterations: Array
-    count: Array
+    calls: Array  # not `count`, which tuples have
 
 
 class Solution(NamedTuple):
-    """Of a block: x [B, T, D], iterations [B] and converged [B] of each image, calls of the network."""
+    """Of a block: x [B, T, D], iterations [B] and converged [B] of each image, network calls."""
 
     x: Array
-    iterations: Array
-    converged: Array
-    calls: Array
+    iterations: Array | np.ndarray
+    converged: Array | np.ndarray
+    calls: Array | np.integer
 
 
 def window_sizes(num_patches: int, segments: int) -> list[int]:
@@ -93,7 +94,7 @@ def solve_block(
     sizes = window_sizes(T, segments)
 
     def iterate(W: int, state: _State) -> _State:
-        x, final, caches, iterations, count = state
+        x, final, caches, iterations, calls = state
         # The last final position is the first whose prediction has not been made.
         start = jnp.clip(final.min() - 1, 0, T - W)
         slice_of = lambda a, first: jax.lax.dynamic_slice_in_dim(a, first, W, 1)  # noqa: E731
@@ -115,7 +116,7 @@ def solve_block(
         lost = ~jnp.where(settled, jnp.isfinite(new), True).all((1, 2))
         x = jax.lax.dynamic_update_slice_in_dim(x, new, start + 1, 1)
         iterations = iterations + (final < T)
-        return _State(x, jnp.where(lost, T, reached), caches, iterations, count + 1)
+        return _State(x, jnp.where(lost, T, reached), caches, iterations, calls + 1)
 
     def body(state: _State) -> _State:
         left = T - jnp.clip(state.final.min() - 1, 0, T)
@@ -123,13 +124,13 @@ def solve_block(
         return jax.lax.switch(smaller, [partial(iterate, size) for size in sizes], state)
 
     def unfinished(state: _State):
-        return (state.final < T).any() & (state.count < max_iterations)
+        return (state.final < T).any() & (state.calls < max_iterations)
 
     zeros = jnp.zeros(B, jnp.int32)
     state = _State(z, zeros + 1, empty(), zeros, jnp.int32(0))
     state = jax.lax.while_loop(unfinished, body, state)
     x = block.layout.place(flip_if(reverse, state.x[:, :T], 1), 'tokens')
-    return Solution(x, state.iterations, state.final == T, state.count)
+    return Solution(x, state.iterations, state.final == T, state.calls)
 
 
 def _conditioner(block: Block, params, labels, reverse, steering: Steering, batch, cache_dtype):
@@ -144,7 +145,7 @@ def _conditioner(block: Block, params, labels, reverse, steering: Steering, batc
     labels, temperature = steering.branch(labels, batch)
     layer = Layer(block.width, block.head_dim, block.dtype, block.layout)
     # Unstacked outside of the loop: inside, each iteration would copy every layer's weights.
-    layers = [jax.tree.map(lambda a: a[i], params['layers']) for i in range(block.num_layers)]
+    layers = [jax.tree.map(lambda a, i=i: a[i], params['layers']) for i in range(block.num_layers)]
 
     def predict(x_BxWxD, start, caches):
         x = jnp.repeat(x_BxWxD, steering.branches, axis=0)
@@ -154,8 +155,9 @@ def _conditioner(block: Block, params, labels, reverse, steering: Steering, batc
         for layer_params, cache in zip(layers, caches):
             h, cache = layer.apply({'params': layer_params}, h, temperature, cache, start)
             filled.append(cache)
-        out = block.apply({'params': params}, h, method='predict')
-        return *steering.guide(*out, start, axis=0), filled
+        predicted: Any = block.apply({'params': params}, h, method='predict')
+        log_scale, shift = predicted
+        return *steering.guide(log_scale, shift, start, axis=0), filled
 
     def empty() -> list[LayerCache]:
         dtype = cache_dtype or block.dtype

@@ -5,7 +5,7 @@ Shape suffixes: B images, T patches, D numbers in a patch.
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,15 @@ from tarflow_jax.flow.attention import Array
 from tarflow_jax.flow.calibration import calibrated
 from tarflow_jax.flow.guidance import Guidance, Steering
 from tarflow_jax.flow.likelihood import prior_variance
-from tarflow_jax.flow.model import TarFlow, check_labels, flip_if, one_later, unpatchify
+from tarflow_jax.flow.model import (
+    TarFlow,
+    Variables,
+    check_labels,
+    flip_if,
+    one_later,
+    unpatchify,
+)
+from tarflow_jax.flow.parallel import Solution
 from tarflow_jax.flow.schedule import TOLERANCE, Schedule, run_block, uniform
 
 METHODS = ('sequential', 'jacobi', 'gs_jacobi', 'auto')
@@ -37,15 +45,15 @@ class SampleInfo(NamedTuple):
     """
 
     redraws: np.ndarray
-    sequential: np.ndarray
-    iterations: np.ndarray
+    sequential: Array | np.ndarray
+    iterations: Array | np.ndarray
     residual: Array
     round_trip: Array
 
 
 def sample(
     model: TarFlow,
-    variables,
+    variables: Variables,
     noise: Array,
     labels: Array | None = None,
     *,
@@ -54,10 +62,10 @@ def sample(
     schedule: Schedule | None = None,
     segments: int = 8,
     tolerance: float = TOLERANCE,
-    cache_dtype=None,
+    cache_dtype: Any = None,
     key: Array | None = None,
     return_info: bool = False,
-):
+) -> Any:
     """Images from noise: the inverse of the flow, with guidance.
 
     Args:
@@ -84,7 +92,8 @@ def sample(
     guidance = _checked(model, noise, labels, guidance)
     if method not in METHODS:
         raise ValueError(f'sampling method {method!r} is none of {", ".join(METHODS)}.')
-    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((variables, noise, labels)))
+    leaves = jax.tree.leaves((variables, noise, labels))
+    traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
     if schedule is not None and method != 'auto':
         raise ValueError(f"a schedule is for method 'auto', not {method!r}; leave one of them out.")
     if method != 'auto':
@@ -93,7 +102,9 @@ def sample(
     elif schedule is not None:
         schedule.check(model, guidance)
     elif traced:
-        raise ValueError("method 'auto' inside jit needs schedule=calibrate(model, variables, ...).")
+        raise ValueError(
+            "method 'auto' inside jit needs schedule=calibrate(model, variables, ...)."
+        )
     else:
         schedule = calibrated(model, variables, labels, noise.shape[0], guidance, tolerance)
     steering = Steering.of(guidance, model.num_patches)
@@ -114,7 +125,7 @@ def sample(
 
 def sample_trajectory(
     model: TarFlow,
-    variables,
+    variables: Variables,
     noise: Array,
     labels: Array | None = None,
     *,
@@ -146,8 +157,8 @@ class _Drawn:
     [B, T, D]; iterations [N, B]; converged and redraws [B]."""
 
     sequences: list[Array]
-    iterations: Array
-    converged: Array
+    iterations: Array | np.ndarray
+    converged: Array | np.ndarray
     redraws: np.ndarray
 
 
@@ -155,7 +166,8 @@ def _draw(
     model, variables, noise, labels, steering, schedule, *, limited=True, cache_dtype=None
 ) -> _Drawn:
     x = noise * jnp.sqrt(prior_variance(variables))
-    sequences, solutions = [noise], []
+    sequences: list[Array] = [noise]
+    solutions: list[Solution] = []
     for b in reversed(range(len(model.layers_per_block))):
         solution = run_block(
             model, variables, b, schedule.blocks[b], x, labels, steering,
@@ -201,7 +213,7 @@ def _draw_again(model, variables, drawn: _Drawn, labels, steering, key, cache_dt
         failed = np.flatnonzero(~to_host(jnp.isfinite(sequences[-1]).all((1, 2))))
         if not failed.size:
             break
-        sequences = replace(failed, lambda rows: _redrawn_noise(model, key, attempt, rows))
+        sequences = replace(failed, partial(_redrawn_noise, model, key, attempt))
         redraws[failed] += 1
     return _Drawn(sequences, iterations, converged, redraws)
 
@@ -239,7 +251,8 @@ def _guided(model, variables, index, x_BxTxD, labels, steering) -> tuple[Array, 
     labels, temperature = steering.branch(labels, x_BxTxD.shape[0])
     reverse = index % 2 == 1
     x = jnp.repeat(flip_if(reverse, x_BxTxD, 1), steering.branches, axis=0)
-    both = block.apply({'params': params}, x, labels, reverse, temperature, method='predictions')
-    return tuple(
-        flip_if(reverse, one_later(y), 1) for y in steering.guide(*both, 0, axis=0)
+    predicted: Any = block.apply(
+        {'params': params}, x, labels, reverse, temperature, method='predictions'
     )
+    log_scale, shift = steering.guide(*predicted, 0, axis=0)
+    return flip_if(reverse, one_later(log_scale), 1), flip_if(reverse, one_later(shift), 1)

@@ -113,7 +113,10 @@ class Schedule:
 
     def table(self) -> list[str]:
         """Lines that a person reads: blocks in the order of sampling."""
-        lines = [f'{"block":>5}  {"method":<13} {"calls in a row":>14} {"seconds":>9} {"sequential":>10}']
+        lines = [
+            f'{"block":>5}  {"method":<13} {"calls in a row":>14} {"seconds":>9} '
+            f'{"sequential":>10}'
+        ]
         number = lambda x, digits: '-' if x is None else f'{x:.{digits}f}'  # noqa: E731
         for b in reversed(range(len(self.blocks))):
             block = self.blocks[b]

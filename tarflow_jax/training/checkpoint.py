@@ -149,7 +149,7 @@ class Checkpoints:
         return step
 
     def restore(self, abstract: TrainState, step: int | None = None) -> TrainState:
-        """The state at `step` (default: the newest), placed as the abstract state's shardings say."""
+        """The state at `step` (default: the newest), placed as the abstract state says."""
         step = self._existing(step)
         part = lambda names: ocp.args.StandardRestore(  # noqa: E731
             {k: v for k, v in abstract._asdict().items() if k in names and v is not None}
@@ -161,7 +161,7 @@ class Checkpoints:
         return TrainState(**{**empty, **found['weights'], **found['progress']})
 
     def restore_variables(self, place: Callable, step: int | None = None) -> dict:
-        """What `model.apply` takes: the averaged parameters where there are any, else the plain ones.
+        """What `model.apply` takes: the averaged parameters if there are any, else the plain ones.
 
         Args:
           place: gives the leaves of an abstract tree of variables their shardings.

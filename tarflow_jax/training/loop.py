@@ -174,7 +174,7 @@ class _Watch:
 
 
 class _Clock:
-    """Speed, and the share of time spent waiting for data, since the last reading without pauses."""
+    """Speed, and the share of time spent waiting for data, since the last reading; no pauses."""
 
     def __init__(self, batch_size: int, flops_per_image: float):
         self._batch_size, self._flops = batch_size, flops_per_image

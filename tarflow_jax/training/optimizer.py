@@ -37,7 +37,7 @@ def adamw(
     weight_decay: float = 1e-4,
     clip_norm: float = 0.0,
 ) -> optax.GradientTransformation:
-    """AdamW on every parameter, after clipping the gradient to global norm `clip_norm` (0: never)."""
+    """AdamW on every parameter, the gradient clipped to global norm `clip_norm` (0: never)."""
     if clip_norm < 0:
         raise ValueError(f'train.clip_norm {clip_norm} must not be negative (0 never clips).')
     # identity keeps the tree of the optimizer state the same with and without clipping.

@@ -77,7 +77,8 @@ def draw(
     split = sharding.batch_sharding(mesh)
     noise = _noise(key, (padded, model.num_patches, model.patch_dim), split)
     if labels is not None:
-        labels = jax.make_array_from_callback((padded,), split, np.resize(labels, padded).__getitem__)
+        labels = np.resize(labels, padded)
+        labels = jax.make_array_from_callback((padded,), split, labels.__getitem__)
     raw, info = sample(
         model, variables, noise, labels, guidance=guidance, key=jax.random.fold_in(key, 1),
         return_info=True,

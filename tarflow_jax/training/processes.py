@@ -1,4 +1,4 @@
-"""Many processes as one run: starting them, stopping them together, and what the exit codes mean."""
+"""Many processes as one run: starting, stopping together, and what the exit codes mean."""
 
 import contextlib
 import os

@@ -216,7 +216,7 @@ class Layout:
 
     @property
     def devices_alone(self) -> bool:
-        """Whether the devices, of a CPU and each with all parameters, work alone until a step's end."""
+        """Whether the devices, of a CPU and with all parameters each, work alone within a step."""
         platform = self.mesh.devices.flat[0].platform
         whole = self.mesh.shape[FSDP] == self.mesh.shape[TENSOR] == 1
         return platform == 'cpu' and whole and self.attention in ('auto', 'xla')
@@ -247,7 +247,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def to_devices(batch, mesh: Mesh, batch_size: int):
-    """This process's `local_rows` of a batch of host arrays to global arrays split over the mesh."""
+    """This process's `local_rows` of a batch of host arrays to arrays split over the mesh."""
     rows = local_rows(mesh, batch_size)
 
     def leaf(x):

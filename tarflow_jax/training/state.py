@@ -60,7 +60,10 @@ def initial_state(
 
 def abstract_state(model: TarFlow, optimizer: optax.GradientTransformation, *, ema: bool):
     """Shapes and dtypes of the train state, nothing computed: `ShapeDtypeStruct` leaves."""
-    return jax.eval_shape(lambda key: initial_state(key, model, optimizer, ema=ema), jax.random.key(0))
+    def initial(key):
+        return initial_state(key, model, optimizer, ema=ema)
+
+    return jax.eval_shape(initial, jax.random.key(0))
 
 
 def parameter_count(state: TrainState) -> int:

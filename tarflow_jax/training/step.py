@@ -81,7 +81,7 @@ def train_step(
 
 
 def jitted_train_step(state: TrainState, mesh: Mesh, model, optimizer, recipe: Recipe):
-    """`train_step` compiled for a mesh, as a function of (state, batch, key) that takes the state over.
+    """`train_step` compiled for a mesh: a function of (state, batch, key) that takes the state.
 
     The state, whose arrays may be abstract, stays where it is; metrics are on every device.
     """

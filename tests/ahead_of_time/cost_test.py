@@ -123,7 +123,7 @@ def test_a_scan_costs_its_layers(mesh):
 
 def test_nested_loops_multiply(mesh):
     def power(x):
-        inner = lambda i, x: jnp.tanh(x @ x)
+        inner = lambda i, x: jnp.tanh(x @ x)  # noqa: E731
         return jax.lax.fori_loop(0, 5, lambda i, x: jax.lax.fori_loop(2, 5, inner, x), x)
 
     costs = analyse(compiled(mesh, power, ((512, 512), jnp.float32, P())).as_text())
@@ -205,7 +205,7 @@ def test_data_parallel_training_moves_only_gradients(mesh):
 
 def test_pallas_kernels_tell_their_cost_or_are_reported(mesh):
     def double(x, estimate):
-        kernel = lambda x, out: out.__setitem__(..., x[...] * 2)
+        kernel = lambda x, out: out.__setitem__(..., x[...] * 2)  # noqa: E731
         call = pl.pallas_call(kernel, jax.typeof(x), name='double', cost_estimate=estimate)
         return call(x)
 

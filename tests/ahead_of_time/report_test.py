@@ -182,6 +182,27 @@ def test_command_line(tmp_path):
     ]
 
 
+def test_ctrl_c_keeps_what_is_known(tmp_path, monkeypatch, capfd):
+    def compile_for(config, topology, *_):
+        if topology.chips == 16:
+            raise KeyboardInterrupt
+        return {'topology': topology.name, 'fits': True}
+
+    monkeypatch.setattr(report, 'compile_for', compile_for)
+    monkeypatch.setattr(report, 'lines', lambda row: [row['topology']])
+    file = tmp_path / 'found.json'
+    assert call(
+        '--mode=compile', *FLAGS, '--topology=v5e:2x4,v5e:4x4', '--batch_per_chip=2',
+        f'--json={file}',
+    ) == 130
+    printed = capfd.readouterr()
+    assert printed.out == 'v5e:2x4\n'
+    assert json.loads(file.read_text()) == [{'topology': 'v5e:2x4', 'fits': True}]
+    first, *_, last = printed.err.splitlines()
+    assert first.endswith(' compile') and f'output      {file}' in printed.err
+    assert last.endswith('what was compiled is printed above; the same command starts again')
+
+
 @pytest.mark.parametrize('more, says', [
     ([], '--mode=compile needs --topology'),
     (['--topology=v5e:4x4', '--workdir=x'], '--workdir=x has no meaning with --mode=compile'),

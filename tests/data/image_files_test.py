@@ -14,7 +14,6 @@ from tarflow_jax.data import image_files
 from tarflow_jax.data.listing import UNREADABLE, File
 from tarflow_jax.data.png import read_png
 
-
 # Recorded from torchvision 0.28: the pixels of CenterCrop(size)(Resize(size)(ramp(height, width))).
 TORCHVISION = [
     (1, 1, 4, '17b0761f87b081d5'),

@@ -9,7 +9,10 @@ from random_networks import random_images
 
 from tarflow_jax.evaluation import efficientnet
 from tarflow_jax.evaluation.efficientnet import (
-    features, installed_weights, load_efficientnet_lite0, prepare,
+    features,
+    installed_weights,
+    load_efficientnet_lite0,
+    prepare,
 )
 from tarflow_jax.torch_file import read_torch_file
 

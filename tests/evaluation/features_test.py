@@ -16,7 +16,10 @@ import pytest
 from tarflow_jax.data.sources import InMemory
 from tarflow_jax.evaluation import statistics_files
 from tarflow_jax.evaluation.features import (
-    cached_statistics, features_of, statistics_and_features, statistics_of,
+    cached_statistics,
+    features_of,
+    statistics_and_features,
+    statistics_of,
 )
 from tarflow_jax.training import sharding
 

@@ -9,7 +9,11 @@ from random_networks import random_images, random_inception
 from torch_bytes import legacy_state, write_legacy
 
 from tarflow_jax.evaluation.inception import (
-    InceptionV3, features, load_inception, prepare, resize_like_tensorflow_1,
+    InceptionV3,
+    features,
+    load_inception,
+    prepare,
+    resize_like_tensorflow_1,
 )
 
 RECORDED = np.load(Path(__file__).parent / 'data' / 'inception.npz')

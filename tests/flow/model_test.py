@@ -9,6 +9,7 @@ import tarflow_jax as tfj
 from tarflow_jax.flow import likelihood
 from tarflow_jax.flow.model import patchify, unpatchify
 
+
 @pytest.mark.parametrize('name', CASES)
 class TestParity:
     def test_latents_and_log_determinant(self, name):

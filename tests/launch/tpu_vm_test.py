@@ -133,7 +133,7 @@ def test_what_workers_run(stubs, checkout, hard_args, tmp_path):
     for code in 0, 2:
         stubs.answer('python', {'code': code})
         on_worker(start)
-        stubs.wait_for(lambda: on_worker(look) == f'tarflow {code}\n')
+        stubs.wait_for(lambda code=code: on_worker(look) == f'tarflow {code}\n')
     stubs.answer('python', {'hang': 75})
     on_worker(start)
     stubs.wait_hanging()
