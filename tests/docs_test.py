@@ -55,22 +55,17 @@ def _readme(folder):
     }
     model = tfj.TarFlow(28, 1, patch_size=4, width=64, layers_per_block=(1, 1), num_classes=10)
     variables = jax.jit(model.init)(jax.random.key(0), namespace['images'])
-    # The reader of official files knows the kind by the content, not by the name.
     tfj.save_official(variables, model, folder / 'model.safetensors')
     return namespace
-
-
-def _sampling(folder):
-    return _readme(folder)
 
 
 # page: (what is small in place of large, what is there before)
 PYTHON = {
     'README.md': (
-        {'width=128': 'width=64', '(4, 4, 4, 4)': '(1, 1)', "'model.pth', model": "'model.safetensors', model"},
+        {'width=128': 'width=64', '(4, 4, 4, 4)': '(1, 1)', "'model.pth'": "'model.safetensors'"},
         _readme,
     ),
-    'docs/sampling.md': ({'(4, 4, 4, 4)': '(1, 1)'}, _sampling),
+    'docs/sampling.md': ({'(4, 4, 4, 4)': '(1, 1)'}, lambda folder: {}),
     'docs/mathematics.md': ({}, lambda folder: {}),
     'docs/extending.md': ({'range(1500)': 'range(1)'}, lambda folder: {}),
 }
@@ -120,14 +115,14 @@ def simple_commands(text: str) -> list[str]:
 def found_commands() -> list[tuple[str, str]]:
     """(page, command) of all fenced commands, and of inline ones that begin as commands do."""
     found = []
-    begins = ('python -m ', 'python benchmarks/', 'launch/', 'sbatch ', 'docker ', 'pip ', 'gcloud ')
+    begins = re.compile(r'(python -m|sbatch|docker|pip|gcloud) |python benchmarks/|launch/\w+\.sh ')
     for name, page in PAGES.items():
         for block in fenced(page):
             if block.language in LANGUAGES and not block.text.startswith('@'):  # a citation
                 found += [(name, command) for command in simple_commands(block.text)]
         found += [
             (name, command) for span in spans(page)
-            if span.startswith(begins) and span != 'python -m tarflow_jax.main'
+            if begins.match(span) and span != 'python -m tarflow_jax.main'
             for command in simple_commands(span)
         ]
     return found
@@ -135,7 +130,7 @@ def found_commands() -> list[tuple[str, str]]:
 
 def understood(command: str, monkeypatch) -> str:
     """Checks a command as far as is possible here; returns the kind that it is."""
-    words = [w for w in shlex.split(command)]
+    words = shlex.split(command)
     while re.fullmatch(r'[A-Z_]+=.*', words[0]):
         words.pop(0)
     program = os.path.basename(words[0])
@@ -146,7 +141,7 @@ def understood(command: str, monkeypatch) -> str:
     if words[0].startswith('launch/'):
         return _launch(words, monkeypatch)
     if program == 'sbatch':
-        assert (ROOT / next(w for w in words if w.startswith('launch/'))).exists()
+        _launch(words[words.index(next(w for w in words if w.startswith('launch/'))) :], monkeypatch)
     if program == 'pip':
         _extras(words)
     if program == 'docker' and '-f' in words:

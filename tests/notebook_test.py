@@ -35,7 +35,7 @@ def test_runs(tmp_path, monkeypatch):
     monkeypatch.setenv('PYTHONPATH', os.pathsep.join(filter(None, paths)))
     notebook = nbformat.read(PATH, as_version=4)
     nbclient.NotebookClient(
-        notebook, timeout=600, kernel_name='python3', resources={'metadata': {'path': str(tmp_path)}}
+        notebook, timeout=1200, kernel_name='python3', resources={'metadata': {'path': str(tmp_path)}}
     ).execute()
     text = ''.join(
         output.get('text', '') for cell in notebook.cells for output in cell.get('outputs', [])
