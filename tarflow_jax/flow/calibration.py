@@ -68,7 +68,7 @@ def calibrate(
     batch_size = batch_size if labels is None else labels.shape[0]
     check_labels(model.num_classes, labels, batch_size)
     if guidance is not None:
-        guidance.check(has_labels=model.num_classes > 0 and labels is not None)
+        guidance.check(has_labels=model.conditional and labels is not None)
     steering = Steering.of(guidance, model.num_patches)
     key = jax.random.key(0) if key is None else key
     shape = (batch_size, model.num_patches, model.patch_dim)

@@ -8,7 +8,7 @@ Shape suffixes: B images, T patches, D numbers in a patch, C width.
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -147,7 +147,10 @@ class Block(nn.Module):
         return self.predict(h)
 
     def embed(self, x_BxSxD: Array, positions_SxC: Array, labels_B: Array | None) -> Array:
-        """What enters the first layer at S positions, [B, S, C]; label -1, None: the class mean."""
+        """What enters the first layer at S positions, [B, S, C]; label -1 or None: the class mean.
+
+        A sum: `inverse` computes the part of the labels once, for all positions.
+        """
         h = self.proj_in(x_BxSxD) + positions_SxC.astype(self.dtype)
         if self.num_classes:
             mean = self.class_embedding.mean(0)
@@ -214,6 +217,8 @@ class TarFlow(nn.Module):
     unroll: int = 1
     layout: Any = OneDevice()
 
+    block_class: ClassVar[type[Block]] = Block  # a subclass may condition its blocks on other things
+
     def __post_init__(self):
         super().__post_init__()
         if self.patch_size < 1 or self.image_size < 1 or self.image_size % self.patch_size:
@@ -252,12 +257,17 @@ class TarFlow(nn.Module):
         """T * D = H * W * C, the dimension of an image."""
         return self.num_patches * self.patch_dim
 
+    @property
+    def conditional(self) -> bool:
+        """Whether labels change anything; a subclass whose blocks read them otherwise says so here."""
+        return self.num_classes > 0
+
     def block_module(self, index: int) -> Block:
         """Block `index` by itself, unbound: `.apply({'params': params[f'block_{index}']}, ...)`.
 
         Blocks of the same depth are equal, so that programs compiled for one serve all.
         """
-        return Block(
+        return self.block_class(
             num_patches=self.num_patches,
             patch_dim=self.patch_dim,
             width=self.width,

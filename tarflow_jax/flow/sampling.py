@@ -147,7 +147,7 @@ def _checked(model, noise, labels, guidance) -> Guidance | None:
     check_labels(model.num_classes, labels, noise.shape[0])
     if guidance is None or guidance.weight == 0:
         return None
-    guidance.check(has_labels=model.num_classes > 0 and labels is not None)
+    guidance.check(has_labels=model.conditional and labels is not None)
     return guidance
 
 
