@@ -52,7 +52,7 @@ def train(config, given) -> Callable[[], None]:
         if show:
             show(variables, origin)
         elif config.report.after_training:
-            log.info('several processes write no report; --mode=report in one of them does')
+            log.info('several processes write no report; --mode=report, started alone, does')
         log.info('pictures are in %s, metrics in %s', workdir / 'samples', workdir)
 
     return job

@@ -98,7 +98,7 @@ def refused(capfd):
     ([f'{QUICKSTART}:cond'], ['get_config()']),
     # The flags.
     (['--wrokdir=x'], ["'wrokdir'", 'workdir', '--help']),
-    (['--mode=test'], ['--mode=test', 'train|sample|evaluate|convert']),
+    (['--mode=test'], ['--mode=test', 'train|sample|evaluate|report|convert']),
     (['train'], ["'train' is not a flag"]),
     (['--workdir='], ['--workdir is missing']),
     (['--input=x.pth'], ['--input=x.pth has no meaning with --mode=train']),
@@ -182,7 +182,7 @@ def test_missing_flags(refused):
 def test_help(capfd):
     assert call('--help') == 0
     out = capfd.readouterr().out
-    for word in ('--workdir', '--config', '--mode: <train|sample|evaluate|convert|compile>', 'Modes:'):
+    for word in ('--workdir', '--config', '--mode: <train|sample|evaluate|report|convert|compile>', 'Modes:'):
         assert word in out
 
 

@@ -183,7 +183,7 @@ def draw(drawer: Drawer, key, *, rows: int, columns: int, weights, steps: int) -
         found['guided'][weight] = drawer.clean(images, labels)
     found['between'] = np.zeros((0, steps, *grid.shape[2:]), np.float32)
     if columns > 1:
-        few = min(rows, 5)
+        few = min(rows, 4)
         arc = between(noise[:few, 0], noise[:few, 1], steps).swapaxes(0, 1)
         own = None if labels is None else labels[:few].repeat(steps)
         images = drawer.trajectory(arc.reshape(-1, *arc.shape[2:]), own)[-1]

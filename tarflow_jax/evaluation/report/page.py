@@ -82,7 +82,6 @@ def _training(found) -> str:
         'log-determinant is charged for having squeezed the image to get there. A prior term near '
         '0.5 means latents of the right size.'
     )
-    text += figure('Loss and its two terms over training', charts.losses(metrics))
     noise = (
         'This flow was trained on images with Gaussian noise, so that the line is for noisy images; '
         'it compares runs of the same noise, and neither with published numbers nor with the test set.'
@@ -90,10 +89,13 @@ def _training(found) -> str:
         'With uniform noise the line and the score of the test set mean the same.'
     )
     text += paragraph(
-        'The same loss in bits per dimension: how many bits a number of an image would cost if the '
+        'The second chart has the same loss in bits per dimension: how many bits a number of an image would cost if the '
         f'flow were used to compress it. {noise}'
     )
-    text += figure('Bits per dimension over training', charts.bits(metrics, scored))
+    text += (
+        f'<div class="grid">{figure("Loss and its two terms over training", charts.losses(metrics))}'
+        f'{figure("Bits per dimension over training", charts.bits(metrics, scored))}</div>'
+    )
     _, skipped = charts.series(metrics, 'skipped')
     if skipped and skipped[-1]:
         text += paragraph(
@@ -171,7 +173,7 @@ def _guidance(found) -> str:
     return (
         text + _warned(bad, total, 'of these') +
         paragraph(f'Fields of the guidance beside the weight: {settings}.') +
-        f'<div class="grid small">{"".join(figures)}</div>'
+        f'<div class="grid tiny">{"".join(figures)}</div>'
     )
 
 
@@ -220,8 +222,8 @@ def _neighbours(found) -> str:
     near, labels = found['neighbours'], found['drawn']['labels']
     searched = f'{near["searched"]:,} of {found["data"]["train"]["images"]:,}'
     text = paragraph(
-        'Has the flow learned its training images by heart? Beside each sample are the training '
-        f'images that differ least from it, pixel by pixel, among {searched} evenly spaced ones'
+        'Has the flow learned its training images by heart? Behind each sample, the first picture '
+        f'of a row, are the training images that differ least from it, pixel by pixel, among {searched} evenly spaced ones'
         f'{" and their mirror images" if near["mirrored"] else ""}. The distance is the usual '
         'difference of a pixel (root mean square, of 256 grey levels): 0 would be a copy.'
     )
