@@ -88,7 +88,9 @@ def _collect(s: Subject, train, variables, origin) -> dict:
         'config': s.config.to_dict(),
         'versions': versions(),
         'devices': f'{len(devices)} x {devices[0].device_kind}',
-        'command': shlex.join(['python', '-m', 'tarflow_jax.main', *sys.argv[1:]]),
+        'command': ' \\\n  '.join(
+            ['python -m tarflow_jax.main', *map(shlex.quote, sys.argv[1:])]
+        ),
         'date': datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d %H:%M UTC'),
     }
 

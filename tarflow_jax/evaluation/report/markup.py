@@ -52,12 +52,13 @@ def paragraph(text: str, kind: str = '') -> str:
 
 def missing(what: str, command: str) -> str:
     """What is not there, and the command that gives it."""
-    return f'<p class="missing">{html.escape(what)} <code>{html.escape(command)}</code></p>'
+    # A word each, as a line may otherwise end between the dashes of a flag.
+    code = ' '.join(f'<code>{html.escape(word)}</code>' for word in command.split())
+    return f'<p class="missing">{html.escape(what)} {code}</p>'
 
 
 def table(head: list[str], rows: list[list], caption: str) -> str:
     """Rows whose first cell is their heading; numbers are aligned to the right."""
-    cells = ''.join(f'<th scope="col">{html.escape(name)}</th>' for name in head)
     lines = []
     for first, *rest in rows:
         tail = ''.join(
@@ -65,9 +66,12 @@ def table(head: list[str], rows: list[list], caption: str) -> str:
             for x in rest
         )
         lines.append(f'<tr><th scope="row">{html.escape(number(first))}</th>{tail}</tr>')
-    return (
-        f'<div class="wide"><table><caption>{html.escape(caption)}</caption>'
-        f'<thead><tr>{cells}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    cells = ''.join(f'<th scope="col">{html.escape(name)}</th>' for name in head)
+    top = f'<thead><tr>{cells}</tr></thead>' if any(head) else ''
+    # What scrolls sideways on a phone must be reachable by the keyboard, too.
+    return figure(
+        caption, f'<div class="wide" tabindex="0" role="group" aria-label="{html.escape(caption)}">'
+        f'<table>{top}<tbody>{"".join(lines)}</tbody></table></div>',
     )
 
 

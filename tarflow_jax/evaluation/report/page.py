@@ -325,7 +325,7 @@ def _scores(found) -> str:
     scores = dict(report['scores'])
     certificate = scores.pop('round_trip', None)
     for name, result in scores.items():
-        text += table(['', ''], [list(r) for r in tables.ROWS[name](result)], name.replace('_', ' '))
+        text += table([], [list(r) for r in tables.ROWS[name](result)], name.replace('_', ' '))
     text += '<h3>Certificate</h3>' + paragraph(
         'On paper a flow can be undone exactly; a computer rounds, and a flow that stretches much '
         'can lose all digits. The certificate measures what is lost in going through the flow and '
@@ -335,7 +335,7 @@ def _scores(found) -> str:
         return text + missing('It is missing here; it comes with',
                               f"{EVALUATE} --config.evaluate.metrics='(\"round_trip\",)'")
     rows = [list(row) for row in tables.ROWS['round_trip'](certificate)]
-    return text + table(['', ''], rows, 'image -> z -> image and z -> image -> z')
+    return text + table([], rows, 'image -> z -> image and z -> image -> z')
 
 
 def _made(found) -> str:
