@@ -71,15 +71,16 @@ class Drawer:
         Returns:
           'calls' int [blocks, B], 'residual' [blocks, B], 'round_trip' [B], 'sequential' bool [B].
         """
-        multiple = sharding.batch_multiple(self.mesh)
-        noise, labels = (self._place(x, -(-len(noise) // multiple) * multiple) for x in (noise, labels))
+        count, multiple = len(noise), sharding.batch_multiple(self.mesh)
+        size = -(-count // multiple) * multiple
+        noise, labels = self._place(noise, size), self._place(labels, size)
         _, info = sample(
             self.plan.model, self.variables, noise, labels, method='jacobi', return_info=True
         )
-        info = jax.tree.map(sharding.to_host, info)
+        info = jax.tree.map(lambda x: np.asarray(sharding.to_host(x))[..., :count], info)
         return {
-            'calls': np.asarray(info.iterations), 'residual': np.asarray(info.residual),
-            'round_trip': np.asarray(info.round_trip), 'sequential': np.asarray(info.sequential),
+            'calls': info.iterations, 'residual': info.residual, 'round_trip': info.round_trip,
+            'sequential': info.sequential,
         }
 
     def _batched(self, function, size, first, labels):
