@@ -103,6 +103,8 @@ def refused(capfd):
     (['--workdir='], ['--workdir is missing']),
     (['--input=x.pth'], ['--input=x.pth has no meaning with --mode=train']),
     (['--output=x.safetensors'], ['--output=x.safetensors has no meaning with --mode=train']),
+    (['--mode=report'], ['holds no checkpoint']),
+    (['--mode=report', '--input=x.pth'], ['--input=x.pth has no meaning with --mode=report']),
     # The model.
     (['--config.model.patch_size=5'], ['model.image_size 16', 'patch_size 5', 'divides']),
     (['--config.model.patch_size=0'], ['patch_size 0']),
@@ -145,6 +147,9 @@ def refused(capfd):
     (['--config.evaluate.metrics=("fid",)'], ["'fid'", 'bits_per_dim, classification']),
     (['--config.evaluate.batch_size=0'], ['evaluate.batch_size 0']),
     (['--config.evaluate.draws=0'], ['evaluate.draws 0']),
+    (['--config.report.rows=0'], ['report.rows 0 must be at least 1']),
+    (['--config.report.guidance_weights=(1.0,-2.0)'],
+     ['report.guidance_weights (1.0, -2.0)', 'from 0 up']),
     (['--config.model.num_classes=0', '--config.guidance.weight=1'],
      ['guidance weight 1.0', 'guidance.temperature', 'class']),
     (['--config.model.num_classes=0', '--config.evaluate.metrics=("classification",)'],
