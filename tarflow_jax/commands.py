@@ -18,7 +18,7 @@ import optax
 
 from tarflow_jax import config as configs
 from tarflow_jax import convert as official
-from tarflow_jax import scoring
+from tarflow_jax import reporting, scoring
 from tarflow_jax.evaluation import bulk, sample_files, schedules
 from tarflow_jax.flow.layers import OneDevice
 from tarflow_jax.training import loop, sharding
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def train(config, given) -> Callable[[], None]:
-    """Trains, then samples and evaluates."""
+    """Trains, then samples, evaluates and writes the report."""
     _only(given, 'workdir')
     workdir = _workdir(given.workdir)
     plan, mesh = _plan(config)
@@ -39,7 +39,10 @@ def train(config, given) -> Callable[[], None]:
     sharding.check(mesh, config.train.batch_size, 'train.batch_size', config.train.accumulation)
     checkpoints = Checkpoints(workdir, plan.model, config.to_dict())
     _check_average(checkpoints, config)
-    scores = scoring.prepare(scoring.Subject(config, plan, mesh, workdir, test_source))
+    subject = scoring.Subject(config, plan, mesh, workdir, test_source)
+    scores = scoring.prepare(subject)
+    alone = jax.process_count() == 1
+    show = reporting.prepare(subject, source) if config.report.after_training and alone else None
 
     def job():
         latest = checkpoints.latest()
@@ -58,6 +61,10 @@ def train(config, given) -> Callable[[], None]:
         variables, origin = state.variables(), _at_step(int(state.step), workdir)
         draw = functools.partial(sample_set, config, plan, variables, origin, mesh, workdir)
         scores(variables, origin, draw)
+        if show:
+            show(variables, origin)
+        elif config.report.after_training:
+            log.info('several processes write no report; --mode=report, started alone, does')
         log.info('pictures are in %s, metrics in %s', workdir / 'samples', workdir)
 
     return job
@@ -138,6 +145,28 @@ def evaluate(config, given) -> Callable[[], None]:
     return job
 
 
+def report(config, given) -> Callable[[], None]:
+    """Writes report.html: what the workdir's flow has learned, on one page."""
+    _only(given, 'workdir')
+    workdir = _workdir(given.workdir)
+    plan, mesh = _plan(config)
+    train_source = configs.source(config, 'train', plan.model)
+    test_source = configs.source(config, 'test', plan.model)
+    subject = scoring.Subject(config, plan, mesh, workdir, test_source)
+    show = reporting.prepare(subject, train_source)
+    variables, origin = _variables(plan, workdir, None, mesh)
+
+    def job():
+        _announce(
+            given.mode, plan.model, mesh, checkpoint=origin['name'],
+            data=f'{_set_name(train_source)}; {_set_name(test_source)}',
+            output=str(workdir / 'report.html'),
+        )
+        show(variables, origin)
+
+    return job
+
+
 def convert(config, given) -> Callable[[], None]:
     """Official checkpoint into a workdir as step 0, or out of a workdir (averaged parameters)."""
     _only(given, 'workdir', 'input', 'output')
@@ -194,7 +223,8 @@ def convert(config, given) -> Callable[[], None]:
 def compile_ahead(config, given) -> Callable[[], None]:
     """Compiles a step for each of the TPU topologies and prints what it costs; needs no TPU."""
     # Imported here: the other modes need nothing of it.
-    from tarflow_jax.ahead_of_time import report, topology
+    from tarflow_jax.ahead_of_time import report as cost_report
+    from tarflow_jax.ahead_of_time import topology
 
     _only(given, 'topology', 'program', 'batch_per_chip', 'json', 'out')
     if not given.topology:
@@ -209,7 +239,7 @@ def compile_ahead(config, given) -> Callable[[], None]:
         own = config.copy_and_resolve_references()
         if given.batch_per_chip:
             own[given.program].batch_size = given.batch_per_chip * slice_.chips
-        report.planned(own, slice_, given.program)  # whatever cannot be says so here
+        cost_report.planned(own, slice_, given.program)  # whatever cannot be says so here
         setups.append((own, slice_))
 
     def job():
@@ -220,12 +250,12 @@ def compile_ahead(config, given) -> Callable[[], None]:
         )
         rows = []
         for own, slice_ in setups:
-            row = report.compile_for(
+            row = cost_report.compile_for(
                 own, slice_, given.program, Path(given.out) if given.out else None
             )
-            print(*report.lines(row), sep='\n', flush=True)
+            print(*cost_report.lines(row), sep='\n', flush=True)
             if not row['fits']:
-                better = report.smallest_change(own, slice_, given.program)
+                better = cost_report.smallest_change(own, slice_, given.program)
                 row['smallest_change'] = better and better['change']
                 print('  remedy       ' + (
                     f'fits with {better["change"]}: {better["hbm_total_bytes"] / 2**30:.2f} GiB'
@@ -237,7 +267,8 @@ def compile_ahead(config, given) -> Callable[[], None]:
                 temporary.write_text(json.dumps(rows, indent=2) + '\n')
                 temporary.replace(given.json)
         if len(rows) > 1:
-            print(*report.table(rows), sep='\n', flush=True)
+            print(*cost_report.table(rows), sep='
+', flush=True)
         if given.json:
             log.info('the numbers are in %s', given.json)
         if given.out:
@@ -250,6 +281,7 @@ MODES = {
     'train': train,
     'sample': sample,
     'evaluate': evaluate,
+    'report': report,
     'convert': convert,
     'compile': compile_ahead,
 }

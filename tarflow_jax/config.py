@@ -116,6 +116,14 @@ def default() -> ConfigDict:
     f.statistics = ''  # where statistics are kept; empty is WORKDIR/statistics
     f.neighbours = 10_000  # images of each kind for precision and recall
     f.batch_size = 100
+
+    c.report = r = ConfigDict()  # the page that --mode=report writes
+    r.after_training = True
+    r.rows = 10  # of samples, one class each
+    r.columns = 6
+    r.guidance_weights = (0.5, 1.0, 2.0, 4.0)  # beside guidance.weight
+    r.training_images = 2000  # among which the neighbours of samples are looked for
+    r.test_images = 500  # whose likelihoods are compared
     return c
 
 
@@ -142,6 +150,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
     c.train.update(batch_size=8, epochs=0.008, warmup_epochs=0.004)
     c.train.update(log_every=2, sample_every=1000, checkpoint_every=1000)
     c.sample.update(count=20, batch_size=10, method='sequential')
+    c.report.update(rows=2, columns=2, guidance_weights=(1.0,), training_images=50, test_images=20)
     return c
 
 
@@ -215,10 +224,17 @@ def plan(config: ConfigDict) -> Plan:
         raise ValueError(f'sample.format {s.format!r} is none of {", ".join(SAMPLE_FORMATS)}.')
     for field in ('model.unroll', 'sample.count', 'sample.batch_size', 'evaluate.batch_size',
                   'evaluate.draws', 'evaluate.round_trip_images', 'evaluate.outliers.images',
-                  'evaluate.frechet.batch_size'):
+                  'evaluate.frechet.batch_size', 'report.rows', 'report.columns',
+                  'report.training_images', 'report.test_images'):
         value = operator.attrgetter(field)(config)
         if value < 1:
             raise ValueError(f'{field} {value} must be at least 1.')
+    for weight in config.report.guidance_weights:
+        if not (isinstance(weight, int | float) and math.isfinite(weight) and weight >= 0):
+            raise ValueError(
+                f'report.guidance_weights {tuple(config.report.guidance_weights)} must hold numbers '
+                'from 0 up, such as (1.0, 2.0).'
+            )
     if not 0 <= config.seed < 2**32:
         raise ValueError(f'seed {config.seed} is outside 0..{2**32 - 1}.')
     for metric in config.evaluate.metrics:

@@ -4,9 +4,11 @@
         [--config.field=value ...]
 
 Modes:
-  train     train, or go on from the newest checkpoint in the workdir; then sample and evaluate
+  train     train, or go on from the newest checkpoint in the workdir; then sample, evaluate and
+            report
   sample    draw images from the workdir's newest checkpoint, or go on drawing them
   evaluate  score it by config.evaluate.metrics: bits/dim, Frechet distance and others
+  report    write WORKDIR/report.html, which shows what the flow has learned on one page
   convert   official checkpoint to workdir (--input), or workdir to official (--output)
   compile   compile a step for TPU slices on a machine without TPUs: what fits, what it costs
 """

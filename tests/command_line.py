@@ -47,6 +47,7 @@ def flags(workdir, images=None, **fields) -> list[str]:
         train__log_every=1, train__sample_every=1000, train__checkpoint_every=3,
         train__label_dropout=0.3, guidance__weight=0.0, evaluate__metrics='()',
         evaluate__batch_size=8, sample__count=13, sample__batch_size=8,
+        report__after_training=False,
     )
     if images is not None:
         tiny |= {'data__source': 'idx', 'data__path': str(images)}

@@ -148,6 +148,9 @@ def test_smoke_variant_runs(name, tmp_path):
     sheets = {path.name.split('_')[-1] for path in (tmp_path / 'samples').iterdir()}
     assert ('guided.png' in sheets) == (full.guidance.weight > 0)
     assert ('denoised.png' in sheets) == (full.train.noise == 'gaussian')
+    report = (tmp_path / 'report.html').read_text()
+    assert ('as drawn, then denoised' in report) == (full.train.noise == 'gaussian')
+    assert ('class 0' in report) == (full.model.num_classes > 0)
 
 
 def test_schedule_counts_steps():

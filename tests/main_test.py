@@ -114,13 +114,15 @@ def refused(capfd):
     (['--epochs=3'], ['--epochs is not a flag; did you mean --config.train.epochs?']),
     (['--model.width=3'], ['did you mean --config.model.width?']),
     (['--zzz'], ['--zzz is not a flag; --help lists the flags.']),
-    (['--mode=test'], ['--mode=test', 'train|sample|evaluate|convert']),
+    (['--mode=test'], ['--mode=test', 'train|sample|evaluate|report|convert']),
     (['--mode=smaple'], ['--mode=smaple', "did you mean 'sample'?"]),
     (['--distributed=onn'], ['--distributed=onn', "did you mean 'on'?"]),
     (['train'], ["'train' is not a flag"]),
     (['--workdir='], ['--workdir is missing']),
     (['--input=x.pth'], ['--input=x.pth has no meaning with --mode=train']),
     (['--output=x.safetensors'], ['--output=x.safetensors has no meaning with --mode=train']),
+    (['--mode=report'], ['holds no checkpoint']),
+    (['--mode=report', '--input=x.pth'], ['--input=x.pth has no meaning with --mode=report']),
     # The model.
     (['--config.model.patch_size=5'], ['model.image_size 16', 'patch_size 5', 'divides']),
     (['--config.model.patch_size=0'], ['patch_size 0']),
@@ -163,6 +165,9 @@ def refused(capfd):
     (['--config.evaluate.metrics=("fid",)'], ["'fid'", 'bits_per_dim, classification']),
     (['--config.evaluate.batch_size=0'], ['evaluate.batch_size 0']),
     (['--config.evaluate.draws=0'], ['evaluate.draws 0']),
+    (['--config.report.rows=0'], ['report.rows 0 must be at least 1']),
+    (['--config.report.guidance_weights=(1.0,-2.0)'],
+     ['report.guidance_weights (1.0, -2.0)', 'from 0 up']),
     (['--config.model.num_classes=0', '--config.guidance.weight=1'],
      ['guidance weight 1.0', 'guidance.temperature', 'class']),
     (['--config.model.num_classes=0', '--config.evaluate.metrics=("classification",)'],
@@ -200,11 +205,11 @@ def test_missing_flags(refused):
 def test_help(capfd):
     assert call('--help') == 0
     out = capfd.readouterr().out
-    for word in ('--workdir', '--config', '--mode: <train|sample|evaluate|convert|compile>'):
+    for word in ('--workdir', '--config', '--mode: <train|sample|evaluate|report|convert|compile>'):
         assert word in out
     lines = out.partition('\nModes:\n')[2].splitlines()
-    assert [line.split()[0] for line in lines[:5]] == list(commands.MODES)
-    assert all(len(line) <= 100 for line in lines[:5])
+    assert [line.split()[0] for line in lines[:6]] == list(commands.MODES)
+    assert all(len(line) <= 100 for line in lines[:6])
 
 
 def test_imagenet_without_its_data(refused, tmp_path):

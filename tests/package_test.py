@@ -12,7 +12,8 @@ import tarflow_jax
 
 PACKAGE = Path(tarflow_jax.__file__).parent
 MODULES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob('*.py'))
-HEAVY = ('tensorflow', 'torch', 'grain', 'tensorflow_datasets', 'orbax', 'tensorboardX', 'PIL')
+HEAVY = ('tensorflow', 'torch', 'grain', 'tensorflow_datasets', 'orbax', 'tensorboardX', 'PIL',
+         'plotly')
 
 # Packages beside the standard library and numpy; rooms of this package.
 ROOMS = {
@@ -25,7 +26,8 @@ ROOMS = {
         {'jax', 'optax', 'orbax', 'tensorboardX', 'PIL', 'tqdm'}, {'flow', 'data', 'config'}
     ),
     'evaluation': (
-        {'jax', 'flax', 'PIL', 'tqdm'}, {'flow', 'data', 'training', 'torch_file', 'torch_writer'}
+        {'jax', 'flax', 'PIL', 'plotly', 'tqdm'},
+        {'flow', 'data', 'training', 'torch_file', 'torch_writer'}
     ),
     'ahead_of_time': ({'jax', 'libtpu', 'optax'}, {'flow', 'data', 'training', 'evaluation', 'config'}),
 }

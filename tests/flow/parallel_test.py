@@ -143,7 +143,7 @@ def test_volume_preserving_blocks():
 
 
 def test_windows():
-    assert window_sizes(256, 1) == [256, 128, 64]
+    assert window_sizes(256, 1) == [256]
     assert window_sizes(256, 8) == [32, 16, 8]
     assert window_sizes(49, 3) == [17, 8]
     assert window_sizes(16, 16) == [1]

@@ -1,0 +1,95 @@
+"""What the report measures with real images: neighbours of samples, likelihoods, and the blocks."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tarflow_jax.evaluation.bits_per_dim import dequantised_log_prob
+from tarflow_jax.evaluation.over_set import EvenlySpaced, batches, over_set
+from tarflow_jax.flow import likelihood
+from tarflow_jax.flow.model import flip_if, patchify
+from tarflow_jax.training.step import add_noise
+
+CHUNK = 256  # images compared at a time
+
+
+def nearest(pixels, source, keep: int, mirrored: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """The images of a source nearest to each of some pictures, by all their pixels.
+
+    Args:
+      pixels: uint8 [S, H, W, C].
+      mirrored: also compare with the mirror images of the source, as training on flips sees them.
+    Returns:
+      (indices, distances), both [S, keep], nearest first; a distance is the root mean square
+      difference of a pixel, in grey levels of 256.
+    """
+    wanted = pixels.reshape(len(pixels), -1).astype(np.float32) - 127.5
+    flipped = pixels[:, :, ::-1].reshape(wanted.shape).astype(np.float32) - 127.5
+    squares = []
+    for start in range(0, len(source), CHUNK):
+        rows = range(start, min(start + CHUNK, len(source)))
+        there = np.stack([source[i]['image'] for i in rows])
+        there = there.reshape(len(there), -1).astype(np.float32) - 127.5
+        ours = [wanted, flipped] if mirrored else [wanted]
+        both = [-2 * a @ there.T + np.square(there).sum(1) for a in ours]
+        squares.append(np.minimum(*both) if mirrored else both[0])
+    squares = np.concatenate(squares, 1) + np.square(wanted).sum(1, keepdims=True)
+    order = np.argsort(squares, axis=1, kind='stable')[:, :keep]
+    found = np.take_along_axis(squares, order, 1) / wanted.shape[1]
+    return order, np.sqrt(np.maximum(found, 0))
+
+
+def likelihoods(model, variables, source, *, key, mesh, batch_size) -> np.ndarray:
+    """Bits per dimension of each image of a source, as the score of that name has them: [N]."""
+    model = model.clone(dtype=jnp.float32)
+    nats = over_set(
+        functools.partial(dequantised_log_prob, model, variables), source, mesh=mesh,
+        batch_size=batch_size, key=key, what='likelihoods of the report',
+    )
+    return np.asarray(likelihood.bits_per_dim(nats[0].astype(np.float64), model.num_dims))
+
+
+def extremes(bits, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the most and of the least likely images, most extreme first; none is in both."""
+    order = np.argsort(np.where(np.isfinite(bits), bits, np.inf), kind='stable')
+    count = min(count, len(bits) // 2)
+    return order[:count], order[::-1][:count]
+
+
+def blocks(plan, variables, source, *, key, mesh, count: int) -> list[dict[str, float]]:
+    """What each block does to images of a source with the noise of training, by index.
+
+    Returns:
+      for each block 'mean_square' of its output, and 'smallest', 'mean' and 'largest' of its
+      log-scales over all images and positions but the first, which has none.
+    """
+    few = EvenlySpaced(source, count)
+    _, batch, mask = next(batches(few, mesh=mesh, batch_size=len(few), what='blocks of the report'))
+    images = jax.jit(add_noise, static_argnums=2)(key, batch['image'], plan.recipe)
+    x, found = patchify(images, plan.model.patch_size), []
+    for b in range(len(plan.model.layers_per_block)):
+        x, numbers = _block(
+            plan.model.block_module(b), variables['params'][f'block_{b}'], x, batch['label'],
+            np.bool_(b % 2), mask,
+        )
+        found.append({name: float(value) for name, value in numbers.items()})
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _block(block, params, x_BxTxD, labels, reverse, mask):
+    """One block forwards, in raster order; one program for all of the same depth."""
+    x = flip_if(reverse, x_BxTxD, 1)
+    log_scale, shift = block.apply({'params': params}, x, labels, reverse)
+    z = (x - shift) * jnp.exp(-log_scale)
+    kept = mask[:, None, None]
+    own = log_scale[:, 1:]
+    numbers = {
+        'mean_square': jnp.mean(jnp.square(z), where=kept),
+        'smallest': jnp.min(own, where=kept, initial=jnp.inf),
+        'mean': jnp.mean(own, where=kept),
+        'largest': jnp.max(own, where=kept, initial=-jnp.inf),
+    }
+    return flip_if(reverse, z, 1), numbers

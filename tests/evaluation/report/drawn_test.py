@@ -1,0 +1,111 @@
+"""What the report draws: how many pictures, from which noise, and that they are the sampler's."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from tiny_flow import perturbed, tiny
+
+import tarflow_jax as tfj
+from tarflow_jax.config import Plan
+from tarflow_jax.evaluation.report import drawn
+from tarflow_jax.flow.guidance import Guidance
+from tarflow_jax.training import sharding
+from tarflow_jax.training.step import Recipe
+
+
+def drawer(model, variables=None, *, noise='gaussian', guidance=Guidance(), batch_size=8):
+    plan = Plan(model, Recipe(noise, 0.1), guidance)
+    variables = perturbed(model) if variables is None else variables
+    return drawn.Drawer(plan, variables, sharding.make_mesh(), batch_size, 1.0)
+
+
+def test_pictures_and_their_noise():
+    model, key = tiny((2, 1, 1)), jax.random.key(5)
+    flow = drawer(model)
+    found = drawn.draw(flow, key, rows=10, columns=4, weights=(1.0, 3.0), steps=5)
+    shape = (8, 8, 2)
+    assert found['labels'].tolist() == [0, 1, 2]
+    assert found['raw'].shape == found['denoised'].shape == (3, 4, *shape)
+    assert found['trajectory'].shape == (4, 3, *shape)
+    assert list(found['guided']) == [0.0, 1.0, 3.0]
+    assert found['between'].shape == (3, 5, *shape)
+    assert found['iterations']['calls'].shape == (3, 3)
+    assert (found['iterations']['calls'] <= model.num_patches).all()
+    assert found['iterations']['round_trip'].max() < 1e-2
+    assert found['not_finite'] == 0
+
+    noise = drawn.noise_of(key, 3, 4, model)
+    labels = np.arange(3).repeat(4).astype(np.int32)
+    images = tfj.sample(model, flow.variables, noise, labels)
+    clean = tfj.denoise(model, flow.variables, images, labels, noise_std=0.1)
+    close = dict(rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found['raw'].reshape(-1, *shape), images, **close)
+    np.testing.assert_allclose(found['denoised'].reshape(-1, *shape), clean, **close)
+    np.testing.assert_array_equal(found['trajectory'][-1], found['raw'][:, 0])
+    guided = tfj.sample(
+        model, flow.variables, noise[::4], labels[::4], guidance=Guidance(weight=3.0)
+    )
+    guided = tfj.denoise(model, flow.variables, guided, labels[::4], noise_std=0.1)
+    np.testing.assert_allclose(found['guided'][3.0], guided, **close)
+    # The ways between samples begin at the first of a row and end at the second.
+    np.testing.assert_allclose(found['between'][:, 0], found['denoised'][:, 0], **close)
+    np.testing.assert_allclose(found['between'][:, -1], found['denoised'][:, 1], **close)
+
+
+def test_unconditional_without_gaussian_noise():
+    flow = drawer(tiny(num_classes=0), noise='uniform')
+    found = drawn.draw(flow, jax.random.key(0), rows=2, columns=1, weights=(0.5,), steps=3)
+    assert found['labels'] is None and 'denoised' not in found
+    assert found['raw'].shape == (2, 1, 8, 8, 2)
+    assert len(found['between']) == 0
+    assert found['guidance'].temperature == drawn.TEMPERATURE
+    assert np.abs(found['guided'][0.5] - found['guided'][0.0]).max() > 1e-4
+
+
+def test_what_is_not_finite_is_counted():
+    model = tiny()
+    variables = jax.tree.map(lambda x: x, perturbed(model))
+    kernel = variables['params']['block_0']['proj_out']
+    huge = jax.tree.map(lambda x: x * 1e4, kernel)
+    params = variables['params'] | {'block_0': variables['params']['block_0'] | {'proj_out': huge}}
+    found = drawn.draw(
+        drawer(model, {**variables, 'params': params}), jax.random.key(0), rows=3, columns=2,
+        weights=(), steps=2,
+    )
+    finite = np.isfinite(found['raw']).all((2, 3, 4))
+    assert found['not_finite'] == (~finite).sum() > 0
+
+
+def test_rows_go_through_the_classes():
+    assert drawn.row_labels(0, 4) is None
+    assert drawn.row_labels(3, 10).tolist() == [0, 1, 2]
+    assert drawn.row_labels(1000, 4).tolist() == [0, 250, 500, 750]
+
+
+def test_arc_keeps_the_length_of_noise():
+    start, end = np.random.default_rng(0).normal(size=(2, 3, 64, 48))
+    way = drawn.between(start, end, 7)
+    np.testing.assert_allclose(way[0], start, atol=1e-6)
+    np.testing.assert_allclose(way[-1], end, atol=1e-6)
+    lengths = np.linalg.norm(way.reshape(7, 3, -1), axis=2) / np.sqrt(64 * 48)
+    np.testing.assert_allclose(lengths, 1, atol=0.05)
+    # Equal steps: the same angle from each point to the next.
+    unit = way.reshape(7, 3, -1) / np.linalg.norm(way.reshape(7, 3, -1), axis=2, keepdims=True)
+    angles = np.arccos((unit[1:] * unit[:-1]).sum(2))
+    np.testing.assert_allclose(angles, np.broadcast_to(angles[:1], angles.shape), rtol=0.05)
+    np.testing.assert_allclose(drawn.between(start, start, 3)[1], start, atol=1e-6)
+
+
+@pytest.mark.parametrize('guidance, has_labels, temperature', [
+    (Guidance(weight=2.0), True, 1.0),
+    (Guidance(), False, drawn.TEMPERATURE),
+    (Guidance(weight=0.2, temperature=0.5), False, 0.5),
+])
+def test_sweep(guidance, has_labels, temperature):
+    found = drawn.sweep_guidance(guidance, has_labels)
+    assert found.temperature == temperature
+    dataclasses.replace(found, weight=1.0).check(has_labels)
+    weights = drawn.sweep_weights(guidance, (4.0, 1.0, 0.0))
+    assert weights == sorted({1.0, 4.0, guidance.weight} - {0.0})
