@@ -267,8 +267,7 @@ def compile_ahead(config, given) -> Callable[[], None]:
                 temporary.write_text(json.dumps(rows, indent=2) + '\n')
                 temporary.replace(given.json)
         if len(rows) > 1:
-            print(*cost_report.table(rows), sep='
-', flush=True)
+            print(*cost_report.table(rows), sep='\n', flush=True)
         if given.json:
             log.info('the numbers are in %s', given.json)
         if given.out:
@@ -291,6 +290,7 @@ INTERRUPTED = {
     'sample': 'the batches that were drawn are kept; the same command goes on from there',
     'evaluate': 'no scores were written, samples that were drawn are kept; the same command '
     'starts the scores again',
+    'report': 'no report was written, one from before is as it was; the same command starts again',
     'convert': 'a checkpoint is there whole or not at all; the same command starts again',
     'compile': 'what was compiled is printed above; the same command starts again',
 }
