@@ -232,8 +232,8 @@ def plan(config: ConfigDict) -> Plan:
     for weight in config.report.guidance_weights:
         if not (isinstance(weight, int | float) and math.isfinite(weight) and weight >= 0):
             raise ValueError(
-                f'report.guidance_weights {tuple(config.report.guidance_weights)} must hold numbers '
-                'from 0 up, such as (1.0, 2.0).'
+                f'report.guidance_weights {tuple(config.report.guidance_weights)} must hold '
+                'numbers from 0 up, such as (1.0, 2.0).'
             )
     if not 0 <= config.seed < 2**32:
         raise ValueError(f'seed {config.seed} is outside 0..{2**32 - 1}.')

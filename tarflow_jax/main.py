@@ -4,8 +4,7 @@
         [--config.field=value ...]
 
 Modes:
-  train     train, or go on from the newest checkpoint in the workdir; then sample, evaluate and
-            report
+  train     train, or go on from the newest checkpoint; then sample, evaluate and report
   sample    draw images from the workdir's newest checkpoint, or go on drawing them
   evaluate  score it by config.evaluate.metrics: bits/dim, Frechet distance and others
   report    write WORKDIR/report.html, which shows what the flow has learned on one page

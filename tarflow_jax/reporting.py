@@ -60,7 +60,8 @@ def _collect(s: Subject, train, variables, origin) -> dict:
         s.config.sample.denoise_strength,
     )
     samples = drawn.draw(
-        drawer, keys['noise'], rows=r.rows, columns=r.columns, weights=r.guidance_weights, steps=STEPS
+        drawer, keys['noise'], rows=r.rows, columns=r.columns,
+        weights=r.guidance_weights, steps=STEPS
     )
     few = EvenlySpaced(s.test, r.test_images)
     count = min(BLOCK_IMAGES, len(few))
@@ -79,7 +80,9 @@ def _collect(s: Subject, train, variables, origin) -> dict:
         'metrics': files.metrics(s.workdir),
         'evaluation': files.evaluation(s.workdir),
         'drawn': samples,
-        'neighbours': _neighbours(samples, EvenlySpaced(train, r.training_images), few, s.config.data.flip),
+        'neighbours': _neighbours(
+            samples, EvenlySpaced(train, r.training_images), few, s.config.data.flip
+        ),
         'likelihoods': _likelihoods(s, variables, few, keys['likelihoods']),
         'blocks': measured.blocks(
             plan, variables, few, key=keys['blocks'], mesh=s.mesh, count=count

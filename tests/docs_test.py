@@ -191,7 +191,10 @@ def _training_program(arguments: list[str], monkeypatch) -> None:
 
 def _script(words: list[str]) -> str:
     path = ROOT / words[0]
-    defined = set(FLAG.findall(path.read_text()))
+    text = path.read_text()
+    if 'comparison.arguments(' in text:
+        text += (path.parent / 'comparison.py').read_text()
+    defined = set(FLAG.findall(text))
     given = {word[2:].partition('=')[0] for word in words[1:] if word.startswith('--')}
     assert given <= defined, f'{path} has no {given - defined}'
     return 'benchmark'

@@ -217,7 +217,8 @@ class TarFlow(nn.Module):
     unroll: int = 1
     layout: Any = OneDevice()
 
-    block_class: ClassVar[type[Block]] = Block  # a subclass may condition its blocks on other things
+    # A subclass may condition its blocks on other things.
+    block_class: ClassVar[type[Block]] = Block
 
     def __post_init__(self):
         super().__post_init__()
@@ -259,7 +260,7 @@ class TarFlow(nn.Module):
 
     @property
     def conditional(self) -> bool:
-        """Whether labels change anything; a subclass whose blocks read them otherwise says so here."""
+        """Whether labels change anything; a subclass may say so for blocks of its own."""
         return self.num_classes > 0
 
     def block_module(self, index: int) -> Block:

@@ -316,8 +316,8 @@ def test_images_that_are_not_finite(wanted, tmp_path, monkeypatch):
     # Number 5 twice, and number 20 always; the others of their batches stay as they are.
     sampled, attempts = bulk.sample, []
 
-    def fails(model, variables, noise, labels, guidance):
-        images = sampled(model, variables, noise, labels, guidance=guidance)
+    def fails(model, variables, noise, labels, **how):
+        images = sampled(model, variables, noise, labels, **how)
         numbers, attempt = attempts[-1]
         bad = ((numbers == 5) & (attempt < 2)) | (numbers == 20)
         return jax.numpy.where(bad[:, None, None, None], np.nan, images)

@@ -83,7 +83,8 @@ def _line(figure, steps, values, name: str) -> None:
 
 def _html(figure, name: str, x: str, y: str) -> str:
     figure.update_layout(
-        template='plotly_white', height=340, margin=dict(l=56, r=12, t=12, b=48), showlegend=figure.data[0].type != 'histogram',
+        template='plotly_white', height=340, margin=dict(l=56, r=12, t=12, b=48),
+        showlegend=figure.data[0].type != 'histogram',
         legend=dict(orientation='h', yanchor='top', y=-0.22, x=0), hovermode='x unified',
         xaxis_title=x, yaxis_title=y, font=dict(size=13),
         paper_bgcolor='rgba(0,0,0,0)', plot_bgcolor='rgba(0,0,0,0)',

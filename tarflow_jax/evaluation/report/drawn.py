@@ -42,7 +42,7 @@ class Drawer:
         return bool(self.plan.gaussian_noise_std and self.strength)
 
     def trajectory(self, noise, labels, guidance: Guidance | None = None) -> list[np.ndarray]:
-        """The noise and what each block makes of it, in order of sampling: pictures [B, H, W, C]."""
+        """The noise and what each block makes of it, as sampling goes: pictures [B, H, W, C]."""
         model = self.plan.model
         size = self.batch_size if guidance is None else min(len(noise), self.batch_size)
 
@@ -145,7 +145,7 @@ def sweep_guidance(guidance: Guidance, has_labels: bool) -> Guidance:
 
 
 def sweep_weights(guidance: Guidance, weights) -> list[float]:
-    """The weights in order: those asked for and the config's own; 0, the unguided, is drawn already."""
+    """The weights in order, those asked for and the config's own; 0 is drawn already."""
     return sorted({float(w) for w in (*weights, guidance.weight)} - {0.0})
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def metrics(workdir) -> list[dict]:
-    """The lines of metrics.jsonl; none if it is missing. Half a line of a killed run is left out."""
+    """The lines of metrics.jsonl, none if it is missing; not half a line of a killed run."""
     path = Path(workdir) / 'metrics.jsonl'
     found = []
     for line in path.read_text(errors='replace').splitlines() if path.exists() else ():

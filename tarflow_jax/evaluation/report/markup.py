@@ -1,4 +1,4 @@
-"""Pieces of HTML: pictures as data URIs, tables and notes. Text that enters here is escaped here."""
+"""Pieces of HTML: pictures as data URIs, tables and notes. Text is escaped where it enters."""
 
 import base64
 import html
@@ -42,7 +42,8 @@ def own_scale(images) -> np.ndarray:
 def figure(caption: str, *content: str, lead: str = '') -> str:
     """A <figure>; the caption is text, the content HTML."""
     lead = f'<strong>{html.escape(lead)}</strong> ' if lead else ''
-    return f'<figure><figcaption>{lead}{html.escape(caption)}</figcaption>{"".join(content)}</figure>'
+    caption = f'<figcaption>{lead}{html.escape(caption)}</figcaption>'
+    return f'<figure>{caption}{"".join(content)}</figure>'
 
 
 def paragraph(text: str, kind: str = '') -> str:

@@ -10,7 +10,13 @@ import numpy as np
 from tarflow_jax.evaluation import tables
 from tarflow_jax.evaluation.report import charts
 from tarflow_jax.evaluation.report.markup import (
-    figure, missing, number, own_scale, paragraph, strip, table
+    figure,
+    missing,
+    number,
+    own_scale,
+    paragraph,
+    strip,
+    table,
 )
 
 HERE = Path(__file__).parent

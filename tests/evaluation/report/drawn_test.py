@@ -14,8 +14,10 @@ from tarflow_jax.flow.guidance import Guidance
 from tarflow_jax.training import sharding
 from tarflow_jax.training.step import Recipe
 
+UNGUIDED = Guidance()
 
-def drawer(model, variables=None, *, noise='gaussian', guidance=Guidance(), batch_size=8):
+
+def drawer(model, variables=None, *, noise='gaussian', guidance=UNGUIDED, batch_size=8):
     plan = Plan(model, Recipe(noise, 0.1), guidance)
     variables = perturbed(model) if variables is None else variables
     return drawn.Drawer(plan, variables, sharding.make_mesh(), batch_size, 1.0)
