@@ -8,13 +8,15 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
 from tarflow_jax.flow import tpu_attention
 
 Array = jax.Array
 
 
-def at_least_float32(dtype) -> jnp.dtype:
+def at_least_float32(dtype: DTypeLike) -> np.dtype:
     """float32 for narrower types; float64 stays (the tests differentiate in float64)."""
     return jnp.promote_types(dtype, jnp.float32)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from tarflow_jax.flow.attention import (
     Array,
@@ -80,10 +81,10 @@ class Linear(nn.Module):
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     path: str = ''
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     layout: Any = OneDevice()
     zero_kernel: bool = False
-    output_dtype: jnp.dtype | None = None
+    output_dtype: DTypeLike | None = None
     parts: int = 0
 
     @nn.compact
@@ -164,7 +165,7 @@ class Layer(nn.Module):
 
     width: int
     head_dim: int = 64
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     layout: Any = OneDevice()
 
     @property

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from tarflow_jax.flow.attention import Array, at_least_float32
 from tarflow_jax.flow.layers import Layer, Linear, OneDevice
@@ -91,7 +92,7 @@ class Block(nn.Module):
     num_classes: int = 0
     head_dim: int = 64
     volume_preserving: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: str = 'none'
     unroll: int = 1
     layout: Any = OneDevice()
@@ -212,7 +213,7 @@ class TarFlow(nn.Module):
     num_classes: int = 0
     head_dim: int = 64
     volume_preserving: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: str = 'none'
     unroll: int = 1
     layout: Any = OneDevice()
