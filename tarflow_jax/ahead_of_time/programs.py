@@ -1,6 +1,7 @@
 """The programs that training, evaluation and sampling run, lowered for devices not at hand."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -145,12 +146,14 @@ def splash_cost(call: hlo.Instruction) -> tuple[float, float, float] | None:
     The kernel leaves out the tiles above the diagonal. Its matrix products have head_dim as a
     contracted or as the last axis, of which the MXU takes 128 at once.
     """
-    products = {'fwd': 2, 'dkv': 5}  # the backward kernel makes dq too
-    found = [count for name, count in products.items() if f'splash_mha_{name}' in call.op_name]
+    # Products (the backward kernel makes dq too), and which result is [B, H, T, K], without B if 1.
+    known = {'fwd': (2, -2), 'dkv': (5, -1)}
+    found = [how for name, how in known.items() if f'splash_mha_{name}' in call.op_name]
     if not found:
         return None
-    batch, heads, length, head_dim = next(a.dims for a in call.arrays if len(a.dims) == 4)
+    ((products, result),) = found
+    *rows, length, head_dim = call.arrays[result].dims
     tiles = max(1, length // 512)
     part = (tiles + 1) / (2 * tiles)
-    flops = found[0] * 2.0 * batch * heads * length * length * head_dim * part
+    flops = products * 2.0 * math.prod(rows) * length * length * head_dim * part
     return flops, flops * max(1.0, 128 / head_dim), 0.0

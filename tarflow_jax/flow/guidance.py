@@ -120,20 +120,17 @@ class Steering:
         conditional = jnp.arange(2 * batch)[:, None, None, None] % 2 == 0
         return labels, jnp.where(conditional, 1.0, self.temperature)
 
-    def guide(self, log_scale: Array, shift: Array, start, axis: int) -> tuple[Array, Array]:
-        """What the images take of the rows' predictions, whose axis `axis` has N rows.
+    def guide(self, log_scale: Array, shift: Array, start) -> tuple[Array, Array]:
+        """What the images take, [D, B, S] each, of their rows' predictions [D, N, S].
 
         Args:
-          start: the position that predicts, or the first of those along axis 1 of [N, S, D].
+          start: the first of the positions that predict.
         """
         if self.rule is None:
             return log_scale, shift
         assert self.weights is not None
-        split = log_scale.shape[:axis] + (-1, 2) + log_scale.shape[axis + 1 :]
-        rows = [x.reshape(split) for x in (log_scale, shift)]
-        conditional, unconditional = (
-            [jax.lax.index_in_dim(x, i, axis + 1, False) for x in rows] for i in (0, 1)
-        )
-        positions = log_scale.shape[1] if axis == 0 else 1
-        weight = jax.lax.dynamic_slice_in_dim(self.weights, start, positions)[:, None]
+        D, N, S = log_scale.shape
+        rows = [x.reshape(D, N // 2, 2, S) for x in (log_scale, shift)]
+        conditional, unconditional = ([x[:, :, i] for x in rows] for i in (0, 1))
+        weight = jax.lax.dynamic_slice_in_dim(self.weights, start, S)
         return guide(*self.rule, weight, conditional, unconditional)

@@ -1,12 +1,11 @@
-"""The Transformer layer of a TarFlow block; its key/value cache is an argument and a return value.
+"""The Transformer layer of a TarFlow block.
 
-Shape suffixes: B images, T positions of the whole sequence, S positions of this call, N = B*S
-tokens, C width, H heads, K head_dim.
+Shape suffixes: B images, T positions, C width, H heads, K head_dim.
 """
 
 import dataclasses
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +14,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from tarflow_jax.flow.attention import (
-    Array,
-    at_least_float32,
-    attention,
-    causal_attention,
-    kernel_for,
-)
+from tarflow_jax.flow.attention import Array, at_least_float32, causal_attention, kernel_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,19 +45,6 @@ class OneDevice:
         """See `attention.causal_attention`, with the kernel for the default backend."""
         kernel = kernel_for(jax.default_backend(), q.dtype, q.shape[2])
         return causal_attention(kernel, q, k, v, scale)
-
-
-class LayerCache(NamedTuple):
-    """Keys and values of one layer at the positions seen so far, both [B, H, T, K]."""
-
-    key: Array
-    value: Array
-
-
-def empty_cache(batch: int, heads: int, length: int, head_dim: int, dtype) -> LayerCache:
-    # Zeros, not jnp.empty: masked positions are multiplied by probability 0, and 0 * NaN is NaN.
-    zeros = jnp.zeros((batch, heads, length, head_dim), dtype)
-    return LayerCache(zeros, zeros)
 
 
 class Linear(nn.Module):
@@ -173,25 +153,15 @@ class Layer(nn.Module):
         return self.width // self.head_dim
 
     @nn.compact
-    def __call__(
-        self,
-        h_BxSxC: Array,
-        temperature=1.0,
-        cache: LayerCache | None = None,
-        start=0,
-    ) -> tuple[Array, LayerCache | None]:
-        """Without a cache: causal attention within the S = T given positions.
-
-        With a cache: the S positions are those from `start` on; their keys and values are written
-        into the cache, and each attends to every cached position up to itself. Where they are as
-        many as the cache holds, they are all positions, and `start` is 0.
+    def __call__(self, h_BxTxC: Array, temperature=1.0) -> tuple[Array, None]:
+        """Causal attention and the MLP; `network.Network` does the same over a key/value cache.
 
         Args:
           temperature: divides the attention logits; a number or [B, 1, 1, 1].
         Returns:
-          h [B, S, C] and the cache with these positions filled in (None if none was given).
+          h [B, T, C], and None, as `nn.scan` takes it.
         """
-        B, S, C = h_BxSxC.shape
+        B, T, C = h_BxTxC.shape
         H, K = self.heads, self.head_dim
         place = self.layout.place
 
@@ -199,26 +169,15 @@ class Layer(nn.Module):
             path = f'layers/{name}'
             return Linear(inputs, outputs, path, self.dtype, self.layout, name=name, **more)
 
-        x = LayerNorm(C, name='attention_norm')(h_BxSxC)
+        x = LayerNorm(C, name='attention_norm')(h_BxTxC)
         qkv = linear('qkv', (C,), (H, K), parts=3)(x)
         q, k, v = (place(part.transpose(0, 2, 1, 3), 'heads') for part in qkv)
-        scale = K**-0.5 / temperature
-        if cache is None or S == cache.key.shape[2]:
-            if cache is not None:
-                cache = LayerCache(k.astype(cache.key.dtype), v.astype(cache.value.dtype))
-            x = self.layout.causal_attention(q, k, v, scale)
-        else:
-            at = (0, 0, start, 0)
-            k = jax.lax.dynamic_update_slice(cache.key, k.astype(cache.key.dtype), at)
-            v = jax.lax.dynamic_update_slice(cache.value, v.astype(cache.value.dtype), at)
-            cache = LayerCache(place(k, 'heads'), place(v, 'heads'))
-            mask = jnp.arange(k.shape[2]) <= start + jnp.arange(S)[:, None]
-            x = attention(q, *cache, mask, scale)
+        x = self.layout.causal_attention(q, k, v, K**-0.5 / temperature)
         # Merged: kept for the backward pass, a last axis of head_dim would be padded to 128.
-        x = place(x, 'heads').transpose(0, 2, 1, 3).reshape(B, S, C)
-        x = checkpoint_name(x, 'attention').reshape(B, S, H, K)
-        h_BxSxC = place(h_BxSxC + linear('attention_proj', (H, K), (C,))(x), 'tokens')
+        x = place(x, 'heads').transpose(0, 2, 1, 3).reshape(B, T, C)
+        x = checkpoint_name(x, 'attention').reshape(B, T, H, K)
+        h_BxTxC = place(h_BxTxC + linear('attention_proj', (H, K), (C,))(x), 'tokens')
 
-        x = LayerNorm(C, name='mlp_norm')(h_BxSxC)
+        x = LayerNorm(C, name='mlp_norm')(h_BxTxC)
         x = gelu(place(linear('mlp_in', (C,), (4 * C,))(x), 'hidden'))
-        return place(h_BxSxC + linear('mlp_out', (4 * C,), (C,))(x), 'tokens'), cache
+        return place(h_BxTxC + linear('mlp_out', (4 * C,), (C,))(x), 'tokens'), None

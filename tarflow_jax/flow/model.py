@@ -150,7 +150,7 @@ class Block(nn.Module):
     def embed(self, x_BxSxD: Array, positions_SxC: Array, labels_B: Array | None) -> Array:
         """What enters the first layer at S positions, [B, S, C]; label -1 or None: the class mean.
 
-        A sum: `inverse` computes the part of the labels once, for all positions.
+        A sum: `network` computes the part of the labels once, for all positions.
         """
         h = self.proj_in(x_BxSxD) + positions_SxC.astype(self.dtype)
         if self.num_classes:

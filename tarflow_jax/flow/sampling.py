@@ -254,5 +254,6 @@ def _guided(model, variables, index, x_BxTxD, labels, steering) -> tuple[Array, 
     predicted: Any = block.apply(
         {'params': params}, x, labels, reverse, temperature, method='predictions'
     )
-    log_scale, shift = steering.guide(*predicted, 0, axis=0)
+    log_scale_DxBxT, shift_DxBxT = steering.guide(*(a.transpose(2, 0, 1) for a in predicted), 0)
+    log_scale, shift = (a.transpose(1, 2, 0) for a in (log_scale_DxBxT, shift_DxBxT))
     return flip_if(reverse, one_later(log_scale), 1), flip_if(reverse, one_later(shift), 1)

@@ -9,6 +9,7 @@ import pytest
 from jax.test_util import check_grads
 
 from tarflow_jax.flow import layers
+from tarflow_jax.flow.attention import attention
 
 
 @pytest.fixture(autouse=True)
@@ -98,28 +99,14 @@ def test_causal_attention(temperature):
             rows.append(jnp.einsum('bht,bhtk->bhk', e / e.sum(-1, keepdims=True), v[:, :, : t + 1]))
         return jnp.stack(rows, 2)
 
-    check_value_and_gradient(lambda *a: layers.attention(*a, mask, scale), reference, q, k, v)
+    check_value_and_gradient(lambda *a: attention(*a, mask, scale), reference, q, k, v)
 
 
 def test_attention_survives_large_logits():
     q, k, v = (normal(i, 1, 1, 5, 4, dtype=jnp.float32) for i in range(3))
     mask = jnp.tril(jnp.ones((5, 5), bool))
-    pull = jax.vjp(lambda *a: layers.attention(*a, mask, 1e4), q, k, v)
+    pull = jax.vjp(lambda *a: attention(*a, mask, 1e4), q, k, v)
     assert all(jnp.isfinite(x).all() for x in (pull[0], *pull[1](v)))
-
-
-def test_layer_with_cache_equals_layer_without():
-    layer = layers.Layer(width=8, head_dim=4, dtype=jnp.float64)
-    h = normal(0, 2, 5, 8)
-    variables = layer.init(jax.random.key(0), h)
-    whole, none = layer.apply(variables, h)
-    assert none is None
-    cache = layers.empty_cache(2, 2, 5, 4, jnp.float64)
-    steps = []
-    for start, stop in ((0, 1), (1, 2), (2, 5)):
-        out, cache = layer.apply(variables, h[:, start:stop], 1.0, cache, start)
-        steps.append(out)
-    np.testing.assert_allclose(jnp.concatenate(steps, 1), whole, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float32])
