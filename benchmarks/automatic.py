@@ -20,7 +20,6 @@ from pathlib import Path
 import comparison
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 import tarflow_jax as tfj
 from tarflow_jax import config as configs
@@ -49,7 +48,8 @@ class Images:
 def newest(workdir: str):
     """The flow of a workdir, its averaged variables, and its training images."""
     about = next(Path(workdir).glob('checkpoints/*/about/metadata'))
-    config = ConfigDict(json.loads(about.read_text())['config'])
+    config = configs.default()
+    config.update(json.loads(about.read_text())['config'])
     model = configs.plan(config).model
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     with Checkpoints(workdir, model) as checkpoints:

@@ -22,5 +22,5 @@ def get_config(arg: str = 'cond'):
     c.train.update(batch_size=256, epochs=4000.0, noise_std=0.07)
     c.train.update(log_every=50, sample_every=2000, checkpoint_every=1000)
     c.guidance.update(weight=3.4, annealed=True)
-    c.sample.update(denoise_strength=1.4, method='auto')
+    c.sample.update(denoise_strength=1.4, method='auto', tolerance=0.01)
     return configs.smoke(c) if smoke else c

@@ -24,5 +24,5 @@ def get_config(arg: str = 'cond'):
     c.train.update(log_every=100, sample_every=5000, checkpoint_every=2500)
     c.mesh.fsdp = 4
     c.guidance.update(weight=1.5, annealed=True)
-    c.sample.update(denoise_strength=0.97, method='auto')
+    c.sample.update(denoise_strength=0.97, method='auto', tolerance=0.01)
     return configs.smoke(c) if smoke else c

@@ -12,12 +12,18 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from parity_cases import FOLDER
 
 from tarflow_jax import main
 from tarflow_jax.data.idx import write_idx
 
 ROOT = Path(main.__file__).parents[1]
 QUICKSTART = f'--config={ROOT}/configs/fashion_mnist.py'
+OFFICIAL = FOLDER / 'cond_gray' / 'model.pth'
+# The fields of that checkpoint's model, beside what `flags` has in common with it.
+COND_GRAY = dict(
+    model__patch_size=4, model__width=64, model__head_dim=64, model__layers_per_block='(1,1,1)'
+)
 # What differs between two runs of the same training.
 CLOCK = ('images_per_second', 'model_flops_per_second', 'data_wait')
 

@@ -1,10 +1,12 @@
-"""What JAX reads from the environment before it starts, and what Ctrl-C means, for all tests."""
+"""What JAX reads from the environment before it starts, what Ctrl-C means, and runs to look at."""
 
 import atexit
 import os
 import shutil
 import signal
 import tempfile
+
+import pytest
 
 DEVICES = '--xla_force_host_platform_device_count=8'
 
@@ -21,3 +23,28 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
 
 # A shell's background jobs ignore Ctrl-C, and so would the tests that press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# After the above: this starts JAX.
+from command_line import COND_GRAY, OFFICIAL, call, flags, write_images  # noqa: E402
+
+
+@pytest.fixture(scope='session')
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp('images'))
+
+
+@pytest.fixture(scope='session')
+def trained(images, tmp_path_factory):
+    """A workdir with checkpoints at steps 9 and 12. Tests that write take a copy."""
+    workdir = tmp_path_factory.mktemp('trained')
+    assert call(*flags(workdir, images)) == 0
+    return workdir
+
+
+@pytest.fixture(scope='session')
+def converted(images, tmp_path_factory):
+    """A workdir made from an official checkpoint."""
+    workdir = tmp_path_factory.mktemp('converted')
+    code = call(*flags(workdir, images, **COND_GRAY), '--mode=convert', f'--input={OFFICIAL}')
+    assert code == 0
+    return workdir

@@ -29,6 +29,8 @@ SHORTEST_WINDOW = 8
 WORTH_IT, CLEARLY_SLOWER = 0.95, 1.3
 # Images of the calibration stay this far below the tolerance, so that others stay below it.
 MARGIN = 0.25
+# About what bfloat16 makes of numbers near 1: iterates differ by this until they are exact.
+BFLOAT16_TOLERANCE = 0.01
 REPEATS = 3
 
 log = logging.getLogger(__name__)
@@ -50,7 +52,8 @@ def calibrate(
     Jacobi and Gauss-Seidel-Jacobi iteration with ever more segments, and takes what was fastest.
     An error of one block grows in those after it by a factor that only the flow knows. So the whole
     batch is then drawn by the schedule, and the blocks' tolerances are lowered until its images
-    differ from the sequential ones by less than a quarter of the tolerance.
+    differ from the sequential ones by less than a quarter of the tolerance; of a bfloat16 flow, by
+    less than that or than the sequential ones in float32 do.
 
     Takes the time of some ten batches, and of compiling: a dozen programs for each depth of block.
 
@@ -88,7 +91,21 @@ def calibrate(
         log.warning('no image of the calibration is finite: all blocks are left sequential.')
         return made((BlockSchedule(calls=model.num_patches - 1),) * len(blocks))
 
-    wanted, factor, error = x, 1.0, 0.0
+    wanted, factor, error, lowest = x, 1.0, 0.0, MARGIN * tolerance
+    if jnp.dtype(model.dtype) == jnp.bfloat16:
+        if tolerance < BFLOAT16_TOLERANCE:
+            log.warning(
+                'tolerance %g is less than bfloat16 rounds by, so that parallel decoding ends when '
+                'it is exact and takes long; ask for %g, or sample in float32.',
+                tolerance, BFLOAT16_TOLERANCE,
+            )
+        wide, x = model.clone(dtype=jnp.float32), start
+        for b in blocks:
+            # Caches as they are: twice as large they might not fit.
+            x = run_block(
+                wide, variables, b, BlockSchedule(), x, labels, steering, cache_dtype=model.dtype
+            ).x
+        lowest = max(lowest, float(_largest_difference(x, wanted)))
     for _ in range(4):
         tried, x = {}, start
         for b, how in blocks.items():
@@ -97,7 +114,6 @@ def calibrate(
             x = solution.x
             tried[b] = dataclasses.replace(how, calls=int(solution.calls))
         before, error = error, float(_largest_difference(x, wanted))
-        lowest = MARGIN * tolerance
         if error <= lowest or (before and error > before / 2):
             break  # or else it is rounding, which no tolerance lowers
         factor *= max(0.3 * lowest / error, 0.01)

@@ -68,6 +68,21 @@ def test_it_lowers_the_tolerance_of_blocks_whose_errors_grow(monkeypatch):
     assert 0 < schedule.error <= 2.5e-2
 
 
+def test_bfloat16_is_judged_by_its_own_rounding(monkeypatch, caplog):
+    slow(monkeypatch, lambda index, segments: 0.0 if segments == (index == 1) else 0.2)
+    model = MODEL.clone(dtype=jnp.bfloat16)
+    schedule = tfj.calibrate(model, perturbed(MODEL), LABELS, tolerance=1e-2)
+    assert [block.segments for block in schedule.blocks] == [0, 1]
+    # More than a quarter of the tolerance, and yet no more than the dtype costs.
+    assert 2.5e-3 < schedule.error < 0.1
+    assert schedule.blocks[1].tolerance == 1e-2
+    assert schedule.blocks[1].calls < 20
+    assert not caplog.text
+    tfj.calibrate(model, perturbed(MODEL), LABELS, tolerance=1e-4)
+    assert 'tolerance 0.0001 is less than bfloat16 rounds by' in caplog.text
+    assert 'ask for 0.01' in caplog.text
+
+
 def test_a_flow_whose_samples_overflow_stays_sequential(caplog):
     variables = with_last_block(perturbed(MODEL), kernel=1.0, log_scale=6.0)
     schedule = tfj.calibrate(MODEL, variables, LABELS)
