@@ -24,8 +24,16 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
 # A shell's background jobs ignore Ctrl-C, and so would the tests that press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# After the above: this starts JAX.
+# After the above: these start JAX.
+import jax  # noqa: E402
 from command_line import COND_GRAY, OFFICIAL, call, flags, write_images  # noqa: E402
+
+
+@pytest.fixture(scope='module', autouse=True)
+def forget_compiled_programs():
+    """Else they pile up to as many memory maps as Linux allows a process, and it crashes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope='session')
