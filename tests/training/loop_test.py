@@ -7,17 +7,12 @@ import time
 
 import numpy as np
 import pytest
-from command_line import CLOCK, call, flags, metrics, saved, start, write_images
+from command_line import CLOCK, call, flags, metrics, saved, start
 
 from tarflow_jax.training import loop
 from tarflow_jax.training.processes import DIVERGED
 
 STEPS = 12
-
-
-@pytest.fixture(scope='module')
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp('images'))
 
 
 @pytest.fixture(scope='module')

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from command_line import ROOT, ended, flags, metrics, start_processes, write_images
+from command_line import ROOT, ended, flags, metrics, start_processes
 
 from tarflow_jax.training import processes
 from tarflow_jax.training.checkpoint import Checkpoints
@@ -68,11 +68,6 @@ def assert_close(found, wanted, atol):
             # Softmax cancels the gradient of the keys' bias: AdamW makes steps of its rounding.
             leaf, want = leaf[:, ::2], want[:, ::2]
         np.testing.assert_allclose(leaf, want, atol=atol, err_msg=name)
-
-
-@pytest.fixture(scope='module')
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp('images'))
 
 
 @pytest.fixture(scope='module')
