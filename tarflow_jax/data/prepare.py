@@ -35,6 +35,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from tarflow_jax import __version__
 from tarflow_jax.data import manifest as manifests
 from tarflow_jax.data import originals, shards
+from tarflow_jax.data.cores import available_cores
 
 log = logging.getLogger('tarflow_jax')
 
@@ -285,7 +286,7 @@ def _parser() -> argparse.ArgumentParser:
         '--strict', action='store_true', help='an image that cannot be used is an error'
     )
     parser.add_argument(
-        '--workers', type=_positive, default=len(os.sched_getaffinity(0)), help='processes'
+        '--workers', type=_positive, default=available_cores(), help='processes'
     )
     return parser
 

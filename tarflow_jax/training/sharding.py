@@ -15,6 +15,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tarflow_jax.data.cores import available_cores
 from tarflow_jax.flow.attention import causal_attention, kernel_for
 
 DATA, FSDP, TENSOR = AXES = ('data', 'fsdp', 'tensor')
@@ -62,8 +63,7 @@ def use_cores_as_devices(batch_size: int) -> None:
     """
     if 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', ''):
         return
-    affinity = getattr(os, 'sched_getaffinity', None)  # Linux only
-    cores = min(len(affinity(0)) if affinity else os.cpu_count(), 8)
+    cores = min(available_cores(), 8)
     jax.config.update(
         'jax_num_cpu_devices', max(n for n in range(1, cores + 1) if batch_size % n == 0)
     )
