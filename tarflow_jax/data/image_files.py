@@ -30,12 +30,12 @@ class BadImage(Exception):
     """Why a file makes no image."""
 
 
-def encode_files(files: list[File], size: int, exact: bool) -> list[Encoded]:
-    """Reads image files and makes PNG files [size,size,3] of them.
+def encode_files(files: list[File], size: tuple[int, int], exact: bool) -> list[Encoded]:
+    """Reads image files and makes PNG files [H,W,3] of them.
 
     Args:
         files: where they are.
-        size: height and width of the result.
+        size: (H, W) of the result.
         exact: refuse images of any other size rather than resize them.
 
     Raises:
@@ -44,45 +44,55 @@ def encode_files(files: list[File], size: int, exact: bool) -> list[Encoded]:
     return [_encode_file(file, size, exact) for file in files]
 
 
-def encode_array(image_NxHxWxC: np.ndarray, size: int) -> list[Encoded]:
-    """PNG files [size,size,C] of uint8 images with 1 or 3 channels."""
+def encode_array(image_NxHxWxC: np.ndarray, size: tuple[int, int]) -> list[Encoded]:
+    """PNG files of uint8 images with 1 or 3 channels, resized and cropped to `size`, (H, W)."""
     encoded = []
     for image_HxWxC in image_NxHxWxC:
-        if image_HxWxC.shape[:2] != (size, size):
+        if image_HxWxC.shape[:2] != size:
             grey = image_HxWxC.shape[2] == 1
             image = Image.fromarray(image_HxWxC[..., 0] if grey else image_HxWxC)
-            image_HxWxC = np.asarray(resize_and_crop(image, size)).reshape(size, size, -1)
+            image_HxWxC = np.asarray(resize_and_crop(image, size)).reshape(*size, -1)
         encoded.append(Encoded(write_png(image_HxWxC)))
     return encoded
 
 
-def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
-    """The middle of the image, its short side resized to `size`; uint8, bilinear and antialiased.
+def resize_and_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resizes the image until it covers `size`, (H, W), and crops the middle.
 
-    Equal to torchvision's Resize(size) and CenterCrop(size): the long side is rounded down, and
-    half pixels of the offset are rounded to even.
+    Keeps the aspect: one side becomes that of `size`, and the other is rounded down and at least
+    that of `size`. Bilinear and antialiased, in uint8. For squares this equals torchvision's
+    Resize(size) and CenterCrop(size), down to half pixels of the offset, which round to even.
     """
+    wanted_height, wanted_width = size
     width, height = image.size
-    short, long = min(width, height), max(width, height)
-    if short != size:
-        scaled = int(size * long / short)
-        if scaled * size > MAX_PIXELS:
+    if wanted_width * height >= wanted_height * width:
+        resized = wanted_width, wanted_width * height // width
+    else:
+        resized = wanted_height * width // height, wanted_height
+    if resized != image.size:
+        if resized[0] * resized[1] > MAX_PIXELS:
             raise BadImage(f'is {width}x{height}, too long for its other side')
-        resized = (size, scaled) if width <= height else (scaled, size)
         image = image.resize(resized, Image.Resampling.BILINEAR)
-    left, top = (int(round((side - size) / 2)) for side in image.size)
-    return image.crop((left, top, left + size, top + size))
+    left, top = (
+        int(round((side - wanted) / 2))
+        for side, wanted in zip(image.size, (wanted_width, wanted_height))
+    )
+    return image.crop((left, top, left + wanted_width, top + wanted_height))
 
 
-def _encode_file(file: File, size: int, exact: bool) -> Encoded:
+def _encode_file(file: File, size: tuple[int, int], exact: bool) -> Encoded:
+    wanted_height, wanted_width = size
+    wanted = f'{wanted_width}x{wanted_height}'  # Pillow's order, as that of the image beside it
+    if wanted_height != wanted_width:
+        wanted += ' (width x height)'
     try:
         data = _read(file)
         image, notes = _load_rgb(data)
         width, height = image.size
-        if exact and (width, height) != (size, size):
-            raise BadImage(f'is {width}x{height}, not {size}x{size}')
-        if min(width, height) < size:
-            notes.append(f'is {width}x{height}, smaller than {size}x{size}, and was enlarged')
+        if exact and (height, width) != size:
+            raise BadImage(f'is {width}x{height}, not {wanted}')
+        if width < wanted_width or height < wanted_height:
+            notes.append(f'is {width}x{height}, smaller than {wanted}, and was enlarged')
         pixels = np.asarray(resize_and_crop(image, size))
         return Encoded(write_png(pixels), notes=tuple(notes))
     except BadImage as error:

@@ -14,6 +14,8 @@ from typing import Any
 
 from etils import epath
 
+from tarflow_jax.data import sizes
+
 FILE = 'manifest.json'
 FORMAT = 1
 PROGRESS = 'progress'
@@ -127,8 +129,8 @@ def damage(folder: epath.Path, shards: list[dict], *, contents: bool) -> dict[st
 def _tfds_files(manifest: dict[str, Any]) -> dict[str, str]:
     import tensorflow_datasets as tfds  # slow to import, and only needed at the end
 
-    size, channels = manifest['image']['size'], manifest['image']['channels']
-    features = {'image': tfds.features.Image(shape=(size, size, channels), encoding_format='png')}
+    shape = (*sizes.pair(manifest['image']['size']), manifest['image']['channels'])
+    features = {'image': tfds.features.Image(shape=shape, encoding_format='png')}
     if manifest['classes'] is not None:
         features['label'] = tfds.features.ClassLabel(names=manifest['classes'])
     with tempfile.TemporaryDirectory() as folder:

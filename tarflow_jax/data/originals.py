@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tarflow_jax.data import batch_files, sources
+from tarflow_jax.data import batch_files, sizes, sources
 from tarflow_jax.data.image_files import Encoded, encode_array, encode_files
 from tarflow_jax.data.listing import File, list_source
 
-DEFAULT_SIZE = 64
+DEFAULT_SIZE = (64, 64)
 BOX_RESIZED = 'imagenet_resized/{0}x{0} (box-resized, ImageNet site)'
 DOWNSAMPLED = 'downsampled_imagenet/{0}x{0}'
 IMAGES_PER_TASK = 64
@@ -48,30 +48,31 @@ class Split(NamedTuple):
     notes: list[tuple[str, str]]  # (name, what to know of it), other than images
     problems: int = 0  # how many of the notes --strict does not accept
 
+    names: list[str] | None = None  # of the image files; None for arrays
 
 class Originals(NamedTuple):
     """A recognised source."""
 
     dataset: str
-    size: int
+    size: tuple[int, int]  # height and width
     channels: int
     classes: list[str] | None  # names by label; None if there are no labels
     preprocessing: str
     splits: dict[str, Split]
 
 
-def images_per_shard(size: int, channels: int) -> int:
+def images_per_shard(size: tuple[int, int], channels: int) -> int:
     """How many images to put in a shard: as many as have 192 MiB of pixels."""
-    return max(1, SHARD_PIXEL_BYTES // (size * size * channels))
+    return max(1, SHARD_PIXEL_BYTES // (size[0] * size[1] * channels))
 
 
-def recognise(source: str, *, size: int | None, split: str | None, name: str | None,
-              classes: list[str] | None) -> Originals:
+def recognise(source: str, *, size: tuple[int, int] | None, split: str | None,
+              name: str | None, classes: list[str] | None) -> Originals:
     """Finds out what a source is.
 
     Args:
         source: a folder or a tar.
-        size: height and width wanted; None is the source's own, or 64 for photographs.
+        size: (height, width) wanted; None is the source's own, or 64 for photographs.
         split: the one split that the source is or that is wanted of it; None is all.
         name: what to call the set; None is the name that the source goes by.
         classes: names that labels must be of; None takes those of the source.
@@ -121,28 +122,29 @@ def _hash(lines) -> str:
 # --- arrays: the ImageNet site's batch files, and IDX files ---
 
 
-def _batches(folder: Path, splits: dict[str, list[Path]], size: int | None) -> Originals:
-    made, sizes = {}, {}
+def _batches(folder: Path, splits: dict[str, list[Path]],
+             size: tuple[int, int] | None) -> Originals:
+    made, sides = {}, {}
     for name, paths in splits.items():
         batches = [(path.name, batch_files.read_batch(path)) for path in paths]
-        sizes |= {name: batch.pixel_Nx3xSxS.shape[-1] for name, batch in batches}
+        sides |= {name: batch.pixel_Nx3xSxS.shape[-1] for name, batch in batches}
         identity = _hash((path.name, path.stat().st_size) for path in paths)
         parts = [(name, batch.label_N, batch.images) for name, batch in batches]
-        made[name] = _array_split(parts, identity, min(sizes.values()))
-    own = min(sizes.values())
-    odd = next((name for name in sizes if sizes[name] != own), None)
+        made[name] = _array_split(parts, identity, sizes.pair(min(sides.values())))
+    own = min(sides.values())
+    odd = next((name for name in sides if sides[name] != own), None)
     if odd:
         raise ValueError(
-            f'{folder / odd} holds images of size {sizes[odd]}, other files of {own}; keep only '
+            f'{folder / odd} holds images of size {sides[odd]}, other files of {own}; keep only '
             'one of the sets in the folder.'
         )
-    if size not in (None, own):
+    if size not in (None, (own, own)):
         raise ValueError(
-            f'--size is {size}, but {folder} holds images of size {own}, resized by the ImageNet '
-            f'site; leave --size away, or fetch the files of size {size}.'
+            f'--size is {sizes.text(size)}, but {folder} holds images of size {own}, resized by '
+            f'the ImageNet site; leave --size away, or fetch the files of size {sizes.text(size)}.'
         )
     return Originals(
-        BOX_RESIZED.format(own), own, 3, batch_files.class_names(folder),
+        BOX_RESIZED.format(own), sizes.pair(own), 3, batch_files.class_names(folder),
         'none: the pixels are those of the files, resized by the ImageNet site with a box filter',
         made,
     )
@@ -156,19 +158,18 @@ def _idx_splits(folder: Path) -> dict[str, str]:
     return found
 
 
-def _idx(folder: Path, splits: dict[str, str], size: int | None) -> Originals:
+def _idx(folder: Path, splits: dict[str, str], size: tuple[int, int] | None) -> Originals:
     opened = {split: sources.idx_folder(folder, split) for split in splits}
     shapes = {source.image_NxHxWxC.shape[1:] for source in opened.values()}
     if len(shapes) > 1:
         raise ValueError(f'{folder} holds images of the shapes {sorted(shapes)}; prepare one set.')
     (height, width, channels), = shapes
-    if channels not in (1, 3) or (height != width and size is None):
+    if channels not in (1, 3):
         raise ValueError(
-            f'{folder} holds images [{height},{width},{channels}]; they must have 1 or 3 channels '
-            'and, unless --size is given, be square.'
+            f'{folder} holds images [{height},{width},{channels}]; they must have 1 or 3 channels.'
         )
-    wanted = size or height
-    preprocessing = 'none' if (height, width) == (wanted, wanted) else _resized(wanted)
+    wanted = size or (height, width)
+    preprocessing = 'none' if (height, width) == wanted else _resized(wanted)
     made = {}
     for split, source in opened.items():
         images, labels = source.image_NxHxWxC, source.label_N
@@ -186,7 +187,7 @@ def _slice(image_NxHxWxC: np.ndarray, start: int, stop: int) -> np.ndarray:
     return image_NxHxWxC[start:stop]
 
 
-def _array_split(parts: list, identity: str, size: int) -> Split:
+def _array_split(parts: list, identity: str, size: tuple[int, int]) -> Split:
     """A split of parts (name, labels, images(start, stop)), one after another."""
 
     def tasks(start: int, stop: int) -> Iterator[Task]:
@@ -207,7 +208,7 @@ def _array_split(parts: list, identity: str, size: int) -> Split:
 # --- image files, in folders and tars ---
 
 
-def _pictures(source: Path, size: int | None, split: str | None,
+def _pictures(source: Path, size: tuple[int, int] | None, split: str | None,
               classes: list[str] | None) -> Originals:
     listing = list_source(source)
     placed = [(file.name.split('/'), file) for file in listing.files]
@@ -246,11 +247,11 @@ def _pictures(source: Path, size: int | None, split: str | None,
                  if _SPLIT_NAME.fullmatch(name)} - {None}
     if len(own_sizes) > 1:
         raise ValueError(f'{source} holds the sizes {sorted(own_sizes)}; prepare one of them.')
-    own_size = int(own_sizes.pop()) if own_sizes else None
+    own_size = sizes.parse(own_sizes.pop()) if own_sizes else None
     if own_size and size not in (None, own_size):
         raise ValueError(
-            f'--size is {size}, but {source} holds images of size {own_size}, resized before; '
-            'leave --size away.'
+            f'--size is {sizes.text(size)}, but {source} holds images of size '
+            f'{sizes.text(own_size)}, resized before; leave --size away.'
         )
     wanted = own_size or size or DEFAULT_SIZE
     found = _class_folders(source, {k: placed for k, (_, placed) in groups.items()})
@@ -259,19 +260,21 @@ def _pictures(source: Path, size: int | None, split: str | None,
         for name, (_, placed) in groups.items()
     }
     return Originals(
-        DOWNSAMPLED.format(own_size) if own_size else _folder_name(source),
+        DOWNSAMPLED.format(own_size[0]) if own_size else _folder_name(source),
         wanted, 3, found,
         'none: the pixels are those of the files' if own_size else _resized(wanted), made,
     )
 
 
-def _resized(size: int) -> str:
-    return (
-        f'short side resized to {size} pixels, bilinear and antialiased (Pillow), then the middle '
-        f'{size}x{size} cut out'
+def _resized(size: tuple[int, int]) -> str:
+    height, width = size
+    rule = (
+        f'short side resized to {height} pixels' if height == width else
+        f'resized, aspect kept, until both sides cover {height}x{width} (height x width) pixels'
     )
 
 
+    return f'{rule}, bilinear and antialiased (Pillow), then the middle {height}x{width} cut out'
 def _split_name(name: str) -> str:
     plain = _SPLIT_NAME.fullmatch(name)[1].lower()
     return _SPLITS.get(plain, plain)
@@ -316,7 +319,7 @@ def _class_folders(source: Path, groups: dict[str, list]) -> list[str] | None:
     return sorted(found) or None
 
 
-def _file_split(placed: list, classes: list[str] | None, size: int, exact: bool,
+def _file_split(placed: list, classes: list[str] | None, size: tuple[int, int], exact: bool,
                 outside: list) -> Split:
     notes = list(outside)
     files: list[File] = []
@@ -346,4 +349,5 @@ def _file_split(placed: list, classes: list[str] | None, size: int, exact: bool,
             )
 
     lines = ((file.name, file.offset, file.size, label) for file, label in zip(files, labels))
-    return Split(len(files), _hash(lines), tasks, notes, problems=len(empty))
+    names = [file.name for file in files]
+    return Split(len(files), _hash(lines), tasks, notes, problems=len(empty), names=names)

@@ -12,6 +12,9 @@ SOURCE is what people have, recognised by looking:
   - a folder of IDX files (MNIST).
 Files whose name starts with a dot are left out. Images that cannot be used are named and skipped.
 
+--size is one number for squares, or HEIGHTxWIDTH such as 48x32: photographs are resized, keeping
+their aspect, until they cover it, and the middle is cut out.
+
 DIR, a folder or gs://BUCKET/FOLDER, gets the shards, manifest.json, and what TFDS needs to read
 them: train with --config.data.source=prepared --config.data.path=DIR. The same command goes on
 after an interruption and mends a DIR that was damaged; with another split, it adds to DIR.
@@ -34,7 +37,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tarflow_jax import __version__
 from tarflow_jax.data import manifest as manifests
-from tarflow_jax.data import originals, shards
+from tarflow_jax.data import originals, shards, sizes
 from tarflow_jax.data.cores import available_cores
 
 log = logging.getLogger('tarflow_jax')
@@ -75,14 +78,16 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def prepare(source: str, out: str, *, size: int | None = None, split: str | None = None,
-            name: str | None = None, strict: bool = False, workers: int = 1) -> None:
+def prepare(source: str, out: str, *, size: int | tuple[int, int] | None = None,
+            split: str | None = None, name: str | None = None, strict: bool = False,
+            workers: int = 1) -> None:
     """Prepares the splits of a source in a folder, as far as this is not done yet.
 
     Args:
         source: see the top of this file.
         out: the folder, local or gs://.
-        size: height and width; None is the source's own, or 64 for photographs.
+        size: one number for squares, or (height, width); None is the source's own, or 64 for
+            photographs.
         split: the one split that the source is, or that is wanted of it; None is all.
         name: of the set; None is the one that the source goes by.
         strict: whether an image that cannot be used is an error.
@@ -97,7 +102,8 @@ def prepare(source: str, out: str, *, size: int | None = None, split: str | None
     _check_place(folder, source)
     before = manifests.read(folder)
     found = originals.recognise(
-        source, size=size, split=split, name=name, classes=before and before['classes']
+        source, size=None if size is None else sizes.pair(size), split=split, name=name,
+        classes=before and before['classes'],
     )
     settings = _settings(found)
     if before:
@@ -142,7 +148,9 @@ def _settings(found: originals.Originals) -> dict[str, Any]:
     return {
         'dataset': found.dataset,
         'tfds_name': plain if plain[:1].isalpha() else f'images_{plain}'.strip('_'),
-        'image': {'size': found.size, 'channels': found.channels, 'encoding': 'png'},
+        'image': {
+            'size': sizes.plain(found.size), 'channels': found.channels, 'encoding': 'png'
+        },
         'preprocessing': found.preprocessing,
         'classes': found.classes,
     }
@@ -278,7 +286,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('source', metavar='SOURCE', help='folder or .tar')
     parser.add_argument('--out', required=True, metavar='DIR', help='where to write')
     parser.add_argument(
-        '--size', type=_positive, help="height and width; the source's own, or 64 for photographs"
+        '--size', type=_size,
+        help="64, or HEIGHTxWIDTH such as 48x32; the source's own, or 64 for photographs",
     )
     parser.add_argument('--split', help='the split that SOURCE is, or the one wanted of it')
     parser.add_argument('--name', help='name of the set; the one that SOURCE goes by')
@@ -295,6 +304,13 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f'{text!r} is not a whole number above 0')
     return int(text)
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        return sizes.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 if __name__ == '__main__':

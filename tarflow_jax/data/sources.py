@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tarflow_jax.data import sizes
 from tarflow_jax.data.idx import read_idx
 
 EMBEDDED_FOLDER = Path(__file__).parent / 'embedded'
@@ -64,7 +65,7 @@ def check(source, *, image_size, channels, num_classes, what):
 
     Args:
         source: see the top of this file.
-        image_size: height and width the model takes, in pixels.
+        image_size: what the model takes, in pixels: one number for squares, else (height, width).
         channels: channels the model takes.
         num_classes: classes the model knows; 0 ignores the labels.
         what: what to call the source in an error, such as 'the training set'.
@@ -76,11 +77,12 @@ def check(source, *, image_size, channels, num_classes, what):
         raise ValueError(f'{what} holds no image; choose another split.')
     first = source[0]
     found = f'{first["image"].dtype} {list(first["image"].shape)}'
-    if found != f'uint8 {[image_size, image_size, channels]}':
+    needed = f'uint8 {[*sizes.pair(image_size), channels]}'
+    if found != needed:
         raise ValueError(
             f'{what} holds images of {found}, but model.image_size = {image_size} and '
-            f'model.image_channels = {channels} need '
-            f'uint8 {[image_size, image_size, channels]}; change these two, or prepare the images.'
+            f'model.image_channels = {channels} need {needed}; change these two, or prepare the '
+            'images.'
         )
     if num_classes == 0:
         return

@@ -40,12 +40,13 @@ def _blurred(rng, pixels):
 
 
 def _shuffled(rng, pixels):
-    side = pixels.shape[0] - pixels.shape[0] % BLOCK
-    n, C = side // BLOCK, pixels.shape[-1]
-    blocks = pixels[:side, :side].reshape(n, BLOCK, n, BLOCK, C).swapaxes(1, 2)
-    moved = rng.permutation(blocks.reshape(n * n, BLOCK, BLOCK, C)).reshape(n, n, BLOCK, BLOCK, C)
+    H, W, C = pixels.shape
+    m, n = H // BLOCK, W // BLOCK
+    inside = slice(m * BLOCK), slice(n * BLOCK)
+    blocks = pixels[inside].reshape(m, BLOCK, n, BLOCK, C).swapaxes(1, 2)
+    moved = rng.permutation(blocks.reshape(m * n, BLOCK, BLOCK, C)).reshape(blocks.shape)
     shuffled = pixels.copy()
-    shuffled[:side, :side] = moved.swapaxes(1, 2).reshape(side, side, C)
+    shuffled[inside] = moved.swapaxes(1, 2).reshape(m * BLOCK, n * BLOCK, C)
     return shuffled
 
 

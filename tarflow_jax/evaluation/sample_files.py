@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tarflow_jax.data import image_files, manifest, originals, shards, sources
+from tarflow_jax.data import image_files, manifest, originals, shards, sizes, sources
 
 ABOUT = 'samples.json'
 SPLIT = 'samples'
@@ -69,10 +69,10 @@ def write_array_record(path, pieces: Iterable[np.ndarray], shape, labels, classe
 
     Args:
       path: a folder, which is complete when it appears.
-      pieces, shape, labels: as for `write_npz`, H = W.
+      pieces, shape, labels: as for `write_npz`.
     """
     path = Path(path)
-    count, size, _, channels = shape
+    count, size, channels = shape[0], tuple(shape[1:3]), shape[3]
     images = (image for piece in pieces for image in piece)
 
     def tasks(start: int, stop: int) -> Iterator[originals.Task]:
@@ -101,7 +101,7 @@ def write_array_record(path, pieces: Iterable[np.ndarray], shape, labels, classe
     none = {'count': 0, 'list': []}
     manifest.write(manifest.folder_path(str(temporary)), {
         'format': manifest.FORMAT, 'dataset': 'samples', 'tfds_name': 'samples',
-        'image': {'size': size, 'channels': channels, 'encoding': 'png'},
+        'image': {'size': sizes.plain(size), 'channels': channels, 'encoding': 'png'},
         'preprocessing': f'none: drawn as {ABOUT} says',
         'classes': None if labels is None else [str(k) for k in range(classes)],
         'splits': {SPLIT: {'images': count, 'shards': told, 'skipped': none, 'notes': none}},

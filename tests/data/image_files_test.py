@@ -27,7 +27,7 @@ TORCHVISION = [
 ]
 
 
-def encode(path, size=8, exact=False):
+def encode(path, size=(8, 8), exact=False):
     file = File(path.name, str(path), 0, path.stat().st_size)
     encoded, = image_files.encode_files([file], size, exact)
     return encoded
@@ -41,7 +41,7 @@ def ramp(height, width):
 
 @pytest.mark.parametrize('height, width, size, digest', TORCHVISION)
 def test_resizes_as_torchvision(height, width, size, digest):
-    image = image_files.resize_and_crop(Image.fromarray(ramp(height, width)), size)
+    image = image_files.resize_and_crop(Image.fromarray(ramp(height, width)), (size, size))
     assert image.size == (size, size)
     assert hashlib.sha256(np.asarray(image).tobytes()).hexdigest()[:16] == digest
 
@@ -52,14 +52,42 @@ def test_resizes_as_torchvision(height, width, size, digest):
 ])
 def test_half_offsets_round_to_even(width, height, size, left, top):
     pixels = ramp(height, width)
-    cropped = np.asarray(image_files.resize_and_crop(Image.fromarray(pixels), size))
+    cropped = np.asarray(image_files.resize_and_crop(Image.fromarray(pixels), (size, size)))
     np.testing.assert_array_equal(cropped, pixels[top:top + size, left:left + size])
+
+
+@pytest.mark.parametrize('height, width, size', [
+    (375, 500, (48, 32)), (500, 333, (20, 64)), (257, 129, (8, 32)), (13, 700, (16, 4)),
+])
+def test_rectangles_are_the_middle_of_the_square_that_covers_them(height, width, size):
+    # As long as the side that decides the scale is the short one, as it is for squares.
+    image, side = Image.fromarray(ramp(height, width)), max(size)
+    square = np.asarray(image_files.resize_and_crop(image, (side, side)))
+    found = np.asarray(image_files.resize_and_crop(image, size))
+    top, left = (side - size[0]) // 2, (side - size[1]) // 2
+    np.testing.assert_array_equal(found, square[top : side - top, left : side - left])
+
+
+@pytest.mark.parametrize('height, width, size, resized, top, left', [
+    (100, 100, (48, 32), (48, 48), 0, 8),  # taller than the image: the height decides
+    (100, 100, (32, 48), (48, 48), 8, 0),
+    (100, 300, (10, 40), (13, 40), 2, 0),  # the long side decides; 13.3 is rounded down
+    (300, 100, (40, 10), (40, 13), 0, 2),
+    (30, 20, (48, 32), (48, 32), 0, 0),  # the same aspect: nothing is cut
+    (3, 2, (6, 9), (13, 9), 4, 0),  # enlarged
+    (48, 40, (48, 32), (48, 40), 0, 4),  # pixels stay as they are
+])
+def test_rectangles_are_covered_and_cut(height, width, size, resized, top, left):
+    image = Image.fromarray(ramp(height, width))
+    whole = np.asarray(image.resize(resized[::-1], Image.Resampling.BILINEAR))
+    found = np.asarray(image_files.resize_and_crop(image, size))
+    np.testing.assert_array_equal(found, whole[top : top + size[0], left : left + size[1]])
 
 
 def test_small_image_by_hand():
     # 2x2 to 4x4, bilinear: weights 1/4 and 3/4 between neighbours, the border repeated.
     image = Image.fromarray(np.array([[0, 80], [160, 240]], np.uint8))
-    np.testing.assert_array_equal(np.asarray(image_files.resize_and_crop(image, 4)), [
+    np.testing.assert_array_equal(np.asarray(image_files.resize_and_crop(image, (4, 4))), [
         [0, 20, 60, 80], [40, 60, 100, 120], [120, 140, 180, 200], [160, 180, 220, 240],
     ])
 
@@ -67,7 +95,7 @@ def test_small_image_by_hand():
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     deep = np.array([[0, 255], [256, 65535]], np.uint16)
     Image.fromarray(deep).save(tmp_path / 'deep.png')
-    encoded = encode(tmp_path / 'deep.png', size=2)
+    encoded = encode(tmp_path / 'deep.png', size=(2, 2))
     assert read_png(encoded.png)[..., 0].tolist() == [[0, 0], [1, 255]]
     assert encoded.notes == ('has 16 bits per channel, of which the upper 8 were taken',)
 
@@ -84,7 +112,7 @@ def test_sixteen_bit_colour(tmp_path):
         b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(rows))
         + chunk(b'IEND', b'')
     )
-    encoded = encode(tmp_path / 'deep.png', size=2)
+    encoded = encode(tmp_path / 'deep.png', size=(2, 2))
     assert read_png(encoded.png)[0].tolist() == [[0, 0, 1], [0x12, 0xff, 0x80]]
     assert 'has 16 bits' in encoded.notes[0]
 
@@ -101,6 +129,16 @@ def test_cmyk_and_small_are_notes(tmp_path):
     encoded = encode(tmp_path / 'dot.png')
     assert encoded.notes == ('is 1x1, smaller than 8x8, and was enlarged',)
     assert (read_png(encoded.png) == 7).all()
+
+
+def test_sizes_of_rectangles_say_which_side_is_which(tmp_path):
+    Image.fromarray(ramp(8, 9)).save(tmp_path / 'a.png')
+    encoded = encode(tmp_path / 'a.png', size=(12, 6))
+    assert encoded.notes == ('is 9x8, smaller than 6x12 (width x height), and was enlarged',)
+    assert read_png(encoded.png).shape == (12, 6, 3)
+    assert encode(tmp_path / 'a.png', size=(8, 6)).notes == ()
+    refused = encode(tmp_path / 'a.png', size=(8, 6), exact=True)
+    assert refused.reason == 'is 9x8, not 6x8 (width x height)'
 
 
 def save(image, kind, **options):
@@ -128,7 +166,7 @@ def bomb():
 ])
 def test_bad_files_have_a_reason(tmp_path, data, says):
     (tmp_path / 'bad.jpg').write_bytes(data())
-    encoded = encode(tmp_path / 'bad.jpg', size=64)
+    encoded = encode(tmp_path / 'bad.jpg', size=(64, 64))
     assert encoded.png is None and encoded.reason.startswith(says)
     assert '\n' not in encoded.reason
 
@@ -140,14 +178,14 @@ def test_exact_refuses_other_sizes(tmp_path):
 
 def test_unreadable_and_changed_files(tmp_path):
     gone = File('gone.png', str(tmp_path / 'gone.png'), 0, UNREADABLE)
-    encoded, = image_files.encode_files([gone], 8, False)
+    encoded, = image_files.encode_files([gone], (8, 8), False)
     assert encoded.reason == 'is a link to nothing, or no regular file'
     Image.fromarray(ramp(8, 8)).save(tmp_path / 'a.png')
     longer = File('a.png', str(tmp_path / 'a.png'), 0, os.path.getsize(tmp_path / 'a.png') + 1)
     with pytest.raises(OSError, match='became shorter'):
-        image_files.encode_files([longer], 8, False)
+        image_files.encode_files([longer], (8, 8), False)
     with pytest.raises(OSError, match='not there any more'):  # a drive that went away, perhaps
-        image_files.encode_files([longer._replace(path='/nowhere/a.png')], 8, False)
+        image_files.encode_files([longer._replace(path='/nowhere/a.png')], (8, 8), False)
 
 
 def test_forbidden_files_are_bad(tmp_path, monkeypatch):
@@ -162,7 +200,17 @@ def test_forbidden_files_are_bad(tmp_path, monkeypatch):
 
 def test_arrays_keep_their_pixels_or_are_resized():
     images = np.stack([ramp(8, 8), 255 - ramp(8, 8)])
-    kept = image_files.encode_array(images, 8)
+    kept = image_files.encode_array(images, (8, 8))
     np.testing.assert_array_equal(np.stack([read_png(e.png) for e in kept]), images)
-    grey, = image_files.encode_array(np.array([[[0, 80], [160, 240]]], np.uint8)[..., None], 4)
+    grey, = image_files.encode_array(np.array([[[0, 80], [160, 240]]], np.uint8)[..., None], (4, 4))
     assert read_png(grey.png)[..., 0].tolist()[0] == [0, 20, 60, 80]
+
+
+def test_rectangular_arrays():
+    images = np.stack([ramp(8, 5), 255 - ramp(8, 5)])
+    kept = image_files.encode_array(images, (8, 5))
+    np.testing.assert_array_equal(np.stack([read_png(e.png) for e in kept]), images)
+    cropped = image_files.encode_array(images[..., :1], (8, 3))
+    np.testing.assert_array_equal(
+        np.stack([read_png(e.png) for e in cropped]), images[:, :, 1:4, :1]
+    )

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from prepared_pictures import content, elements, last_error, manifest, pack, picture, run, save
 
-from tarflow_jax.data import prepare
+from tarflow_jax.data import prepare, sources
 from tarflow_jax.data.idx import write_idx
 
 pytestmark = pytest.mark.usefixtures('in_threads')
@@ -154,6 +154,63 @@ def test_idx(tmp_path):
     assert list(manifest(tmp_path / 'larger')['splits']) == ['train']
 
 
+@pytest.mark.parametrize('options, plan', [
+    ([], '66f5341d15ef7c1e98103a505f42846325ae31798e9999c999392527e9a084b2'),
+    (['--size=12'], '631eaac72e9e80d738dd95788a8e6006fa28a2ca0f668e365680839fa7eb3c74'),
+])
+def test_what_the_first_version_began_goes_on(tmp_path, options, plan):
+    # A plan of its, and so its settings, as the first version wrote them.
+    folder = tmp_path / 'digits'
+    folder.mkdir()
+    images = np.arange(5 * 6 * 6, dtype=np.uint8).reshape(5, 6, 6)
+    write_idx(folder / 'train-images-idx3-ubyte', images)
+    write_idx(folder / 'train-labels-idx1-ubyte', np.array([3, 0, 1, 2, 3], np.uint8))
+    run(folder, tmp_path / 'out', *options)
+    made = manifest(tmp_path / 'out')
+    assert made['splits']['train']['plan'] == plan
+    assert list(made) == [
+        'format', 'dataset', 'tfds_name', 'image', 'preprocessing', 'classes', 'splits'
+    ]
+
+
+def test_rectangles(classes, tmp_path):
+    out = tmp_path / 'out'
+    run(classes, out, '--size=8x4')
+    images, labels = elements(out, 'train')
+    np.testing.assert_array_equal(images, [picture(k)[:, 2:6] for k in range(6)])
+    assert labels == [0, 0, 0, 0, 1, 1]
+    made = manifest(out)
+    assert made['image'] == {'size': [8, 4], 'channels': 3, 'encoding': 'png'}
+    assert made['preprocessing'] == (
+        'resized, aspect kept, until both sides cover 8x4 (height x width) pixels, bilinear and '
+        'antialiased (Pillow), then the middle 8x4 cut out'
+    )
+    before = content(out)
+    run(classes, out, '--size=8x4')
+    assert content(out) == before
+    source = sources.load('prepared', 'train', path=str(out))
+    sources.check(source, image_size=(8, 4), channels=3, num_classes=2, what='the training set')
+
+
+def test_rectangular_idx(tmp_path, small_shards):
+    folder = tmp_path / 'digits'
+    folder.mkdir()
+    images, labels = picture(0, (5, 6, 12)), np.array([3, 0, 1, 2, 3], np.uint8)
+    write_idx(folder / 'train-images-idx3-ubyte', images)
+    write_idx(folder / 'train-labels-idx1-ubyte', labels)
+    run(folder, tmp_path / 'own')
+    np.testing.assert_array_equal(elements(tmp_path / 'own', 'train')[0], images[..., None])
+    made = manifest(tmp_path / 'own')
+    assert made['image']['size'] == [6, 12] and made['preprocessing'] == 'none'
+    # As many shards as the pixels, 6 x 12 of 2 x 8 x 8 x 3, ask for.
+    assert len(made['splits']['train']['shards']) == 1
+    run(folder, tmp_path / 'cut', '--size=6x8')
+    np.testing.assert_array_equal(
+        elements(tmp_path / 'cut', 'train')[0], images[:, :, 2:10, None]
+    )
+    assert len(manifest(tmp_path / 'cut')['splits']['train']['shards']) == 1
+
+
 def make_hostile(folder):
     good = picture(0, (20, 20, 3))
     save(folder / 'cat' / 'good.jpg', good)
@@ -271,6 +328,9 @@ def test_a_second_split_extends(classes, tmp_path, capfd):
     (lambda path: (write_batches(path), os.truncate(path / 'train_data_batch_4', 300)), [],
      'train_data_batch_4 is truncated'),
     (lambda path: write_batches(path), ['--size=4'], 'fetch the files of size 4'),
+    (lambda path: write_batches(path), ['--size=8x4'], '--size is 8x4, but'),
+    (lambda path: save(path / 'train_8x8' / '1.png', picture(0)), ['--size=4x8'],
+     'holds images of size 8, resized before'),
     (lambda path: (path.mkdir(), (path / 'a.jpg').write_text('x')), ['--split=train'],
      'the split train holds no image that can be used'),
     (lambda path: ((path / 'a').mkdir(parents=True), (path / 'a' / 'b').symlink_to(path)),
@@ -306,11 +366,19 @@ def test_does_not_write_into_the_source_or_a_file(classes, tmp_path, capfd):
     assert 'is a file; give a folder' in last_error(capfd)
 
 
-def test_options(tmp_path, capsys):
-    assert prepare.main(['prepare', 'x', '--out=y', '--size=0']) == 2
-    assert "'0' is not a whole number above 0" in capsys.readouterr().err
+@pytest.mark.parametrize('size', ['0', '48x', '0x3', 'x', '48x32x3', '-1'])
+def test_no_size(size, capsys):
+    assert prepare.main(['prepare', 'x', '--out=y', f'--size={size}']) == 2
+    said = capsys.readouterr().err
+    assert said.endswith(
+        f'argument --size: {size!r} is not a whole number above 0, nor HEIGHTxWIDTH such as 48x32\n'
+    )
+
+
+def test_help(capsys):
     assert prepare.main(['prepare', '--help']) == 0
-    assert 'CLASS/IMAGE' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert 'CLASS/IMAGE' in said and '64, or HEIGHTxWIDTH such as 48x32' in said
 
 
 def test_empty_class_tar(tmp_path):

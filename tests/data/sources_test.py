@@ -156,6 +156,7 @@ def test_load_refuses(arguments, says):
     ({'image_size': 32}, r'uint8 \[28, 28, 1\], but model.image_size = 32 .*uint8 \[32, 32, 1\]'),
     ({'channels': 3}, r'model.image_channels = 3 need uint8 \[28, 28, 3\]'),
     ({'num_classes': 9}, 'holds the label 9, but model.num_classes = 9 takes 0 to 8'),
+    ({'image_size': (28, 32)}, r'model.image_size = \(28, 32\) and .*uint8 \[28, 32, 1\]'),
 ])
 def test_check_refuses(field, says):
     with pytest.raises(ValueError, match='the training set .*' + says):
@@ -172,6 +173,15 @@ def test_check_ignores_labels_without_classes_and_sees_them_all_with_classes():
         fits(sources.InMemory(image.astype(np.float32), source.label_N), num_classes=0)
     with pytest.raises(ValueError, match='holds no image'):
         fits(sources.InMemory(image[:0], source.label_N[:0]))
+
+
+def test_check_of_rectangles():
+    source = sources.InMemory(np.zeros((3, 6, 4, 1), np.uint8), np.zeros(3, np.int32))
+    for size in ((6, 4), [6, 4]):
+        fits(source, image_size=size)
+    fits(sources.embedded('test'), image_size=(28, 28))
+    with pytest.raises(ValueError, match=r'uint8 \[6, 4, 1\], .*image_size = \(4, 6\)'):
+        fits(source, image_size=(4, 6))
 
 
 @pytest.fixture(scope='module')

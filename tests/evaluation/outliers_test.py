@@ -67,16 +67,18 @@ def test_labels_do_not_matter():
     assert bits[0] == bits[1]
 
 
+@pytest.mark.parametrize('width', [13, 22])
 @pytest.mark.parametrize('kind', module.CORRUPTIONS)
-def test_corruptions(kind):
+def test_corruptions(kind, width):
     rng = np.random.default_rng(0)
-    source = InMemory(rng.integers(0, 256, (3, 13, 13, 2), np.uint8), np.arange(3, dtype=np.int32))
+    pixels = rng.integers(0, 256, (3, 13, width, 2), np.uint8)
+    source = InMemory(pixels, np.arange(3, dtype=np.int32))
     corrupted = module.Corrupted(source, kind, seed=3)
     assert len(corrupted) == 3
     for i in range(3):
         before, after, again = source[i], corrupted[i], corrupted[i]
         np.testing.assert_array_equal(after['image'], again['image'])
-        assert after['image'].shape == (13, 13, 2) and after['image'].dtype == np.uint8
+        assert after['image'].shape == (13, width, 2) and after['image'].dtype == np.uint8
         assert after['label'] == before['label']
         assert (after['image'] != before['image']).any()
         if kind == 'shuffled':  # the same pixels elsewhere, and the 13th row and column in place
@@ -86,6 +88,8 @@ def test_corruptions(kind):
                     np.sort(before['image'][..., channel].ravel()),
                 )
             np.testing.assert_array_equal(after['image'][12], before['image'][12])
+            rest = width - width % 4
+            np.testing.assert_array_equal(after['image'][:, rest:], before['image'][:, rest:])
         if kind == 'constant':
             assert (np.ptp(after['image'].reshape(-1, 2), axis=0) == 0).all()
         if kind == 'negative':

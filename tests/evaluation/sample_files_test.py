@@ -5,6 +5,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from prepared_pictures import elements
 
 from tarflow_jax.evaluation import sample_files
 
@@ -112,3 +113,16 @@ def test_replacing_keeps_the_file_before(tmp_path):
     with sample_files.replacing(path) as file:
         file.write(b'whole')
     assert [p.name for p in tmp_path.iterdir()] == ['file'] and path.read_bytes() == b'whole'
+
+
+@pytest.mark.parametrize('labels', [None, LABELS])
+def test_rectangular_array_record(tmp_path, labels):
+    path = tmp_path / 'samples'
+    sample_files.write_array_record(path, np.split(IMAGES, (3, 4)), IMAGES.shape, labels, 3)
+    source = sample_files.open_samples(path)
+    np.testing.assert_array_equal(np.stack([source[i]['image'] for i in range(7)]), IMAGES)
+    wanted = [-1] * 7 if labels is None else LABELS.tolist()
+    assert [int(source[i]['label']) for i in range(7)] == wanted
+    assert source.about['image'] == {'size': [4, 5], 'channels': 3, 'encoding': 'png'}
+    images, _ = elements(path, sample_files.SPLIT)  # TFDS reads the same
+    np.testing.assert_array_equal(images, IMAGES)
