@@ -38,7 +38,7 @@ def content(out):
 
 
 def elements(out, split):
-    """All images and labels, read by us and by TFDS, which must agree."""
+    """All images and labels, read by us and by TFDS, which must agree, on features too."""
     import tensorflow_datasets as tfds
 
     ours = sources.load('prepared', split, path=str(out))
@@ -49,6 +49,10 @@ def elements(out, split):
         np.testing.assert_array_equal(element['image'], theirs[i]['image'])
         assert element['label'] == theirs[i].get('label', -1)
         assert element['image'].dtype == np.uint8 and element['label'].dtype == np.int32
+        assert ('features' in element) == ('features' in theirs[i])
+        if 'features' in element:
+            np.testing.assert_array_equal(element['features'], theirs[i]['features'])
+            assert element['features'].dtype == theirs[i]['features'].dtype == np.float32
     return np.stack([e['image'] for e in read]), [int(e['label']) for e in read]
 
 

@@ -12,6 +12,7 @@ from concurrent import futures
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from tarflow_jax.data import sizes
@@ -133,6 +134,9 @@ def _tfds_files(manifest: dict[str, Any]) -> dict[str, str]:
     features = {'image': tfds.features.Image(shape=shape, encoding_format='png')}
     if manifest['classes'] is not None:
         features['label'] = tfds.features.ClassLabel(names=manifest['classes'])
+    if 'features' in manifest:
+        size = len(manifest['features'])
+        features['features'] = tfds.features.Tensor(shape=(size,), dtype=np.float32)
     with tempfile.TemporaryDirectory() as folder:
         template = tfds.core.ShardedFileTemplate(
             data_dir=folder, dataset_name=manifest['tfds_name'], filetype_suffix='array_record',

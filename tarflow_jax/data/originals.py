@@ -37,6 +37,7 @@ class Task(NamedTuple):
     labels: list[int]
     function: Callable[..., list[Encoded]]
     arguments: tuple
+    features: np.ndarray | None = None  # float32 [images, F]
 
 
 class Split(NamedTuple):
@@ -47,8 +48,8 @@ class Split(NamedTuple):
     tasks: Callable[[int, int], Iterator[Task]]  # of images [start, stop)
     notes: list[tuple[str, str]]  # (name, what to know of it), other than images
     problems: int = 0  # how many of the notes --strict does not accept
-
     names: list[str] | None = None  # of the image files; None for arrays
+
 
 class Originals(NamedTuple):
     """A recognised source."""
@@ -59,6 +60,7 @@ class Originals(NamedTuple):
     classes: list[str] | None  # names by label; None if there are no labels
     preprocessing: str
     splits: dict[str, Split]
+    features: list[str] | None = None  # their names; None if there are none
 
 
 def images_per_shard(size: tuple[int, int], channels: int) -> int:
@@ -272,9 +274,9 @@ def _resized(size: tuple[int, int]) -> str:
         f'short side resized to {height} pixels' if height == width else
         f'resized, aspect kept, until both sides cover {height}x{width} (height x width) pixels'
     )
-
-
     return f'{rule}, bilinear and antialiased (Pillow), then the middle {height}x{width} cut out'
+
+
 def _split_name(name: str) -> str:
     plain = _SPLIT_NAME.fullmatch(name)[1].lower()
     return _SPLITS.get(plain, plain)

@@ -34,8 +34,9 @@ def train_batches(source, *, batch_size, seed, flip=False, start=0, rows=None, w
             `if __name__ == '__main__'`.
 
     Returns:
-        An iterator of {'image': uint8 [len(rows),H,W,C], 'label': int32 [len(rows)]}; its
-        `close()` ends the threads or workers.
+        An iterator of {'image': uint8 [len(rows),H,W,C], 'label': int32 [len(rows)]}, and
+        'features': float32 [len(rows),F] where the source has them; its `close()` ends the threads
+        or workers.
 
     Raises:
         ValueError: the source is empty or the seed out of range.
@@ -71,7 +72,8 @@ def eval_batches(source, *, batch_size, rows=None):
 
     Returns:
         An iterator, with `close()`, of {'image': uint8 [len(rows),H,W,C], 'label': int32
-        [len(rows)], 'mask': float32 [len(rows)]}.
+        [len(rows)], 'mask': float32 [len(rows)]}, and 'features': float32 [len(rows),F] where the
+        source has them.
     """
     padded = -(-len(source) // batch_size) * batch_size
     dataset = grain.MapDataset.range(padded).map(functools.partial(_masked, source))

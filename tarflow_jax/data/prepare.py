@@ -1,7 +1,7 @@
 """Prepares a set of images for training: sharded ArrayRecord that is read at random.
 
     python -m tarflow_jax.data.prepare SOURCE --out=DIR [--size=64] [--split=NAME] [--name=NAME]
-        [--strict] [--workers=N]
+        [--features=FILE] [--strict] [--workers=N]
 
 SOURCE is what people have, recognised by looking:
   - a folder with the ImageNet site's ImageNet64 (or 32, 16, 8): train_data_batch_1 to 10, val_data,
@@ -14,6 +14,10 @@ Files whose name starts with a dot are left out. Images that cannot be used are 
 
 --size is one number for squares, or HEIGHTxWIDTH such as 48x32: photographs are resized, keeping
 their aspect, until they cover it, and the middle is cut out.
+
+--features adds a vector of numbers to each image. For image files FILE is a .csv with a header; its
+first column is the path of the image in SOURCE (train/cat/1.png), the others are the numbers. For
+batch and IDX files it is a .npy [N, F] of one split (--split=NAME), row k for image k.
 
 DIR, a folder or gs://BUCKET/FOLDER, gets the shards, manifest.json, and what TFDS needs to read
 them: train with --config.data.source=prepared --config.data.path=DIR. The same command goes on
@@ -36,8 +40,8 @@ from etils import epath
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tarflow_jax import __version__
+from tarflow_jax.data import feature_files, originals, shards, sizes
 from tarflow_jax.data import manifest as manifests
-from tarflow_jax.data import originals, shards, sizes
 from tarflow_jax.data.cores import available_cores
 
 log = logging.getLogger('tarflow_jax')
@@ -64,7 +68,7 @@ def main(argv: list[str]) -> int:
         with logging_redirect_tqdm():
             prepare(
                 given.source, given.out, size=given.size, split=given.split, name=given.name,
-                strict=given.strict, workers=given.workers,
+                features=given.features, strict=given.strict, workers=given.workers,
             )
     except (ValueError, FileNotFoundError) as error:
         log.error('error: %s', error)
@@ -79,8 +83,8 @@ def main(argv: list[str]) -> int:
 
 
 def prepare(source: str, out: str, *, size: int | tuple[int, int] | None = None,
-            split: str | None = None, name: str | None = None, strict: bool = False,
-            workers: int = 1) -> None:
+            split: str | None = None, name: str | None = None, features: str | None = None,
+            strict: bool = False, workers: int = 1) -> None:
     """Prepares the splits of a source in a folder, as far as this is not done yet.
 
     Args:
@@ -90,12 +94,13 @@ def prepare(source: str, out: str, *, size: int | tuple[int, int] | None = None,
             photographs.
         split: the one split that the source is, or that is wanted of it; None is all.
         name: of the set; None is the one that the source goes by.
+        features: a .csv or .npy with features of the images; None is none.
         strict: whether an image that cannot be used is an error.
         workers: processes that decode and encode.
 
     Raises:
-        FileNotFoundError, ValueError: the source or the folder cannot be used, see
-            `originals.recognise`; or, with `strict`, one of the images.
+        FileNotFoundError, ValueError: the source, the features or the folder cannot be used, see
+            `originals.recognise` and `feature_files.attach`; or, with `strict`, one of the images.
         OSError: something cannot be read or written.
     """
     folder = manifests.folder_path(out)
@@ -105,6 +110,8 @@ def prepare(source: str, out: str, *, size: int | tuple[int, int] | None = None,
         source, size=None if size is None else sizes.pair(size), split=split, name=name,
         classes=before and before['classes'],
     )
+    if features is not None:
+        found = feature_files.attach(found, features)
     settings = _settings(found)
     if before:
         _check_same(folder, before, settings)
@@ -145,7 +152,7 @@ def prepare(source: str, out: str, *, size: int | tuple[int, int] | None = None,
 def _settings(found: originals.Originals) -> dict[str, Any]:
     """What all splits of a set have in common."""
     plain = re.sub(r'[^a-z0-9]+', '_', found.dataset.partition(' (')[0].lower()).strip('_')
-    return {
+    settings = {
         'dataset': found.dataset,
         'tfds_name': plain if plain[:1].isalpha() else f'images_{plain}'.strip('_'),
         'image': {
@@ -154,6 +161,9 @@ def _settings(found: originals.Originals) -> dict[str, Any]:
         'preprocessing': found.preprocessing,
         'classes': found.classes,
     }
+    if found.features is not None:  # a set without them has no such key
+        settings['features'] = found.features
+    return settings
 
 
 def _check_place(folder: epath.Path, source: str) -> None:
@@ -169,9 +179,14 @@ def _check_place(folder: epath.Path, source: str) -> None:
 
 
 def _check_same(folder: epath.Path, before: dict, settings: dict) -> None:
-    for key, value in settings.items():
-        if before[key] != value:
-            has, wants = before[key], value
+    for key in (*settings, 'features'):
+        has, wants = before.get(key), settings.get(key)
+        if has != wants:
+            if key == 'features':
+                raise ValueError(
+                    f'{folder} holds a set with {_columns(has)}, and this one has '
+                    f'{_columns(wants)}; give the same columns as --features, or another --out.'
+                )
             if key == 'classes':  # what is too long to say; one of them is None
                 has, wants = (v and 'labels' for v in (has, wants))
             remedy = ', or --name if it is the same set' if key == 'dataset' else ''
@@ -179,6 +194,12 @@ def _check_same(folder: epath.Path, before: dict, settings: dict) -> None:
                 f'{folder} holds a set with {key} {has!r}, and this one has {wants!r}; give '
                 f'another --out{remedy}.'
             )
+
+
+def _columns(features: list[str] | None) -> str:
+    if features is None:
+        return 'no features'
+    return f'{len(features)} features ({", ".join(features[:8])}{", ..." * (len(features) > 8)})'
 
 
 def _plan(settings: dict, identity: str, per_shard: int) -> str:
@@ -291,6 +312,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument('--split', help='the split that SOURCE is, or the one wanted of it')
     parser.add_argument('--name', help='name of the set; the one that SOURCE goes by')
+    parser.add_argument(
+        '--features', metavar='FILE', help='.csv or .npy of numbers for each image, see above'
+    )
     parser.add_argument(
         '--strict', action='store_true', help='an image that cannot be used is an error'
     )

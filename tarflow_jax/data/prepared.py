@@ -21,6 +21,8 @@ _THREADS = 16
 class PreparedSource:
     """A source that reads a split record by record; label -1 where it has none.
 
+    Elements have features where the set has them.
+
     A worker process that it is sent to opens the files itself, and does not check them again.
     """
 
@@ -39,7 +41,10 @@ class PreparedSource:
         feature = tf_example_pb2.Example.FromString(self._records[i]).features.feature
         label = feature['label'].int64_list.value if 'label' in feature else (-1,)
         image_HxWxC = read_png(feature['image'].bytes_list.value[0])
-        return {'image': image_HxWxC, 'label': np.int32(label[0])}
+        element = {'image': image_HxWxC, 'label': np.int32(label[0])}
+        if 'features' in feature:
+            element['features'] = np.array(feature['features'].float_list.value, np.float32)
+        return element
 
     def __reduce__(self):
         return PreparedSource, (self._shards, self.about)
@@ -101,6 +106,8 @@ def prepared_source(folder: str, split: str, verify: tuple[int, int] = (0, 1)) -
         'preprocessing': manifest['preprocessing'],
         'manifest_sha256': hashlib.sha256((path / manifests.FILE).read_bytes()).hexdigest(),
     }
+    if 'features' in manifest:
+        about['features'] = manifest['features']
     shards = [(os.fspath(path / shard['name']), shard['records']) for shard in entry['shards']]
     return PreparedSource(shards, about)
 

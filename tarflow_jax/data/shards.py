@@ -22,6 +22,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from array_record.python import array_record_module
 from etils import epath
 
@@ -124,12 +125,13 @@ def _write_shard(local: str, results, labelled: bool, strict: bool, progress) ->
     skipped, notes, records = [], [], 0
     with _writer(local) as writer:
         for task, encoded in results:
-            for name, label, image in zip(task.names, task.labels, encoded):
+            vectors = itertools.repeat(None) if task.features is None else task.features
+            for name, label, vector, image in zip(task.names, task.labels, vectors, encoded):
                 for note in image.notes:
                     log.info('%s %s', name, note)
                     notes.append([name, note])
                 if image.png is not None:
-                    writer.write(_record(image.png, label if labelled else None))
+                    writer.write(_record(image.png, label if labelled else None, vector))
                     records += 1
                     continue
                 if strict:
@@ -174,13 +176,15 @@ def _local_file(target: epath.Path) -> Iterator[str]:
         epath.Path(local).copy(target, overwrite=True)
 
 
-def _record(png: bytes, label: int | None) -> bytes:
+def _record(png: bytes, label: int | None, features: np.ndarray | None) -> bytes:
     from tensorflow_datasets.proto import tf_example_pb2  # slow to import for every worker
 
     example = tf_example_pb2.Example()
     example.features.feature['image'].bytes_list.value.append(png)
     if label is not None:
         example.features.feature['label'].int64_list.value.append(label)
+    if features is not None:
+        example.features.feature['features'].float_list.value.extend(features.tolist())
     return example.SerializeToString(deterministic=True)
 
 

@@ -1,8 +1,10 @@
 """Random-access sources of images: the embedded set, IDX files, a prepared set, or a TFDS set.
 
 A source has `len(source)` and `source[i] -> {'image': uint8 [H,W,C], 'label': int32 scalar}`, which
-is what Grain reads from. Images stay uint8: they are scaled and dequantised on the device. Its
-`about` is a dict for JSON that says which images these are: 'dataset', 'split', 'images' and more.
+is what Grain reads from; where the set has features of its images, 'features': float32 [F] comes
+beside them. Images stay uint8: they are scaled and dequantised on the device. Its `about` is a dict
+for JSON that says which images these are: 'dataset', 'split', 'images' and more, such as
+'features', their names.
 """
 
 import contextlib
@@ -57,7 +59,7 @@ def load(kind, split, *, path='', name='', verify=(0, 1)):
     return openers[kind]()
 
 
-def check(source, *, image_size, channels, num_classes, what):
+def check(source, *, image_size, channels, num_classes, what, num_features=0):
     """Refuses a source that does not fit the model.
 
     Looks at the first image, and at every label where they are in memory; else at the first label
@@ -69,9 +71,10 @@ def check(source, *, image_size, channels, num_classes, what):
         channels: channels the model takes.
         num_classes: classes the model knows; 0 ignores the labels.
         what: what to call the source in an error, such as 'the training set'.
+        num_features: features of an image the model takes; 0 ignores those of the source.
 
     Raises:
-        ValueError: the source is empty, or its images or labels do not fit.
+        ValueError: the source is empty, or its images, labels or features do not fit.
     """
     if len(source) == 0:
         raise ValueError(f'{what} holds no image; choose another split.')
@@ -84,6 +87,8 @@ def check(source, *, image_size, channels, num_classes, what):
             f'model.image_channels = {channels} need {needed}; change these two, or prepare the '
             'images.'
         )
+    if num_features:
+        _check_features(first.get('features'), num_features, what)
     if num_classes == 0:
         return
     if isinstance(source, InMemory):
@@ -96,6 +101,20 @@ def check(source, *, image_size, channels, num_classes, what):
             f'{what} holds the label {wrong[0]}, but model.num_classes = {num_classes} takes '
             f'0 to {num_classes - 1} (-1 means unlabelled); set model.num_classes to the number '
             'of classes of the set, or to 0 to ignore labels.'
+        )
+
+
+def _check_features(features, num_features, what):
+    if features is None:
+        raise ValueError(
+            f'{what} holds no features, but model.num_features = {num_features}; prepare the set '
+            'with --features=FILE, or set model.num_features to 0.'
+        )
+    if features.dtype != np.float32 or features.shape != (num_features,):
+        raise ValueError(
+            f'{what} holds features of {features.dtype} {list(features.shape)}, but '
+            f'model.num_features = {num_features} needs float32 [{num_features}]; set '
+            'model.num_features to the number of features of the set, or to 0 to ignore them.'
         )
 
 
@@ -184,7 +203,10 @@ def _find_idx(folder, name):
 
 
 class TfdsSource:
-    """A source that reads a prepared TFDS set record by record; label -1 where it has none."""
+    """A source that reads a prepared TFDS set record by record; label -1 where it has none.
+
+    A feature called `features`, if it is a vector of numbers, comes with it as float32.
+    """
 
     def __init__(self, examples, recipe):
         self._examples = examples
@@ -196,17 +218,33 @@ class TfdsSource:
             'images': len(examples),
             'version': str(examples.dataset_info.version),
         }
+        size = _vector_size(examples.dataset_info.features)
+        if size is not None:
+            self.about['features'] = [str(k) for k in range(size)]
 
     def __len__(self):
         return len(self._examples)
 
     def __getitem__(self, i):
         example = self._examples[i]
-        return {'image': example['image'], 'label': np.int32(example.get('label', -1))}
+        element = {'image': example['image'], 'label': np.int32(example.get('label', -1))}
+        if 'features' in self.about:
+            element['features'] = np.asarray(example['features'], np.float32)
+        return element
 
     def __reduce__(self):
         # A worker process opens the files itself, which also keeps it as quiet as this one.
         return tfds_source, self._recipe
+
+
+def _vector_size(features):
+    """F of a TFDS set whose feature called `features` holds F numbers; else None."""
+    import tensorflow_datasets as tfds
+
+    found = features['features'] if 'features' in features else None
+    if not isinstance(found, tfds.features.Tensor) or len(found.shape) != 1:
+        return None
+    return found.shape[0] if np.dtype(found.np_dtype).kind in 'fiu' else None
 
 
 def tfds_source(name, split, data_dir):

@@ -146,6 +146,38 @@ def test_workers_deliver_the_same_batches(source, workers):
     assert type(got[0]['image']) is np.ndarray
 
 
+class WithFeatures(sources.InMemory):
+    """The label and its square, as features."""
+
+    def __getitem__(self, i):
+        element = super().__getitem__(i)
+        label = np.float32(element['label'])
+        return element | {'features': np.array([label, label**2], np.float32)}
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_features_stay_with_their_image(source, workers):
+    featured = WithFeatures(source.image_NxHxWxC, source.label_N)
+    options = dict(batch_size=8, seed=3, flip=True, rows=np.array([1, 2, 6]), start=3)
+    got = take(pipeline.train_batches(featured, workers=workers, **options), 8)
+    for batch in got:
+        assert batch['features'].shape == (3, 2) and batch['features'].dtype == np.float32
+        np.testing.assert_array_equal(
+            batch['features'], np.stack([batch['label'], batch['label'] ** 2], -1)
+        )
+    without = [{k: v for k, v in batch.items() if k != 'features'} for batch in got]
+    assert_equal_batches(without, take(pipeline.train_batches(source, **options), 8))
+
+
+def test_evaluation_passes_features_on(source):
+    featured = WithFeatures(source.image_NxHxWxC, source.label_N)
+    whole = take(pipeline.eval_batches(featured, batch_size=12), 100)
+    features = np.concatenate([batch['features'] for batch in whole])
+    assert features.dtype == np.float32
+    labels = np.minimum(np.arange(48), COUNT - 1)  # padded with the last image and its features
+    np.testing.assert_array_equal(features, np.stack([labels, labels**2], -1))
+
+
 def test_close_is_quick_and_final(source):
     batches = pipeline.train_batches(source, batch_size=8, seed=0)
     next(batches)

@@ -22,6 +22,14 @@ def test_shards_are_few_and_equal(count, per_shard, bounds):
     assert shards.bounds(count, per_shard) == bounds
 
 
+@pytest.mark.parametrize('label, record', [
+    (3, '0a220a100a05696d61676512070a050a03706e670a0e0a056c6162656c12051a030a0103'),
+    (None, '0a120a100a05696d61676512070a050a03706e67'),
+])
+def test_records_are_as_the_first_version_wrote_them(label, record):
+    assert shards._record(b'png', label, None).hex() == record
+
+
 def test_interrupt_and_failure_have_codes(classes, tmp_path, monkeypatch, capfd):
     for error, code in ((KeyboardInterrupt(), 130), (OSError('disk full'), 1)):
         def fail(*args, error=error, **kwargs):

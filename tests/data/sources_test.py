@@ -184,6 +184,24 @@ def test_check_of_rectangles():
         fits(source, image_size=(4, 6))
 
 
+def test_check_of_features():
+    class Source(sources.InMemory):
+        def __getitem__(self, i):
+            return super().__getitem__(i) | {'features': np.zeros(3, np.float32)}
+
+    plain = sources.InMemory(np.zeros((3, 6, 4, 1), np.uint8), np.zeros(3, np.int32))
+    source = Source(plain.image_NxHxWxC, plain.label_N)
+    sizes = dict(image_size=(6, 4), channels=1, num_classes=1, what='the training set')
+    sources.check(source, num_features=3, **sizes)
+    sources.check(source, num_features=0, **sizes)
+    sources.check(plain, num_features=0, **sizes)
+    with pytest.raises(ValueError, match=r'set holds features of float32 \[3\], but model.num_feat'
+                       r'ures = 4 needs float32 \[4\]; set model.num_features to the number'):
+        sources.check(source, num_features=4, **sizes)
+    with pytest.raises(ValueError, match='set holds no features, but model.num_features = 4; prep'):
+        sources.check(plain, num_features=4, **sizes)
+
+
 @pytest.fixture(scope='module')
 def tfds_folder(tmp_path_factory):
     """A prepared array_record set: image i is 8x8x3 and filled with i, its label is i % 4."""
