@@ -18,7 +18,7 @@ import optax
 
 from tarflow_jax import config as configs
 from tarflow_jax import convert as official
-from tarflow_jax import reporting, scoring
+from tarflow_jax import files, reporting, scoring
 from tarflow_jax.evaluation import bulk, sample_files, schedules
 from tarflow_jax.flow.layers import OneDevice
 from tarflow_jax.training import loop, sharding
@@ -263,9 +263,7 @@ def compile_ahead(config, given) -> Callable[[], None]:
                 ), flush=True)
             rows.append(row)
             if given.json:  # now, so that Ctrl-C leaves what is known
-                temporary = Path(f'{given.json}.tmp')
-                temporary.write_text(json.dumps(rows, indent=2) + '\n')
-                temporary.replace(given.json)
+                files.write_text(given.json, json.dumps(rows, indent=2) + '\n')
         if len(rows) > 1:
             print(*cost_report.table(rows), sep='\n', flush=True)
         if given.json:

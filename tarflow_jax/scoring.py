@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from tarflow_jax import config as configs
+from tarflow_jax import files
 from tarflow_jax.data import sources
 from tarflow_jax.evaluation import (
     features,
@@ -45,6 +46,7 @@ FORMATS = {
     'torchmetrics': 'file of torchmetrics',
     'tarflow_jax': 'file of tarflow_jax',
 }
+FILE = 'evaluation.json'
 NEIGHBOURS = 5  # of density and coverage; precision and recall take 3
 
 log = logging.getLogger(__name__)
@@ -89,7 +91,7 @@ def prepare(subject: Subject) -> Callable:
         report = {'checkpoint': origin} | about(subject) | {'scores': scores}
         if jax.process_index() == 0:
             print(*tables.table(report), sep='\n', flush=True)
-            _write(subject.workdir, report)
+            write(subject.workdir, report)
         return report
 
     return work
@@ -111,18 +113,25 @@ def about(subject: Subject) -> dict:
     }
 
 
-def _write(workdir: Path, report: dict) -> None:
+def write(workdir: Path, report: dict) -> None:
     """Writes evaluation.json; one that is there of other numbers keeps its own name."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / 'evaluation.json'
+    path = workdir / FILE
     text = json.dumps(report, indent=2, default=_plain) + '\n'
-    if path.exists() and path.read_text() != text:
+    if path.exists() and (before := path.read_text()) != text:
+        # A copy: if anything fails here, evaluation.json is still there.
         names = (workdir / f'evaluation.{k}.json' for k in itertools.count())
-        path.rename(next(name for name in names if not name.exists()))
-    temporary = path.with_suffix('.json.tmp')
-    temporary.write_text(text)
-    temporary.replace(path)
+        files.write_text(next(name for name in names if not name.exists()), before)
+    files.write_text(path, text)
     log.info('scores are in %s', path)
+
+
+def read(workdir) -> dict | None:
+    """What evaluation.json holds; None if it is missing or is not what evaluation writes."""
+    try:
+        found = json.loads((Path(workdir) / FILE).read_text())
+        return found if {'checkpoint', 'scores', 'data'} <= found.keys() else None
+    except (FileNotFoundError, ValueError, AttributeError):
+        return None
 
 
 def _plain(value):

@@ -1,6 +1,7 @@
 """Evaluation by name: the table, evaluation.json, and what is refused before anything runs."""
 
 import json
+import os
 import platform
 import shutil
 from importlib import metadata
@@ -82,6 +83,27 @@ def test_an_older_report_keeps_its_numbers(workdir, images):
     older[0].unlink()
     assert evaluate(workdir, images, 'bits_per_dim', seed=2) == 0
     assert older[1].read_text() == first and json.loads(older[0].read_text())['seed'] == 1
+
+
+def test_a_report_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    assert scoring.read(tmp_path) is None
+    report = {'checkpoint': {}, 'data': {}, 'scores': {}}
+    scoring.write(tmp_path, report)
+    sync, calls = os.fsync, []
+
+    def full_disk(file):
+        calls.append(file)
+        if len(calls) == 2:
+            raise OSError('No space left on device')
+        sync(file)
+
+    monkeypatch.setattr(os, 'fsync', full_disk)
+    with pytest.raises(OSError, match='No space left'):
+        scoring.write(tmp_path, report | {'seed': 1})
+    assert scoring.read(tmp_path) == report
+    for damaged in ('{"checkpoint": ', '[]', '{}'):
+        (tmp_path / 'evaluation.json').write_text(damaged)
+        assert scoring.read(tmp_path) is None
 
 
 def test_classification_and_outliers(workdir, images, tmp_path, capsys):

@@ -6,12 +6,12 @@ get more of it than those a flow was trained on (Nalisnick et al., arXiv 1810.09
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from tarflow_jax import files
 from tarflow_jax.evaluation.bits_per_dim import dequantised_log_prob
 from tarflow_jax.evaluation.over_set import over_set
 from tarflow_jax.flow import likelihood
@@ -168,7 +168,5 @@ def histogram_picture(found: dict, path, width: int = 900, row: int = 90) -> Non
     for tick in np.linspace(low, high, 7):
         draw.text((place(tick) - 12, height - axis), f'{tick:.2f}', 'black')
     draw.text((margin, height - axis + 18), 'bits per dimension', 'black')
-    path = Path(path)
-    temporary = path.with_suffix('.tmp')
-    picture.save(temporary, format='PNG')
-    temporary.replace(path)
+    with files.replacing(path) as file:
+        picture.save(file, format='PNG')

@@ -10,14 +10,13 @@ TarFlow code keeps its statistics: the sums of x and of x x^T, and the count.
 """
 
 import json
-import os
-import tempfile
 import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 
+from tarflow_jax import files
 from tarflow_jax.evaluation.frechet import Statistics
 from tarflow_jax.torch_file import read_torch_file
 from tarflow_jax.torch_writer import write_torch_file
@@ -85,11 +84,8 @@ def write(path, statistics: Statistics) -> None:
     about = {name: value for name, value in statistics.about.items() if name != 'format'}
     manifest = {'format': 'tarflow_jax', 'count': statistics.count, 'about': about}
     arrays['manifest'] = np.array(json.dumps(manifest, sort_keys=True))
-    # A folder of its own, so that the file gets the usual permissions.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}.') as folder:
-        temporary = Path(folder) / path.name
-        np.savez(temporary, **arrays)
-        os.replace(temporary, path)
+    with files.replacing(path) as file:
+        np.savez(file, **arrays)
 
 
 def _from_npz(path: Path, names: list[str]) -> Statistics:

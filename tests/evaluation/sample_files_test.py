@@ -100,15 +100,3 @@ def test_what_cannot_be_opened(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match='samples.npz is no .npz of samples'):
             sample_files.open_samples(path)
-
-
-def test_replacing_keeps_the_file_before(tmp_path):
-    path = tmp_path / 'file'
-    path.write_bytes(b'before')
-    with pytest.raises(OSError), sample_files.replacing(path) as file:
-        file.write(b'half')
-        raise OSError(28, 'No space left on device')
-    assert [p.name for p in tmp_path.iterdir()] == ['file'] and path.read_bytes() == b'before'
-    with sample_files.replacing(path) as file:
-        file.write(b'whole')
-    assert [p.name for p in tmp_path.iterdir()] == ['file'] and path.read_bytes() == b'whole'
