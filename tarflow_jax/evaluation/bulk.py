@@ -136,8 +136,7 @@ def draw_set(
     start, folder, model = time.perf_counter(), Path(folder), plan.model
     writes = jax.process_index() == 0
     shape = (model.image_size, model.image_size, model.image_channels)
-    multiple = sharding.batch_multiple(mesh)
-    batch_size = -(-min(batch_size, count) // multiple) * multiple
+    batch_size = sharding.round_up(min(batch_size, count), mesh)
     about, stretches, todo = {'count': 0}, [], []
     if writes:
         about, stretches = sample_parts.finished(folder, fingerprint)
