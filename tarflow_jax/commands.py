@@ -20,6 +20,7 @@ from tarflow_jax import config as configs
 from tarflow_jax import convert as official
 from tarflow_jax import files, reporting, scoring
 from tarflow_jax.evaluation import bulk, sample_files, schedules
+from tarflow_jax.evaluation.scores import Subject, check_names
 from tarflow_jax.flow.layers import OneDevice
 from tarflow_jax.training import loop, sharding
 from tarflow_jax.training.checkpoint import Checkpoints
@@ -39,7 +40,7 @@ def train(config, given) -> Callable[[], None]:
     sharding.check(mesh, config.train.batch_size, 'train.batch_size', config.train.accumulation)
     checkpoints = Checkpoints(workdir, plan.model, config.to_dict())
     _check_average(checkpoints, config)
-    subject = scoring.Subject(config, plan, mesh, workdir, test_source)
+    subject = Subject(config, plan, mesh, workdir, test_source)
     scores = scoring.prepare(subject)
     alone = jax.process_count() == 1
     show = reporting.prepare(subject, source) if config.report.after_training and alone else None
@@ -130,7 +131,7 @@ def evaluate(config, given) -> Callable[[], None]:
     workdir = _workdir(given.workdir)
     plan, mesh = _plan(config)
     source = configs.source(config, 'test', plan.model)
-    scores = scoring.prepare(scoring.Subject(config, plan, mesh, workdir, source))
+    scores = scoring.prepare(Subject(config, plan, mesh, workdir, source))
     variables, origin = _variables(plan, workdir, given.input, mesh)
     draw = functools.partial(sample_set, config, plan, variables, origin, mesh, workdir)
 
@@ -152,7 +153,7 @@ def report(config, given) -> Callable[[], None]:
     plan, mesh = _plan(config)
     train_source = configs.source(config, 'train', plan.model)
     test_source = configs.source(config, 'test', plan.model)
-    subject = scoring.Subject(config, plan, mesh, workdir, test_source)
+    subject = Subject(config, plan, mesh, workdir, test_source)
     show = reporting.prepare(subject, train_source)
     variables, origin = _variables(plan, workdir, None, mesh)
 
@@ -351,6 +352,7 @@ def _workdir(workdir) -> Path:
 def _plan(config):
     """What the config means, its flow laid out over the mesh of all devices; and the mesh."""
     plan = configs.plan(config)
+    check_names(config.evaluate.metrics, plan.model)
     mesh = sharding.make_mesh(**config.mesh)
     return plan.on(sharding.Layout(mesh, config.model.attention)), mesh
 

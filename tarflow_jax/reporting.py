@@ -1,6 +1,6 @@
 """What --mode=report does: computes all that its page shows, and writes WORKDIR/report.html.
 
-As the metrics in `scoring.py`, it checks what a user can get wrong and returns the work.
+As the scores, it checks what a user can get wrong and returns the work.
 """
 
 import datetime
@@ -16,9 +16,9 @@ import numpy as np
 from tarflow_jax import files, scoring
 from tarflow_jax.evaluation.over_set import EvenlySpaced
 from tarflow_jax.evaluation.report import drawn, measured
+from tarflow_jax.evaluation.scores import Subject
 from tarflow_jax.evaluation.versions import versions
 from tarflow_jax.flow.model import architecture
-from tarflow_jax.scoring import Subject
 from tarflow_jax.training import metrics, pictures
 
 NEIGHBOURS = 3  # training images beside a sample

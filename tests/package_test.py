@@ -28,7 +28,7 @@ ROOMS = {
     ),
     'evaluation': (
         {'jax', 'flax', 'PIL', 'plotly', 'tqdm'},
-        {'flow', 'data', 'training', 'files', 'torch_file', 'torch_writer'},
+        {'flow', 'data', 'training', 'config', 'files', 'torch_file', 'torch_writer'},
     ),
     'ahead_of_time': ({'jax', 'libtpu', 'optax'}, {'flow', 'data', 'training', 'evaluation', 'config'}),
 }

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from command_line import call, ended, files, flags, start_processes, write_images
 
-from tarflow_jax import config as configs
 from tarflow_jax import scoring
-from tarflow_jax.evaluation import statistics_files, tables
+from tarflow_jax.evaluation import statistics_files
 from tarflow_jax.evaluation.frechet import Statistics
+from tarflow_jax.evaluation.scores import SCORES
 
 LATENTS = 1280  # of EfficientNet-Lite0
 
@@ -44,10 +44,6 @@ def evaluate(workdir, images, *metrics, **fields) -> int:
 
 def report_in(workdir) -> dict:
     return json.loads((workdir / 'evaluation.json').read_text())
-
-
-def test_names():
-    assert configs.METRICS == tuple(scoring.METRICS) == tuple(tables.ROWS)
 
 
 def test_what_it_takes_to_repeat_an_evaluation(workdir, images, capsys):
@@ -227,7 +223,7 @@ def numbers(tree, path=()):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('count, names', [
-    (4, ['bits_per_dim', 'classification']), (2, list(scoring.METRICS))
+    (4, ['bits_per_dim', 'classification']), (2, list(SCORES))
 ])
 def test_several_processes_find_the_same_numbers(workdir, images, tmp_path, count, names):
     fields = dict(

@@ -170,3 +170,16 @@ def histogram_picture(found: dict, path, width: int = 900, row: int = 90) -> Non
     draw.text((margin, height - axis + 18), 'bits per dimension', 'black')
     with files.replacing(path) as file:
         picture.save(file, format='PNG')
+
+
+def rows(r: dict) -> list[tuple[str, str]]:
+    """The rows of the printed table, from what `outliers` returns."""
+    found = []
+    for one in r['sets']:
+        value = f'{one["bits_per_dim"]:.3f} +- {one["standard_deviation"]:.3f}'
+        value += f', median {one["median"]:.3f}'
+        if 'auroc_atypical' in one:
+            value += f'  (AUROC {one["auroc_atypical"]:.3f} by atypical log p, '
+            value += f'{one["auroc_low_log_p"]:.3f} by low log p)'
+        found.append((f'bits/dim of: {one["set"]}', value))
+    return [*found, ('histogram', 'outliers.png')]

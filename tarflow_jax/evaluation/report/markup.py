@@ -58,7 +58,7 @@ def missing(what: str, command: str) -> str:
     return f'<p class="missing">{html.escape(what)} {code}</p>'
 
 
-def table(head: list[str], rows: list[list], caption: str) -> str:
+def table(head: list[str], rows: list, caption: str) -> str:
     """Rows whose first cell is their heading; numbers are aligned to the right."""
     lines = []
     for first, *rest in rows:

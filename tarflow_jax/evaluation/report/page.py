@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from tarflow_jax.evaluation import tables
 from tarflow_jax.evaluation.report import charts
 from tarflow_jax.evaluation.report.markup import (
     figure,
@@ -18,6 +17,7 @@ from tarflow_jax.evaluation.report.markup import (
     strip,
     table,
 )
+from tarflow_jax.evaluation.scores import SCORES
 
 HERE = Path(__file__).parent
 TRAJECTORIES = 4
@@ -331,7 +331,7 @@ def _scores(found) -> str:
     scores = dict(report['scores'])
     certificate = scores.pop('round_trip', None)
     for name, result in scores.items():
-        text += table([], [list(r) for r in tables.ROWS[name](result)], name.replace('_', ' '))
+        text += table([], SCORES[name].rows(result), name.replace('_', ' '))
     text += '<h3>Certificate</h3>' + paragraph(
         'On paper a flow can be undone exactly; a computer rounds, and a flow that stretches much '
         'can lose all digits. The certificate measures what is lost in going through the flow and '
@@ -340,7 +340,7 @@ def _scores(found) -> str:
     if certificate is None:
         return text + missing('It is missing here; it comes with',
                               f"{EVALUATE} --config.evaluate.metrics='(\"round_trip\",)'")
-    rows = [list(row) for row in tables.ROWS['round_trip'](certificate)]
+    rows = SCORES['round_trip'].rows(certificate)
     return text + table([], rows, 'image -> z -> image and z -> image -> z')
 
 
