@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import logging
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,7 +112,7 @@ def cached_statistics(
     path = _path(Path(folder), about)
     kept = _kept(path, about) if jax.process_index() == 0 else None
     if jax.process_count() > 1:
-        kept = _from_first(kept, about)
+        kept = _from_first(kept)
     if kept is not None:
         return kept
     statistics = compute()
@@ -166,22 +167,9 @@ def _kept(path: Path, about: dict) -> Statistics | None:
     return kept if kept.about == about else None
 
 
-def _from_first(kept: Statistics | None, about: dict) -> Statistics | None:
+def _from_first(kept: Statistics | None) -> Statistics | None:
     """What the first process has, on all of them."""
-    parts = [] if kept is None else [kept] + [kept.spatial] * (kept.spatial is not None)
-    sizes = np.array([*(part.mean.size for part in parts), 0, 0][:2], np.int32)
-    sizes = multihost_utils.broadcast_one_to_all(sizes).tolist()
-    received = []
-    for i, size in enumerate(sizes):
-        if size:
-            rows = np.zeros((size + 1, size))
-            if parts:
-                rows[0], rows[1:] = parts[i].mean, parts[i].covariance
-            # As integers, because float64 would arrive as float32.
-            rows = multihost_utils.broadcast_one_to_all(rows.view(np.uint32))
-            rows = np.asarray(rows).view(np.float64)
-            received.append(Statistics(about['images'], rows[0], rows[1:]))
-    if not received:
-        return None
-    spatial = received[1] if len(received) == 2 else None
-    return dataclasses.replace(received[0], about=about, spatial=spatial)
+    data = np.frombuffer(pickle.dumps(kept), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
+    data = multihost_utils.broadcast_one_to_all(np.resize(data, size))
+    return pickle.loads(np.asarray(data).astype(np.uint8).tobytes())
