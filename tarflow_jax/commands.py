@@ -31,9 +31,7 @@ log = logging.getLogger(__name__)
 
 def train(config, given) -> Callable[[], None]:
     """Trains, then samples, evaluates and writes the report."""
-    _only(given, 'workdir')
-    workdir = _workdir(given.workdir)
-    plan, mesh = _plan(config)
+    workdir, plan, mesh = _setup(config, given)
     source = configs.source(config, 'train', plan.model)
     test_source = configs.source(config, 'test', plan.model)
     schedule = configs.schedule(config, source)
@@ -73,9 +71,7 @@ def train(config, given) -> Callable[[], None]:
 
 def sample(config, given) -> Callable[[], None]:
     """Draws config.sample.count images, or those that are missing: see `evaluation.bulk`."""
-    _only(given, 'workdir', 'input')
-    workdir = _workdir(given.workdir)
-    plan, mesh = _plan(config)
+    workdir, plan, mesh = _setup(config, given, 'input')
     variables, origin = _variables(plan, workdir, given.input, mesh)
 
     def job():
@@ -127,9 +123,7 @@ def sample_set(config, plan, variables, origin: dict, mesh, workdir: Path):
 
 def evaluate(config, given) -> Callable[[], None]:
     """Scores the flow on the test set with config.evaluate.metrics; writes evaluation.json."""
-    _only(given, 'workdir', 'input')
-    workdir = _workdir(given.workdir)
-    plan, mesh = _plan(config)
+    workdir, plan, mesh = _setup(config, given, 'input')
     source = configs.source(config, 'test', plan.model)
     scores = scoring.prepare(Subject(config, plan, mesh, workdir, source))
     variables, origin = _variables(plan, workdir, given.input, mesh)
@@ -148,9 +142,7 @@ def evaluate(config, given) -> Callable[[], None]:
 
 def report(config, given) -> Callable[[], None]:
     """Writes report.html: what the workdir's flow has learned, on one page."""
-    _only(given, 'workdir')
-    workdir = _workdir(given.workdir)
-    plan, mesh = _plan(config)
+    workdir, plan, mesh = _setup(config, given)
     train_source = configs.source(config, 'train', plan.model)
     test_source = configs.source(config, 'test', plan.model)
     subject = Subject(config, plan, mesh, workdir, test_source)
@@ -335,6 +327,12 @@ def _announce(mode: str, model, mesh, **rows: str) -> None:
 def _set_name(source) -> str:
     name, split = source.about.get('dataset', 'images'), source.about.get('split')
     return f'{name}, {len(source):,} images' + (f' of split {split!r}' if split else '')
+
+
+def _setup(config, given, *flags: str):
+    """The folder of the run, and what `_plan` gives; ValueError for other flags than these."""
+    _only(given, 'workdir', *flags)
+    return _workdir(given.workdir), *_plan(config)
 
 
 def _workdir(workdir) -> Path:

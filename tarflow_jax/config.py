@@ -187,15 +187,16 @@ def plan(config: ConfigDict) -> Plan:
     Raises:
       ValueError: one sentence that names the field, its value and the remedy.
     """
+    for field, choices in (
+        ('model.dtype', DTYPES), ('model.attention', ('auto', *KERNELS)),
+        ('sample.method', SAMPLE_METHODS), ('sample.format', SAMPLE_FORMATS),
+    ):
+        value = operator.attrgetter(field)(config)
+        if value not in choices:
+            raise ValueError(f'{field} {value!r} is none of {", ".join(choices)}.')
     fields = config.model.to_dict()
-    if fields['dtype'] not in DTYPES:
-        raise ValueError(f'model.dtype {fields["dtype"]!r} is none of {", ".join(DTYPES)}.')
     fields['dtype'] = DTYPES[fields['dtype']]
-    attention = fields.pop('attention')
-    if attention not in ('auto', *KERNELS):
-        raise ValueError(
-            f'model.attention {attention!r} is none of auto, {", ".join(KERNELS)}.'
-        )
+    del fields['attention']  # a field of the layout
     fields['layers_per_block'] = tuple(fields['layers_per_block'])
     if not all(isinstance(layers, int) for layers in fields['layers_per_block']):
         raise ValueError(
@@ -215,12 +216,8 @@ def plan(config: ConfigDict) -> Plan:
             f'sample.label {s.label} is outside 0..{model.num_classes - 1}, the classes of the '
             'model; -1 goes through all of them.'
         )
-    if s.method not in SAMPLE_METHODS:
-        raise ValueError(f'sample.method {s.method!r} is none of {", ".join(SAMPLE_METHODS)}.')
     if not 0 < s.tolerance < 1:
         raise ValueError(f'sample.tolerance {s.tolerance} must be above 0 and below 1.')
-    if s.format not in SAMPLE_FORMATS:
-        raise ValueError(f'sample.format {s.format!r} is none of {", ".join(SAMPLE_FORMATS)}.')
     for field in ('model.unroll', 'sample.count', 'sample.batch_size', 'evaluate.batch_size',
                   'evaluate.draws', 'evaluate.round_trip_images', 'evaluate.outliers.images',
                   'evaluate.frechet.batch_size', 'report.rows', 'report.columns',

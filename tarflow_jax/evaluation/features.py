@@ -9,19 +9,18 @@ import functools
 import hashlib
 import json
 import logging
-import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from tarflow_jax.evaluation import statistics_files
 from tarflow_jax.evaluation.frechet import Statistics, Sums
 from tarflow_jax.evaluation.over_set import batches
 from tarflow_jax.training import sharding
+from tarflow_jax.training.processes import from_first
 
 log = logging.getLogger(__name__)
 
@@ -110,9 +109,7 @@ def cached_statistics(
     if not about['source']:
         return compute()
     path = _path(Path(folder), about)
-    kept = _kept(path, about) if jax.process_index() == 0 else None
-    if jax.process_count() > 1:
-        kept = _from_first(kept)
+    kept = from_first(_kept(path, about) if jax.process_index() == 0 else None)
     if kept is not None:
         return kept
     statistics = compute()
@@ -165,11 +162,3 @@ def _kept(path: Path, about: dict) -> Statistics | None:
         log.warning('The statistics are computed again: %s', error)
         return None
     return kept if kept.about == about else None
-
-
-def _from_first(kept: Statistics | None) -> Statistics | None:
-    """What the first process has, on all of them."""
-    data = np.frombuffer(pickle.dumps(kept), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
-    data = multihost_utils.broadcast_one_to_all(np.resize(data, size))
-    return pickle.loads(np.asarray(data).astype(np.uint8).tobytes())

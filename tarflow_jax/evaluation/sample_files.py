@@ -100,11 +100,6 @@ def images_path(folder: Path, about: dict) -> Path:
     return folder / ('samples.npz' if npz else f'array_record-{about["count"]}')
 
 
-def write_about(folder: Path, about: dict) -> None:
-    """Writes `samples.json`."""
-    files.write_text(folder / ABOUT, json.dumps(about, indent=2, sort_keys=True) + '\n')
-
-
 def read_about(folder: Path) -> dict | None:
     """What `samples.json` says; None if the set is not finished or the file is damaged."""
     try:

@@ -104,9 +104,10 @@ def _from_npz(path: Path, names: list[str]) -> Statistics:
         count, about = _manifest(path, arrays['manifest'])
     else:
         count, about = None, {'format': 'adm' if 'mu_s' in arrays else 'edm'}
-    read_pairs = [[arrays[name] for name in pair] for pair in pairs]
-    spatial = _statistics(path, count, *read_pairs[1], {}) if len(pairs) == 2 else None
-    return _statistics(path, count, *read_pairs[0], about, spatial)
+    spatial = None
+    if len(pairs) == 2:
+        spatial = _statistics(path, count, arrays['mu_s'], arrays['sigma_s'], {})
+    return _statistics(path, count, arrays['mu'], arrays['sigma'], about, spatial)
 
 
 def _manifest(path: Path, text: np.ndarray) -> tuple[int | None, dict]:
@@ -152,13 +153,9 @@ def _torchmetrics_state(path: Path, statistics: Statistics) -> dict[str, np.ndar
         )
     count, mean = statistics.count, statistics.mean
     outer = statistics.covariance * (count - 1) + count * np.outer(mean, mean)
-    real = count * mean, outer, np.int64(count)
-    fake = np.zeros_like(mean), np.zeros_like(outer), np.int64(0)
-    return {
-        f'{of}_{name}': array
-        for of, arrays in (('real', real), ('fake', fake))
-        for name, array in zip(_TORCHMETRICS, arrays)
-    }
+    arrays = dict(zip(_TORCHMETRICS, (count * mean, outer, np.int64(count))))
+    real = {f'real_{name}': array for name, array in arrays.items()}
+    return real | {f'fake_{name}': np.zeros_like(array) for name, array in arrays.items()}
 
 
 def _need(path: Path, names, needed: list[str]) -> None:
