@@ -89,7 +89,7 @@ def compiled(plan, mesh, batch_size: int, segments: int) -> tuple[str | None, in
         needed = out_of_memory(str(error))
         if needed is None:
             raise
-        return None, needed.needed_bytes
+        return None, needed[0]
     memory = found.memory_analysis()
     return found.as_text(), memory.temp_size_in_bytes + memory.output_size_in_bytes
 

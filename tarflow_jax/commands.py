@@ -18,8 +18,9 @@ import optax
 
 from tarflow_jax import config as configs
 from tarflow_jax import convert as official
-from tarflow_jax import reporting, scoring
+from tarflow_jax import files, reporting, scoring
 from tarflow_jax.evaluation import bulk, sample_files, schedules
+from tarflow_jax.evaluation.scores import Subject, check_names
 from tarflow_jax.flow.layers import OneDevice
 from tarflow_jax.training import loop, sharding
 from tarflow_jax.training.checkpoint import Checkpoints
@@ -30,16 +31,14 @@ log = logging.getLogger(__name__)
 
 def train(config, given) -> Callable[[], None]:
     """Trains, then samples, evaluates and writes the report."""
-    _only(given, 'workdir')
-    workdir = _workdir(given.workdir)
-    plan, mesh = _plan(config)
+    workdir, plan, mesh = _setup(config, given)
     source = configs.source(config, 'train', plan.model)
     test_source = configs.source(config, 'test', plan.model)
     schedule = configs.schedule(config, source)
     sharding.check(mesh, config.train.batch_size, 'train.batch_size', config.train.accumulation)
     checkpoints = Checkpoints(workdir, plan.model, config.to_dict())
     _check_average(checkpoints, config)
-    subject = scoring.Subject(config, plan, mesh, workdir, test_source)
+    subject = Subject(config, plan, mesh, workdir, test_source)
     scores = scoring.prepare(subject)
     alone = jax.process_count() == 1
     show = reporting.prepare(subject, source) if config.report.after_training and alone else None
@@ -72,9 +71,7 @@ def train(config, given) -> Callable[[], None]:
 
 def sample(config, given) -> Callable[[], None]:
     """Draws config.sample.count images, or those that are missing: see `evaluation.bulk`."""
-    _only(given, 'workdir', 'input')
-    workdir = _workdir(given.workdir)
-    plan, mesh = _plan(config)
+    workdir, plan, mesh = _setup(config, given, 'input')
     variables, origin = _variables(plan, workdir, given.input, mesh)
 
     def job():
@@ -126,11 +123,9 @@ def sample_set(config, plan, variables, origin: dict, mesh, workdir: Path):
 
 def evaluate(config, given) -> Callable[[], None]:
     """Scores the flow on the test set with config.evaluate.metrics; writes evaluation.json."""
-    _only(given, 'workdir', 'input')
-    workdir = _workdir(given.workdir)
-    plan, mesh = _plan(config)
+    workdir, plan, mesh = _setup(config, given, 'input')
     source = configs.source(config, 'test', plan.model)
-    scores = scoring.prepare(scoring.Subject(config, plan, mesh, workdir, source))
+    scores = scoring.prepare(Subject(config, plan, mesh, workdir, source))
     variables, origin = _variables(plan, workdir, given.input, mesh)
     draw = functools.partial(sample_set, config, plan, variables, origin, mesh, workdir)
 
@@ -147,12 +142,10 @@ def evaluate(config, given) -> Callable[[], None]:
 
 def report(config, given) -> Callable[[], None]:
     """Writes report.html: what the workdir's flow has learned, on one page."""
-    _only(given, 'workdir')
-    workdir = _workdir(given.workdir)
-    plan, mesh = _plan(config)
+    workdir, plan, mesh = _setup(config, given)
     train_source = configs.source(config, 'train', plan.model)
     test_source = configs.source(config, 'test', plan.model)
-    subject = scoring.Subject(config, plan, mesh, workdir, test_source)
+    subject = Subject(config, plan, mesh, workdir, test_source)
     show = reporting.prepare(subject, train_source)
     variables, origin = _variables(plan, workdir, None, mesh)
 
@@ -263,9 +256,7 @@ def compile_ahead(config, given) -> Callable[[], None]:
                 ), flush=True)
             rows.append(row)
             if given.json:  # now, so that Ctrl-C leaves what is known
-                temporary = Path(f'{given.json}.tmp')
-                temporary.write_text(json.dumps(rows, indent=2) + '\n')
-                temporary.replace(given.json)
+                files.write_text(given.json, json.dumps(rows, indent=2) + '\n')
         if len(rows) > 1:
             print(*cost_report.table(rows), sep='\n', flush=True)
         if given.json:
@@ -338,6 +329,12 @@ def _set_name(source) -> str:
     return f'{name}, {len(source):,} images' + (f' of split {split!r}' if split else '')
 
 
+def _setup(config, given, *flags: str):
+    """The folder of the run, and what `_plan` gives; ValueError for other flags than these."""
+    _only(given, 'workdir', *flags)
+    return _workdir(given.workdir), *_plan(config)
+
+
 def _workdir(workdir) -> Path:
     if not workdir:
         raise ValueError('--workdir is missing; give the folder of the run.')
@@ -353,6 +350,7 @@ def _workdir(workdir) -> Path:
 def _plan(config):
     """What the config means, its flow laid out over the mesh of all devices; and the mesh."""
     plan = configs.plan(config)
+    check_names(config.evaluate.metrics, plan.model)
     mesh = sharding.make_mesh(**config.mesh)
     return plan.on(sharding.Layout(mesh, config.model.attention)), mesh
 

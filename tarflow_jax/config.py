@@ -22,7 +22,6 @@ from tarflow_jax.training import optimizer as optimizers
 from tarflow_jax.training.step import Recipe
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
-METRICS = ('bits_per_dim', 'classification', 'outliers', 'round_trip', 'frechet')
 SAMPLE_FORMATS = ('npz', 'array_record')
 SAMPLE_METHODS = ('sequential', 'auto')
 
@@ -98,7 +97,7 @@ def default() -> ConfigDict:
     g.rule = 'linear'
 
     c.evaluate = e = ConfigDict()
-    e.metrics = ('bits_per_dim',)  # any of METRICS
+    e.metrics = ('bits_per_dim',)  # any of evaluation.scores.SCORES
     e.batch_size = 200
     e.draws = 1  # noise draws per image
     e.round_trip_images = 32
@@ -183,20 +182,21 @@ class Schedule:
 
 
 def plan(config: ConfigDict) -> Plan:
-    """Checks the model, noise, guidance and evaluation fields and makes the objects they name.
+    """Checks the model, noise, guidance and sampling fields and makes the objects they name.
 
     Raises:
       ValueError: one sentence that names the field, its value and the remedy.
     """
+    for field, choices in (
+        ('model.dtype', DTYPES), ('model.attention', ('auto', *KERNELS)),
+        ('sample.method', SAMPLE_METHODS), ('sample.format', SAMPLE_FORMATS),
+    ):
+        value = operator.attrgetter(field)(config)
+        if value not in choices:
+            raise ValueError(f'{field} {value!r} is none of {", ".join(choices)}.')
     fields = config.model.to_dict()
-    if fields['dtype'] not in DTYPES:
-        raise ValueError(f'model.dtype {fields["dtype"]!r} is none of {", ".join(DTYPES)}.')
     fields['dtype'] = DTYPES[fields['dtype']]
-    attention = fields.pop('attention')
-    if attention not in ('auto', *KERNELS):
-        raise ValueError(
-            f'model.attention {attention!r} is none of auto, {", ".join(KERNELS)}.'
-        )
+    del fields['attention']  # a field of the layout
     fields['layers_per_block'] = tuple(fields['layers_per_block'])
     if not all(isinstance(layers, int) for layers in fields['layers_per_block']):
         raise ValueError(
@@ -216,12 +216,8 @@ def plan(config: ConfigDict) -> Plan:
             f'sample.label {s.label} is outside 0..{model.num_classes - 1}, the classes of the '
             'model; -1 goes through all of them.'
         )
-    if s.method not in SAMPLE_METHODS:
-        raise ValueError(f'sample.method {s.method!r} is none of {", ".join(SAMPLE_METHODS)}.')
     if not 0 < s.tolerance < 1:
         raise ValueError(f'sample.tolerance {s.tolerance} must be above 0 and below 1.')
-    if s.format not in SAMPLE_FORMATS:
-        raise ValueError(f'sample.format {s.format!r} is none of {", ".join(SAMPLE_FORMATS)}.')
     for field in ('model.unroll', 'sample.count', 'sample.batch_size', 'evaluate.batch_size',
                   'evaluate.draws', 'evaluate.round_trip_images', 'evaluate.outliers.images',
                   'evaluate.frechet.batch_size', 'report.rows', 'report.columns',
@@ -237,14 +233,6 @@ def plan(config: ConfigDict) -> Plan:
             )
     if not 0 <= config.seed < 2**32:
         raise ValueError(f'seed {config.seed} is outside 0..{2**32 - 1}.')
-    for metric in config.evaluate.metrics:
-        if metric not in METRICS:
-            raise ValueError(f'evaluate.metrics {metric!r} is none of {", ".join(METRICS)}.')
-        if metric == 'classification' and model.num_classes < 2:
-            raise ValueError(
-                f'evaluate.metrics asks for classification, which model.num_classes '
-                f'{model.num_classes} does not allow; leave it out.'
-            )
     return Plan(model, recipe, guidance)
 
 

@@ -10,7 +10,6 @@ import collections
 import math
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from tarflow_jax import torch_file
+from tarflow_jax import files, torch_file
 from tarflow_jax.flow.model import TarFlow, Variables
 
 # Official name, our path, and the axes of both, named as in `_sizes`; those in parentheses are
@@ -159,15 +158,8 @@ def save_official(
         tensor = _rearrange(leaf, row.axes, row.official_axes, sizes)
         tensors[row.official] = np.ascontiguousarray(tensor)
     data = safetensors.numpy.save(tensors, metadata={'head_dim': str(model.head_dim)})
-    # A folder of its own, because safetensors and tempfile create files that only their owner
-    # may read; inside it the file gets the usual permissions.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}.') as folder:
-        temporary = Path(folder) / path.name
-        with temporary.open('wb') as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+    with files.replacing(path) as file:  # safetensors' own files only their owner may read
+        file.write(data)
 
 
 def _rows(model) -> list[_Row]:

@@ -1,6 +1,6 @@
 """What --mode=report does: computes all that its page shows, and writes WORKDIR/report.html.
 
-As the metrics in `scoring.py`, it checks what a user can get wrong and returns the work.
+As the scores, it checks what a user can get wrong and returns the work.
 """
 
 import datetime
@@ -13,12 +13,13 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from tarflow_jax import files, scoring
 from tarflow_jax.evaluation.over_set import EvenlySpaced
-from tarflow_jax.evaluation.report import drawn, files, measured
+from tarflow_jax.evaluation.report import drawn, measured
+from tarflow_jax.evaluation.scores import Subject
 from tarflow_jax.evaluation.versions import versions
 from tarflow_jax.flow.model import architecture
-from tarflow_jax.scoring import Subject
-from tarflow_jax.training import pictures
+from tarflow_jax.training import metrics, pictures
 
 NEIGHBOURS = 3  # training images beside a sample
 STEPS = 8  # pictures from one sample to another
@@ -44,7 +45,7 @@ def prepare(subject: Subject, train) -> Callable:
         start = time.perf_counter()
         found = _collect(subject, train, variables, origin)
         path = subject.workdir / 'report.html'
-        files.replace(path, page.page(found))
+        files.write_text(path, page.page(found))
         log.info('the report took %.1f s and is in %s (%.1f MB)', time.perf_counter() - start, path,
                  path.stat().st_size / 1e6)
 
@@ -77,8 +78,8 @@ def _collect(s: Subject, train, variables, origin) -> dict:
             name: source.about | {'images': len(source)}
             for name, source in (('train', train), ('test', s.test))
         },
-        'metrics': files.metrics(s.workdir),
-        'evaluation': files.evaluation(s.workdir),
+        'metrics': metrics.read(s.workdir),
+        'evaluation': scoring.read(s.workdir),
         'drawn': samples,
         'neighbours': _neighbours(
             samples, EvenlySpaced(train, r.training_images), few, s.config.data.flip

@@ -11,16 +11,18 @@ that a number was damaged. Source: the "Serialization semantics" note of the PyT
 """
 
 import collections
+import contextlib
 import io
 import math
 import struct
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from tarflow_jax.torch_pickle import TRUST, Storage, Tensor, interpret, short, state_dict
+from tarflow_jax.torch_pickle import TRUST, Tensor, interpret, short, state_dict
 
 # Room for 25,000 tensors. A hostile pickle costs up to 2 seconds and 100 MB of memory a MiB.
 _MAX_PICKLE_BYTES = 4 * 2**20
@@ -59,183 +61,147 @@ def read_torch_file(path) -> dict[str, np.ndarray]:
                 '.pth file that torch.save wrote.'
             )
         try:
-            if start == _LEGACY_START:
-                return _arrays(_LegacyRecords(file, path.stat().st_size))
-            with _open(path) as archive:
-                return _arrays(_ZipRecords(archive, path.stat().st_size))
+            legacy = start == _LEGACY_START
+            contents = _read_legacy(file, path.stat().st_size) if legacy else _read_zip(path)
+            return {
+                name: _array(f'tensor {short(name)}', tensor, contents)
+                for name, tensor in contents.state.items()
+            }
         except ValueError as error:
             raise ValueError(f'{path}: {error}.') from None
 
 
 # zipfile raises more than BadZipFile on damaged archives.
 _ZIP_ERRORS = (
-    zipfile.BadZipFile,
-    EOFError,
-    OSError,
-    OverflowError,
-    RuntimeError,
-    ValueError,
-    struct.error,
+    zipfile.BadZipFile, EOFError, OSError, OverflowError, RuntimeError, ValueError, struct.error
 )
 
 
-def _open(path: Path) -> zipfile.ZipFile:
+@contextlib.contextmanager
+def _damage_of(what: str) -> Iterator[None]:
     try:
-        return zipfile.ZipFile(path)
+        yield
     except _ZIP_ERRORS as error:
-        raise ValueError(
-            f'the zip archive is truncated or damaged ({error}), copy the file again'
-        ) from None
+        raise ValueError(f'{what} is truncated or damaged ({error}), copy the file again') from None
 
 
-class _ZipRecords:
-    """The tensors of an archive, and its entries in its one folder, each read at most once."""
+class _Contents(NamedTuple):
+    """A file: its tensors, the bytes of those storages that are there, and what to call them."""
 
-    def __init__(self, archive: zipfile.ZipFile, file_size: int):
-        self._archive = archive
-        self._cache: dict[str, bytes] = {}
-        entries = archive.infolist()
-        names = [entry.filename for entry in entries]
-        for entry in entries:
-            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-                raise ValueError(
-                    f'the zip entry {entry.filename[:100]!r} is compressed, which torch.save never '
-                    'does; use the file as torch.save wrote it'
-                )
-        # With stored entries this bounds all that can be read, overlapping entries included.
-        total = sum(entry.file_size for entry in entries)
-        if total > file_size:
-            raise ValueError(
-                f'the zip entries claim {total} bytes in a file of {file_size}; {TRUST}'
-            )
-        if len(set(names)) != len(names):
-            twice = collections.Counter(names).most_common(1)[0][0]
-            raise ValueError(f'the zip archive holds {twice[:100]!r} twice; {TRUST}')
-        folders = [name[: -len('data.pkl')] for name in names if name.endswith('/data.pkl')]
-        folders = [folder for folder in folders if folder.count('/') == 1]
-        if len(folders) != 1:
-            raise ValueError(
-                f'the zip archive holds {len(folders)} entries <name>/data.pkl instead of one; '
-                'give a .pth file that torch.save wrote'
-            )
-        self._entries = {
-            name.removeprefix(folders[0]): entry
-            for name, entry in zip(names, entries)
-            if name.startswith(folders[0])
-        }
-        pickle_size = self._entries['data.pkl'].file_size
+    state: dict[str, Tensor]
+    storages: dict[str, bytes]
+    name: Callable[[str], str]
+
+
+def _read_zip(path: Path) -> _Contents:
+    with _damage_of('the zip archive'):
+        archive = zipfile.ZipFile(path)
+    with archive:
+        entries = _entries(archive, path.stat().st_size)
+
+        def read(name: str) -> bytes:
+            with _damage_of(f'the zip entry {name[:100]!r}'):
+                return archive.read(entries[name])
+
+        pickle_size = entries['data.pkl'].file_size
         if pickle_size > _MAX_PICKLE_BYTES:
             raise ValueError(
                 f'data.pkl has {pickle_size} bytes where a state dict needs at most '
                 f'{_MAX_PICKLE_BYTES}; {TRUST}'
             )
-        if 'byteorder' in self._entries and self._read('byteorder').strip() != b'little':
+        order = read('byteorder').strip() if 'byteorder' in entries else b'little'
+        if order != b'little':
             raise ValueError(
-                f'its byte order is {self._read("byteorder")[:20]!r}; load and save it again with '
-                'torch on a little-endian machine'
-            )
-        self.state = state_dict(interpret(self._read('data.pkl')))
-
-    def name(self, key: str) -> str:
-        return f'the zip entry {f"data/{key}"[:100]!r}'
-
-    def size(self, key: str) -> int | None:
-        """Length of a storage in bytes, None if the archive does not hold it."""
-        entry = self._entries.get(f'data/{key}')
-        return entry.file_size if entry else None
-
-    def read(self, key: str) -> bytes:
-        return self._read(f'data/{key}')
-
-    def _read(self, name: str) -> bytes:
-        if name not in self._cache:
-            try:
-                self._cache[name] = self._archive.read(self._entries[name])
-            except _ZIP_ERRORS as error:
-                raise ValueError(
-                    f'the zip entry {name[:100]!r} is truncated or damaged ({error}), copy the '
-                    'file again'
-                ) from None
-        return self._cache[name]
-
-
-class _LegacyRecords:
-    """The tensors of a file in the format before PyTorch 1.6; each storage is read at most once."""
-
-    def __init__(self, file: BinaryIO, file_size: int):
-        self._file = file
-        self._cache: dict[str, bytes] = {}
-        file.seek(len(_LEGACY_START))
-        pickles = io.BytesIO(file.read(_MAX_PICKLE_BYTES))
-        machine = interpret(pickles)
-        if type(machine) is not dict or machine.get('little_endian') is not True:
-            raise ValueError(
-                'its byte order is not little-endian; load and save it again with torch on a '
+                f'its byte order is {order[:20]!r}; load and save it again with torch on a '
                 'little-endian machine'
             )
-        self.state = state_dict(interpret(pickles))
-        keys = interpret(pickles)
-        storages = {tensor.storage.key: tensor.storage for tensor in self.state.values()}
-        self._places: dict[str, tuple[int, int]] = {}
-        position = len(_LEGACY_START) + pickles.tell()
-        if type(keys) is not list or not all(type(key) is str for key in keys):
-            raise ValueError(f'its storage keys are not a list of strings; {TRUST}')
-        for key in keys:
-            if key in self._places or key not in storages:
-                raise ValueError(
-                    f'its storage keys hold {short(key)} twice or without a tensor of it; {TRUST}'
-                )
-            position = self._place(storages[key], position, file_size)
+        state = state_dict(interpret(read('data.pkl')))
+        keys = dict.fromkeys(tensor.storage.key for tensor in state.values())
+        storages = {key: read(f'data/{key}') for key in keys if f'data/{key}' in entries}
+        return _Contents(state, storages, lambda key: f'the zip entry {f"data/{key}"[:100]!r}')
 
-    def _place(self, storage: Storage, position: int, file_size: int) -> int:
-        """Notes where the storage is; the position behind it."""
-        size = storage.numel * storage.dtype.itemsize
-        start, end = position + 8, position + 8 + size
+
+def _entries(archive: zipfile.ZipFile, file_size: int) -> dict[str, zipfile.ZipInfo]:
+    """The entries in the archive's one folder by their names there; ValueError if it has others."""
+    entries = archive.infolist()
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+            raise ValueError(
+                f'the zip entry {entry.filename[:100]!r} is compressed, which torch.save never '
+                'does; use the file as torch.save wrote it'
+            )
+    # With stored entries this bounds all that can be read, overlapping entries included.
+    total = sum(entry.file_size for entry in entries)
+    if total > file_size:
+        raise ValueError(f'the zip entries claim {total} bytes in a file of {file_size}; {TRUST}')
+    names = [entry.filename for entry in entries]
+    if len(set(names)) != len(names):
+        twice = collections.Counter(names).most_common(1)[0][0]
+        raise ValueError(f'the zip archive holds {twice[:100]!r} twice; {TRUST}')
+    pickles = [name for name in names if name.endswith('/data.pkl') and name.count('/') == 1]
+    if len(pickles) != 1:
+        raise ValueError(
+            f'the zip archive holds {len(pickles)} entries <name>/data.pkl instead of one; '
+            'give a .pth file that torch.save wrote'
+        )
+    folder = pickles[0].removesuffix('data.pkl')
+    return {
+        name.removeprefix(folder): entry
+        for name, entry in zip(names, entries) if name.startswith(folder)
+    }
+
+
+def _read_legacy(file: BinaryIO, file_size: int) -> _Contents:
+    """A file in the format before PyTorch 1.6."""
+    file.seek(len(_LEGACY_START))
+    pickles = io.BytesIO(file.read(_MAX_PICKLE_BYTES))
+    machine = interpret(pickles)
+    if type(machine) is not dict or machine.get('little_endian') is not True:
+        raise ValueError(
+            'its byte order is not little-endian; load and save it again with torch on a '
+            'little-endian machine'
+        )
+    state = state_dict(interpret(pickles))
+    keys = interpret(pickles)
+    if type(keys) is not list or not all(type(key) is str for key in keys):
+        raise ValueError(f'its storage keys are not a list of strings; {TRUST}')
+    needed = {tensor.storage.key: tensor.storage for tensor in state.values()}
+    contents = _Contents(state, {}, lambda key: f'the storage {short(key)}')
+    position = len(_LEGACY_START) + pickles.tell()
+    for key in keys:
+        if key in contents.storages or key not in needed:
+            raise ValueError(
+                f'its storage keys hold {short(key)} twice or without a tensor of it; {TRUST}'
+            )
+        numel, size = needed[key].numel, needed[key].numel * needed[key].dtype.itemsize
+        end = position + 8 + size
         if end > file_size:
             raise ValueError(
-                f'the file ends at byte {file_size}, but {self.name(storage.key)} reaches to byte '
+                f'the file ends at byte {file_size}, but {contents.name(key)} reaches to byte '
                 f'{end}; copy the file again'
             )
-        self._file.seek(position)
-        count = int.from_bytes(self._file.read(8), 'little', signed=True)
-        if count != storage.numel:
+        file.seek(position)
+        count = int.from_bytes(file.read(8), 'little', signed=True)
+        if count != numel:
             raise ValueError(
-                f'{self.name(storage.key)} holds {count} numbers where its tensors need '
-                f'{storage.numel}; copy the file again'
+                f'{contents.name(key)} holds {count} numbers where its tensors need {numel}; copy '
+                'the file again'
             )
-        self._places[storage.key] = start, size
-        return end
-
-    def name(self, key: str) -> str:
-        return f'the storage {short(key)}'
-
-    def size(self, key: str) -> int | None:
-        """Length of a storage in bytes, None if the file does not hold it."""
-        return self._places[key][1] if key in self._places else None
-
-    def read(self, key: str) -> bytes:
-        if key not in self._cache:
-            start, size = self._places[key]
-            self._file.seek(start)
-            self._cache[key] = self._file.read(size)
-        return self._cache[key]
+        contents.storages[key] = file.read(size)
+        position = end
+    return contents
 
 
-def _arrays(records: _ZipRecords | _LegacyRecords) -> dict[str, np.ndarray]:
-    return {name: _array(name, tensor, records) for name, tensor in records.state.items()}
-
-
-def _array(name: str, tensor: Tensor, records: _ZipRecords | _LegacyRecords) -> np.ndarray:
+def _array(label: str, tensor: Tensor, contents: _Contents) -> np.ndarray:
     """The tensor as a read-only view of its storage; every index is checked beforehand."""
     (key, dtype, numel), offset, size, stride = tensor
-    label = f'tensor {short(name)}'
-    length = records.size(key)
-    if length is None:
-        raise ValueError(f'{label} needs {records.name(key)}, which is missing; {TRUST}')
-    if length != numel * dtype.itemsize:
+    data = contents.storages.get(key)
+    if data is None:
+        raise ValueError(f'{label} needs {contents.name(key)}, which is missing; {TRUST}')
+    if len(data) != numel * dtype.itemsize:
         raise ValueError(
             f'{label} needs a storage of {numel} {dtype.name} numbers, but '
-            f'{records.name(key)} has {length} bytes; copy the file again'
+            f'{contents.name(key)} has {len(data)} bytes; copy the file again'
         )
     if 0 in size:
         # numpy refuses shapes whose product without the zeros overflows.
@@ -256,7 +222,7 @@ def _array(name: str, tensor: Tensor, records: _ZipRecords | _LegacyRecords) -> 
             f'{label} (size {size}, stride {stride}) has more elements than its storage '
             f'({numel}); save it as tensor.contiguous()'
         )
-    storage = np.frombuffer(records.read(key), dtype)
+    storage = np.frombuffer(data, dtype)
     return np.lib.stride_tricks.as_strided(
         storage[offset:], size, [step * dtype.itemsize for step in stride], writeable=False
     )

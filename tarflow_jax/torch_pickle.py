@@ -8,7 +8,7 @@ Source: `pickletools`, and the "Serialization semantics" note of the PyTorch doc
 """
 
 import pickletools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
@@ -31,8 +31,15 @@ _TENSOR = 'torch._utils._rebuild_tensor_v2'
 _PARAMETER = 'torch._utils._rebuild_parameter'
 
 _PUSH_ARGUMENT = {'BININT', 'BININT1', 'BININT2', 'LONG1', 'BINFLOAT', 'BINUNICODE'}
-_PUSH_CONSTANT = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False, 'EMPTY_TUPLE': ()}
-_TUPLE_SIZES = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3}
+_NEW: dict[str, Callable[[], Any]] = {
+    'NONE': lambda: None, 'NEWTRUE': lambda: True, 'NEWFALSE': lambda: False,
+    'EMPTY_TUPLE': tuple, 'EMPTY_LIST': list, 'EMPTY_DICT': dict,
+}
+# Opcodes that take so many items from the stack; None takes all above the mark.
+_COLLECT = {
+    'TUPLE': None, 'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3,
+    'APPEND': 1, 'APPENDS': None, 'SETITEM': 2, 'SETITEMS': None,
+}
 
 TRUST = (
     'read only files from a source you trust, and save the state dict alone with '
@@ -90,12 +97,8 @@ def _follow(data: bytes | BinaryIO) -> Any:
             if type(argument) is int and not -(2**63) <= argument < 2**63:
                 raise ValueError(f'its pickle holds a number beyond 64 bits; {TRUST}')
             stack.append(argument)
-        elif name in _PUSH_CONSTANT:
-            stack.append(_PUSH_CONSTANT[name])
-        elif name == 'EMPTY_DICT':
-            stack.append({})
-        elif name == 'EMPTY_LIST':
-            stack.append([])
+        elif name in _NEW:
+            stack.append(_NEW[name]())
         elif name in ('BINPUT', 'LONG_BINPUT'):
             memo[argument] = stack[-1]
         elif name in ('BINGET', 'LONG_BINGET'):
@@ -103,22 +106,16 @@ def _follow(data: bytes | BinaryIO) -> Any:
         elif name == 'MARK':
             below.append(stack)
             stack = []
-        elif name == 'TUPLE':
-            whole, stack = tuple(stack), below.pop()
-            stack.append(whole)
-        elif name in _TUPLE_SIZES:
-            stack.append(tuple(stack.pop() for _ in range(_TUPLE_SIZES[name]))[::-1])
-        elif name == 'APPEND':
-            _extend(stack[-2], [stack.pop()])
-        elif name == 'APPENDS':
-            items, stack = stack, below.pop()
-            _extend(stack[-1], items)
-        elif name == 'SETITEM':
-            value, key = stack.pop(), stack.pop()
-            _set_items(stack[-1], [key, value])
-        elif name == 'SETITEMS':
-            items, stack = stack, below.pop()
-            _set_items(stack[-1], items)
+        elif name in _COLLECT:
+            count = _COLLECT[name]
+            if count is None:
+                items, stack = stack, below.pop()
+            else:
+                items = [stack.pop() for _ in range(count)][::-1]
+            if name.startswith('TUPLE'):
+                stack.append(tuple(items))
+            else:
+                _add(stack[-1], items, name)
         elif name == 'GLOBAL':
             stack.append(_global(argument.replace(' ', '.')))
         elif name == 'BINPERSID':
@@ -145,13 +142,13 @@ def _kind(value: Any) -> str:
     return 'tensor' if type(value) is Tensor else type(value).__name__.strip('_')
 
 
-def _extend(target: Any, items: list) -> None:
-    if type(target) is not list:
-        raise ValueError(f'its pickle appends to a {_kind(target)}; {TRUST}')
-    target.extend(items)
-
-
-def _set_items(target: Any, items: list) -> None:
+def _add(target: Any, items: list, opcode: str) -> None:
+    """Follows APPEND(S) and SETITEM(S)."""
+    if opcode.startswith('APPEND'):
+        if type(target) is not list:
+            raise ValueError(f'its pickle appends to a {_kind(target)}; {TRUST}')
+        target.extend(items)
+        return
     if type(target) is not dict or len(items) % 2:
         raise ValueError(f'its pickle sets items of a {_kind(target)}; {TRUST}')
     for key, value in zip(items[::2], items[1::2]):

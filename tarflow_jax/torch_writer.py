@@ -4,14 +4,14 @@ The format is described there. Of the pickle's opcodes a state dict of dense ten
 and none of the memo.
 """
 
-import os
 import struct
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+
+from tarflow_jax import files
 
 _STORAGES = {
     'float64': 'DoubleStorage',
@@ -55,20 +55,16 @@ def write_torch_file(path, arrays: Mapping[str, np.ndarray]) -> None:
                 f'{name} is {array.dtype}, which is written for no torch tensor; cast it to one '
                 f'of {", ".join(_STORAGES)}.'
             )
-    # A folder of its own, so that the file gets the usual permissions.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}.') as folder:
-        temporary = Path(folder) / path.name
-        with zipfile.ZipFile(temporary, 'w') as archive:
+    with files.replacing(path) as file, zipfile.ZipFile(file, 'w') as archive:
 
-            def put(name: str, data: bytes) -> None:
-                archive.writestr(zipfile.ZipInfo(f'archive/{name}'), data)  # stored, and undated
+        def put(name: str, data: bytes) -> None:
+            archive.writestr(zipfile.ZipInfo(f'archive/{name}'), data)  # stored, and undated
 
-            put('data.pkl', _state_dict(arrays))
-            put('byteorder', b'little')
-            for key, array in enumerate(arrays.values()):
-                put(f'data/{key}', array.astype(array.dtype.newbyteorder('<')).tobytes())
-            put('version', b'3\n')
-        os.replace(temporary, path)
+        put('data.pkl', _state_dict(arrays))
+        put('byteorder', b'little')
+        for key, array in enumerate(arrays.values()):
+            put(f'data/{key}', array.astype(array.dtype.newbyteorder('<')).tobytes())
+        put('version', b'3\n')
 
 
 def _state_dict(arrays: dict[str, np.ndarray]) -> bytes:

@@ -23,11 +23,12 @@ ROOMS = {
         {'__version__'},
     ),
     'training': (
-        {'jax', 'optax', 'orbax', 'tensorboardX', 'PIL', 'tqdm'}, {'flow', 'data', 'config'}
+        {'jax', 'optax', 'orbax', 'tensorboardX', 'PIL', 'tqdm'},
+        {'flow', 'data', 'config', 'files'},
     ),
     'evaluation': (
         {'jax', 'flax', 'PIL', 'plotly', 'tqdm'},
-        {'flow', 'data', 'training', 'torch_file', 'torch_writer'}
+        {'flow', 'data', 'training', 'config', 'files', 'torch_file', 'torch_writer'},
     ),
     'ahead_of_time': ({'jax', 'libtpu', 'optax'}, {'flow', 'data', 'training', 'evaluation', 'config'}),
 }
@@ -74,7 +75,7 @@ def test_conversion_needs_no_training():
         for name in imports(PACKAGE / module):
             if name.startswith('tarflow_jax.'):
                 assert name.startswith((
-                    'tarflow_jax.flow.model.', 'tarflow_jax.torch_file',
+                    'tarflow_jax.flow.model.', 'tarflow_jax.files', 'tarflow_jax.torch_file',
                     'tarflow_jax.torch_pickle.',
                 ))
 

@@ -1,6 +1,7 @@
 """Evaluation by name: the table, evaluation.json, and what is refused before anything runs."""
 
 import json
+import os
 import platform
 import shutil
 from importlib import metadata
@@ -10,10 +11,10 @@ import numpy as np
 import pytest
 from command_line import call, ended, files, flags, start_processes, write_images
 
-from tarflow_jax import config as configs
 from tarflow_jax import scoring
-from tarflow_jax.evaluation import statistics_files, tables
+from tarflow_jax.evaluation import statistics_files
 from tarflow_jax.evaluation.frechet import Statistics
+from tarflow_jax.evaluation.scores import SCORES
 
 LATENTS = 1280  # of EfficientNet-Lite0
 
@@ -43,10 +44,6 @@ def evaluate(workdir, images, *metrics, **fields) -> int:
 
 def report_in(workdir) -> dict:
     return json.loads((workdir / 'evaluation.json').read_text())
-
-
-def test_names():
-    assert configs.METRICS == tuple(scoring.METRICS) == tuple(tables.ROWS)
 
 
 def test_what_it_takes_to_repeat_an_evaluation(workdir, images, capsys):
@@ -82,6 +79,27 @@ def test_an_older_report_keeps_its_numbers(workdir, images):
     older[0].unlink()
     assert evaluate(workdir, images, 'bits_per_dim', seed=2) == 0
     assert older[1].read_text() == first and json.loads(older[0].read_text())['seed'] == 1
+
+
+def test_a_report_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    assert scoring.read(tmp_path) is None
+    report = {'checkpoint': {}, 'data': {}, 'scores': {}}
+    scoring.write(tmp_path, report)
+    sync, calls = os.fsync, []
+
+    def full_disk(file):
+        calls.append(file)
+        if len(calls) == 2:
+            raise OSError('No space left on device')
+        sync(file)
+
+    monkeypatch.setattr(os, 'fsync', full_disk)
+    with pytest.raises(OSError, match='No space left'):
+        scoring.write(tmp_path, report | {'seed': 1})
+    assert scoring.read(tmp_path) == report
+    for damaged in ('{"checkpoint": ', '[]', '{}'):
+        (tmp_path / 'evaluation.json').write_text(damaged)
+        assert scoring.read(tmp_path) is None
 
 
 def test_classification_and_outliers(workdir, images, tmp_path, capsys):
@@ -205,7 +223,7 @@ def numbers(tree, path=()):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('count, names', [
-    (4, ['bits_per_dim', 'classification']), (2, list(scoring.METRICS))
+    (4, ['bits_per_dim', 'classification']), (2, list(SCORES))
 ])
 def test_several_processes_find_the_same_numbers(workdir, images, tmp_path, count, names):
     fields = dict(

@@ -52,14 +52,6 @@ CHIPS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class OutOfMemory:
-    """What a program that does not fit would need of the HBM and what there is, in bytes."""
-
-    needed_bytes: int
-    available_bytes: int
-
-
 _SIZE = r'(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?'
 _MESSAGES = (
     re.compile(rf'Used {_SIZE} of {_SIZE} hbm', re.IGNORECASE),
@@ -67,12 +59,15 @@ _MESSAGES = (
 )
 
 
-def out_of_memory(message: str) -> OutOfMemory | None:
-    """Reads the compiler's RESOURCE_EXHAUSTED error; None if the message is about other things."""
+def out_of_memory(message: str) -> tuple[int, int] | None:
+    """The bytes of HBM that a program needs and that there are, from RESOURCE_EXHAUSTED errors.
+
+    None if the compiler's message is about other things.
+    """
     for pattern in _MESSAGES:
         if found := pattern.search(message):
             size, unit, limit, limit_unit = found.groups()
-            return OutOfMemory(_bytes(size, unit), _bytes(limit, limit_unit))
+            return _bytes(size, unit), _bytes(limit, limit_unit)
     return None
 
 

@@ -5,11 +5,10 @@ Counted from the optimized, scheduled HLO text, every loop's body times its trip
 
 import collections
 import dataclasses
-import re
 from collections.abc import Callable
 
 from tarflow_jax.ahead_of_time import hlo
-from tarflow_jax.ahead_of_time.chips import Slice
+from tarflow_jax.ahead_of_time.chips import Chip, Slice
 from tarflow_jax.ahead_of_time.counting import FREE, Counter, KernelCost, Work
 
 # how often a loop runs, from the `while` and the count found in the program (None: not found)
@@ -38,22 +37,37 @@ class Costs:
 
     Args:
       lines: every instruction that costs something, in the order of the schedule.
+      chip: that it runs on.
       predicted_seconds: walking the schedule, each instruction at the roofline.
       compiler_seconds: the same walk, each instruction at the compiler's own estimate if that is
         more: it knows the vector unit and the padding of the MXU, which the roofline does not.
     """
 
     lines: tuple[Line, ...]
-    compute_seconds: float
-    memory_seconds: float
-    interconnect_seconds: float
-    exposed_seconds: float
+    chip: Chip
     predicted_seconds: float
     compiler_seconds: float
 
     def total(self, field: str) -> float:
         """Sum over the run of a field of Work: 'flops', 'mxu_flops', 'hbm_bytes', ..."""
         return sum(line.times * getattr(line.work, field) for line in self.lines)
+
+    @property
+    def compute_seconds(self) -> float:
+        return self.total('mxu_flops') / self.chip.bf16_flops
+
+    @property
+    def memory_seconds(self) -> float:
+        return self.total('hbm_bytes') / self.chip.hbm_bandwidth
+
+    @property
+    def interconnect_seconds(self) -> float:
+        return sum(line.times * line.work.collective.seconds for line in self.collectives)
+
+    @property
+    def exposed_seconds(self) -> float:
+        """Of the interconnect, what the program waits for."""
+        return sum(line.times * line.waited for line in self.lines)
 
     @property
     def collectives(self) -> tuple[Line, ...]:
@@ -63,9 +77,9 @@ class Costs:
         """Collectives by kind: how many per run, and their bytes (see Collective)."""
         table = {}
         for line in self.collectives:
-            count, size = table.get(line.work.collective.kind, (0, 0))
-            size += line.times * line.work.collective.num_bytes
-            table[line.work.collective.kind] = (count + line.times, size)
+            moved = line.work.collective
+            count, size = table.get(moved.kind, (0, 0))
+            table[moved.kind] = (count + line.times, size + line.times * moved.num_bytes)
         return table
 
     def largest_moved(self) -> Line | None:
@@ -80,14 +94,6 @@ class Costs:
             if line.work.uncounted:
                 names[line.op_name or line.instruction.name] += line.times
         return dict(names)
-
-    def groups(self, value: Callable[[Line], float]) -> list[tuple[str, float]]:
-        """Sums of value x times over lines alike in all but numbers, the largest first."""
-        sums = collections.Counter()
-        for line in self.lines:
-            name = f'{re.sub(r"[.0-9]+$", "", line.instruction.name)}: {line.op_name}'
-            sums[re.sub(r'\d+', '*', name)] += line.times * value(line)
-        return sums.most_common()
 
 
 def analyse(
@@ -109,20 +115,22 @@ def analyse(
             f'The program is for {module.num_devices} devices, the slice has {len(where.places)}.'
         )
     counter = Counter(module, where, kernel_cost)
-    walk = _Walk(module, counter, trip_count or _known, compiler=False)
-    clock, lines = walk.run(module.computations[module.entry], 1, {})
-    walk = _Walk(module, counter, trip_count or _known, compiler=True)
-    compiler, _ = walk.run(module.computations[module.entry], 1, {})
-    rates = where.chip
-    collectives = [line for line in lines if line.work.collective]
+    walks = [_Walk(counter, trip_count or _known, estimates) for estimates in (False, True)]
+    main = module.computations[module.entry]
+    (clock, lines), (compiler, _) = (walk.run(main, 1, {}) for walk in walks)
+    return Costs(tuple(lines), where.chip, clock.seconds, compiler.seconds)
+
+
+def joined(parts: list[tuple[int, Costs]]) -> Costs:
+    """The costs of programs that run one after another, each so many times."""
     return Costs(
-        lines=tuple(lines),
-        compute_seconds=sum(i.times * i.work.mxu_flops for i in lines) / rates.bf16_flops,
-        memory_seconds=sum(i.times * i.work.hbm_bytes for i in lines) / rates.hbm_bandwidth,
-        interconnect_seconds=sum(i.times * i.work.collective.seconds for i in collectives),
-        exposed_seconds=sum(i.times * i.waited for i in lines),
-        predicted_seconds=clock.seconds,
-        compiler_seconds=compiler.seconds,
+        tuple(
+            dataclasses.replace(line, times=times * line.times)
+            for times, costs in parts for line in costs.lines
+        ),
+        parts[0][1].chip,
+        sum(times * costs.predicted_seconds for times, costs in parts),
+        sum(times * costs.compiler_seconds for times, costs in parts),
     )
 
 
@@ -171,7 +179,6 @@ class _Clock:
 class _Walk:
     """Runs through the schedule. `compiler` adds the compiler's estimates to the roofline."""
 
-    module: hlo.Module
     counter: Counter
     trip_count: TripCount
     compiler: bool
@@ -181,15 +188,16 @@ class _Walk:
     ) -> tuple[_Clock, list[Line]]:
         """One run of a computation that runs `times` in all; `known` as in hlo.trip_count."""
         clock, lines, marks = _Clock(), [], {}
+        module = self.counter.module
         for i in computation.instructions:
             if i.opcode == 'while':
-                count, fixed = hlo.trip_count(self.module, computation, i, known)
+                count, fixed = hlo.trip_count(module, computation, i, known)
                 count = self.trip_count(i, count)
                 for part in ('condition', 'body'):
-                    inner = self.module.computations[i.attribute(part).strip('%')]
+                    inner = module.computations[i.attribute(part).strip('%')]
                     self._nested(clock, lines, [self.run(inner, times * count, fixed)], count)
             elif i.opcode in ('conditional', 'call'):
-                called = [self.module.computations[name] for name in i.computations()]
+                called = [module.computations[name] for name in i.computations()]
                 self._nested(clock, lines, [self.run(inner, times, {}) for inner in called], 1)
             elif self.counter.role(i) == 'done':
                 queue, mark = marks.pop(self.counter.started(computation, i), ('hbm', 0.0))

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -18,13 +18,8 @@ from tarflow_jax.ahead_of_time import hlo
 from tarflow_jax.ahead_of_time.chips import Slice
 
 COLLECTIVES = (
-    'all-reduce',
-    'all-gather',
-    'reduce-scatter',
-    'all-to-all',
-    'ragged-all-to-all',
-    'collective-permute',
-    'collective-broadcast',
+    'all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all',
+    'collective-permute', 'collective-broadcast',
 )
 FREE = frozenset(
     'parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id'
@@ -55,11 +50,6 @@ class Collective:
     groups: tuple[tuple[int, ...], ...]
     largest: hlo.Array
     seconds: float
-
-    @property
-    def group_size(self) -> int:
-        """Devices in a group; 2 in a permutation."""
-        return max(map(len, self.groups))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,15 +92,9 @@ class Counter:
             hbm_bytes = kernel_bytes or hbm_bytes
             uncounted = not told
         cycles = i.backend_config.get('window_config', {}).get('estimated_cycles', 0)
-        return Work(
-            flops=flops,
-            mxu_flops=mxu_flops,
-            hbm_bytes=hbm_bytes,
-            memory_bytes=memory_bytes,
-            compiler_seconds=int(cycles) / self.where.chip.clock,
-            collective=self._collective(computation, i),
-            uncounted=uncounted,
-        )
+        seconds = int(cycles) / self.where.chip.clock
+        collective = self._collective(computation, i)
+        return Work(flops, mxu_flops, hbm_bytes, memory_bytes, seconds, collective, uncounted)
 
     def role(self, i: hlo.Instruction) -> str | None:
         """'start' or 'done' of something asynchronous, 'step' of a collective amid other work.
@@ -122,7 +106,7 @@ class Counter:
             return i.opcode.rpartition('-')[2]
         if i.opcode != 'fusion':
             return None
-        inside = self.module.computations[i.computations()[0]].instructions
+        inside = [j for _, j in self._inside(i)]
         attributes = ' '.join(j.attributes for j in inside if j.opcode == 'custom-call')
         for role in ('Start', 'Done'):
             if f'"AsyncCollective{role}"' in attributes:
@@ -151,18 +135,19 @@ class Counter:
             operands = [computation.by_name[name].arrays[0] for name in i.operands]
             flops = (_dot_flops if i.opcode == 'dot' else _convolution_flops)(i, *operands)
             return flops, flops * _passes(i, [operand.dtype for operand in operands])
-        if i.opcode in ('fusion', 'call') or i.opcode.endswith('-start'):
-            return self._callee_flops(i.computations())
-        return 0.0, 0.0
-
-    def _callee_flops(self, names: tuple[str, ...]) -> tuple[float, float]:
         flops = mxu_flops = 0.0
-        for name in names:
-            callee = self.module.computations[name]
-            for inner in callee.instructions:
+        if i.opcode in ('fusion', 'call') or i.opcode.endswith('-start'):
+            for callee, inner in self._inside(i):
                 more = self._flops(callee, inner)
                 flops, mxu_flops = flops + more[0], mxu_flops + more[1]
         return flops, mxu_flops
+
+    def _inside(self, i: hlo.Instruction) -> Iterator[tuple[hlo.Computation, hlo.Instruction]]:
+        """The instructions of the computations that an instruction calls."""
+        for name in i.computations():
+            callee = self.module.computations[name]
+            for inner in callee.instructions:
+                yield callee, inner
 
     # Bytes
 
@@ -245,12 +230,8 @@ class Counter:
         if opcode not in COLLECTIVES:
             if i.opcode not in ('fusion', 'async-start') or self.role(i) == 'step':
                 return None
-            for name in i.computations():
-                callee = self.module.computations[name]
-                for inner in callee.instructions:
-                    if found := self._collective(callee, inner):
-                        return found
-            return None
+            found = (self._collective(*inner) for inner in self._inside(i))
+            return next(filter(None, found), None)
         taken = [a for name in i.operands for a in computation.by_name[name].arrays]
         groups = hlo.groups(i, self.module.num_devices)
         num_bytes = sum(array.bytes for array in taken)
@@ -258,13 +239,9 @@ class Counter:
             num_bytes *= max(map(len, groups))
         elif opcode == 'all-reduce' and _scatters(computation, i.name):
             opcode = 'reduce-scatter'  # the TPU's fused all-reduce and dynamic-slice
-        return Collective(
-            kind=opcode,
-            num_bytes=num_bytes,
-            groups=groups,
-            largest=max((*taken, *i.arrays), key=lambda array: array.bytes),
-            seconds=self.where.collective_seconds(opcode, num_bytes, groups),
-        )
+        largest = max((*taken, *i.arrays), key=lambda array: array.bytes)
+        seconds = self.where.collective_seconds(opcode, num_bytes, groups)
+        return Collective(opcode, num_bytes, groups, largest, seconds)
 
 
 def _scatters(computation: hlo.Computation, name: str) -> bool:
@@ -337,25 +314,17 @@ def _convolution_flops(i: hlo.Instruction, image: hlo.Array, kernel: hlo.Array) 
     TPU as convolutions whose window is mostly padding."""
     of_image, of_kernel, of_result = re.split('_|->', i.attribute('dim_labels'))
     window = dict(re.findall(r'(\w+)=([\dx_\-]+)', i.attribute('window') or ''))
-
-    def per_axis(key, default):
-        return window[key].split('x') if key in window else [default] * 9
-
     pairs = 1
     for axis in sorted(set(of_image) & set('0123456789')):
-        n, out, width = (
+        sizes = [
             array.dims[labels.index(axis)]
             for array, labels in ((image, of_image), (i.arrays[0], of_result), (kernel, of_kernel))
-        )
-        pairs *= _window_pairs(
-            n,
-            out,
-            width,
-            stride=int(per_axis('stride', 1)[int(axis)]),
-            low=int(str(per_axis('pad', '0_0')[int(axis)]).split('_')[0]),
-            image_dilation=int(per_axis('lhs_dilate', 1)[int(axis)]),
-            kernel_dilation=int(per_axis('rhs_dilate', 1)[int(axis)]),
-        )
+        ]
+        settings = {'stride': 1, 'pad': 0, 'lhs_dilate': 1, 'rhs_dilate': 1}
+        for key in settings.keys() & window.keys():
+            # Of padding, 'low_high', the low end.
+            settings[key] = int(window[key].split('x')[int(axis)].split('_')[0])
+        pairs *= _window_pairs(*sizes, **settings)
     batch = image.dims[of_image.index('b')] // int(i.attribute('batch_group_count') or 1)
     features = image.dims[of_image.index('f')] // int(i.attribute('feature_group_count') or 1)
     return 2.0 * batch * features * kernel.dims[of_kernel.index('o')] * pairs
@@ -363,14 +332,8 @@ def _convolution_flops(i: hlo.Instruction, image: hlo.Array, kernel: hlo.Array) 
 
 @functools.cache
 def _window_pairs(
-    size: int,
-    out: int,
-    width: int,
-    stride: int,
-    low: int,
-    image_dilation: int,
-    kernel_dilation: int,
+    size: int, out: int, width: int, *, stride: int, pad: int, lhs_dilate: int, rhs_dilate: int
 ) -> int:
     """(output, kernel) positions along one axis that meet an element of the image."""
-    at = np.arange(out)[:, None] * stride - low + np.arange(width) * kernel_dilation
-    return int(((at >= 0) & (at < size * image_dilation) & (at % image_dilation == 0)).sum())
+    at = np.arange(out)[:, None] * stride - pad + np.arange(width) * rhs_dilate
+    return int(((at >= 0) & (at < size * lhs_dilate) & (at % lhs_dilate == 0)).sum())

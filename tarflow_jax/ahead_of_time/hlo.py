@@ -281,19 +281,17 @@ def trip_count(
     Returns:
       the count, None if it cannot be told; and the constants among the loop's state in its body.
     """
-    body = module.computations[loop.attribute('body').strip('%')]
-    condition = module.computations[loop.attribute('condition').strip('%')]
-    initial = [_scalar(module, computation, name, None) for name in _elements(computation, loop)]
-    initial = [
-        (None, known[value[0]] + value[1]) if value and value[0] in known else value
-        for value in initial
-    ]
-    after = [_scalar(module, body, name, None) for name in body.root.operands]
-    fixed = {
-        i: value[1]
-        for i, value in enumerate(initial)
-        if value and value[0] is None and i < len(after) and after[i] == (i, 0)
-    }
+    body, condition = (
+        module.computations[loop.attribute(part).strip('%')] for part in ('body', 'condition')
+    )
+    after = [_scalar(module, body, name) for name in body.root.operands]
+    # Elements that begin with a known number, to which the body adds a constant: (begin, added).
+    moves = {}
+    for i, (name, later) in enumerate(zip(_elements(computation, loop), after)):
+        first = _scalar(module, computation, name)
+        if first and first[0] in (None, *known) and later and later[0] == i:
+            moves[i] = (known.get(first[0], 0) + first[1], later[1])
+    fixed = {i: begin for i, (begin, added) in moves.items() if not added}
     config = re.search(r'known_trip_count\\?"?:?=?\{\\?"?n\\?"?:\\?"?(\d+)', loop.attributes)
     if config:
         return int(config.group(1)), fixed
@@ -301,22 +299,15 @@ def trip_count(
     if test is None:
         return None, fixed
     left, direction, right = test
-    if left[0] is None or left[0] in fixed:
-        flipped = {'LT': 'GT', 'LE': 'GE', 'GT': 'LT', 'GE': 'LE'}
-        left, direction, right = right, flipped.get(direction, direction), left
-    bound = right[1] if right[0] is None else fixed.get(right[0], 0) + right[1]
-    index = left[0]
-    if right[0] is not None and right[0] not in fixed or index is None or index >= len(after):
+    moves[None] = (0, 0)  # of a constant
+    if left[0] not in moves or right[0] not in moves:
         return None, fixed
-    if not after[index] or after[index][0] != index or not initial[index]:
-        return None, fixed
-    if initial[index][0] is not None:
-        return None, fixed
-    return _count(initial[index][1] + left[1], after[index][1], direction, bound), fixed
+    (begin, added), (bound, raised) = moves[left[0]], moves[right[0]]
+    return _count(bound + right[1] - begin - left[1], added - raised, direction), fixed
 
 
-def _count(first: int, step: int, direction: str, bound: int) -> int | None:
-    distance = bound - first
+def _count(distance: int, step: int, direction: str) -> int | None:
+    """How often a test passes before it fails, its sides `distance` apart and nearing by `step`."""
     if direction in ('GT', 'GE'):
         distance, step = -distance, -step
     if direction == 'NE':
@@ -335,7 +326,7 @@ def _comparison(module: Module, condition: Computation) -> tuple[Scalar, str, Sc
     """The condition's test as (left, direction, right), also in a fusion; None for any other."""
     inner, arguments = condition, None
     if inner.root.opcode == 'fusion':
-        arguments = [_scalar(module, condition, name, None) for name in inner.root.operands]
+        arguments = [_scalar(module, condition, name) for name in inner.root.operands]
         inner = module.computations[inner.root.computations()[0]]
     if inner.root.opcode != 'compare':
         return None
@@ -344,7 +335,7 @@ def _comparison(module: Module, condition: Computation) -> tuple[Scalar, str, Sc
 
 
 def _scalar(
-    module: Module, computation: Computation, name: str, arguments: list[Scalar | None] | None
+    module: Module, computation: Computation, name: str, arguments: list | None = None
 ) -> Scalar | None:
     """An integer as element of the loop's state plus a constant; `arguments` are a fusion's."""
     here = functools.partial(_scalar, module, computation, arguments=arguments)
@@ -363,12 +354,11 @@ def _scalar(
             return (index, 0)
         return here(source.operands[index]) if source.opcode == 'tuple' else None
     if i.opcode in ('add', 'subtract'):
-        left, right = here(i.operands[0]), here(i.operands[1])
+        left, right = map(here, i.operands)
         if left and right and i.opcode == 'subtract' and right[0] is None:
             return (left[0], left[1] - right[1])
         if left and right and i.opcode == 'add' and None in (left[0], right[0]):
             return (right[0] if left[0] is None else left[0], left[1] + right[1])
-        return None
     if i.opcode == 'fusion':
         callee = module.computations[i.computations()[0]]
         return _scalar(module, callee, callee.root.name, [here(name) for name in i.operands])

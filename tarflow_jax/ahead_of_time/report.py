@@ -69,11 +69,8 @@ def compile_for(config, topology: Topology, program: str, save_to: Path | None =
             if needed is None:
                 raise
             return row | {
-                'fits': False,
-                'hbm_total_bytes': needed.needed_bytes,
-                'does_not_fit': part.name,
-                'predicted_step_seconds': None,
-                'predicted_mfu': None,
+                'fits': False, 'hbm_total_bytes': needed[0], 'does_not_fit': part.name,
+                'predicted_step_seconds': None, 'predicted_mfu': None,
             }
         row['compile_seconds'] += time.perf_counter() - start
         text = compiled.as_text()
@@ -84,7 +81,7 @@ def compile_for(config, topology: Topology, program: str, save_to: Path | None =
         costs = cost.analyse(text, topology.where(mesh), kernel_cost=programs.splash_cost)
         parts.append((part.times, costs))
         memory.append(compiled.memory_analysis())
-    return row | _memory(step, memory, chip) | _time(parts, row['model_flops'], chip)
+    return row | _memory(step, memory, chip) | _time(cost.joined(parts), row['model_flops'])
 
 
 def _size(tree, sharded: bool = True) -> int:
@@ -98,57 +95,44 @@ def _size(tree, sharded: bool = True) -> int:
 
 def _memory(step, memory, chip) -> dict:
     """HBM by kind, of the largest of the programs while the resident arrays stay."""
-
-    def kinds(m) -> dict:
-        return {
+    kinds = [
+        {
             'arguments': max(m.argument_size_in_bytes, _size(step.resident)),
             'temporaries': m.temp_size_in_bytes,
             'output': m.output_size_in_bytes - m.alias_size_in_bytes,
             'code': m.generated_code_size_in_bytes,
         }
-
-    largest = max(map(kinds, memory), key=lambda k: sum(k.values()))
+        for m in memory
+    ]
+    largest = max(kinds, key=lambda kind: sum(kind.values()))
     total = sum(largest.values())
     return {
-        'hbm_bytes': largest,
-        'hbm_total_bytes': total,
-        'fits': total <= chip.usable_hbm_bytes,
+        'hbm_bytes': largest, 'hbm_total_bytes': total, 'fits': total <= chip.usable_hbm_bytes
     }
 
 
-def _time(parts, model_flops: float, chip) -> dict:
-    total = lambda value: sum(times * value(costs) for times, costs in parts)  # noqa: E731
-    collectives = {}
-    for times, costs in parts:
-        for kind, (count, size) in costs.by_kind().items():
-            before = collectives.get(kind, {'count': 0, 'bytes': 0})
-            collectives[kind] = {
-                'count': before['count'] + times * count, 'bytes': before['bytes'] + times * size
-            }
-    moved = [line for _, costs in parts if (line := costs.largest_moved())]
-    largest = max(moved, key=lambda line: line.work.collective.largest.bytes, default=None)
-    seconds = total(lambda c: c.predicted_seconds)
-    attention = total(lambda c: sum(
-        line.times * line.work.hbm_bytes for line in c.lines if '/attention/' in line.op_name
-    ))
-    moved_bytes = total(lambda c: c.total('hbm_bytes'))
+def _time(costs: cost.Costs, model_flops: float) -> dict:
+    collectives, largest = costs.by_kind(), costs.largest_moved()
+    attention = sum(
+        line.times * line.work.hbm_bytes for line in costs.lines if '/attention/' in line.op_name
+    )
     return {
-        'flops': total(lambda c: c.total('flops')),
-        'hbm_traffic_bytes': moved_bytes,
-        'attention_traffic_share': attention / moved_bytes,
-        'collectives': collectives,
-        'collective_bytes': sum(kind['bytes'] for kind in collectives.values()),
+        'flops': costs.total('flops'),
+        'hbm_traffic_bytes': costs.total('hbm_bytes'),
+        'attention_traffic_share': attention / costs.total('hbm_bytes'),
+        'collectives': {k: {'count': n, 'bytes': size} for k, (n, size) in collectives.items()},
+        'collective_bytes': sum(size for _, size in collectives.values()),
         'largest_array_moved': largest and {
             'shape': list(largest.work.collective.largest.dims), 'op': largest.op_name
         },
-        'compute_seconds': total(lambda c: c.compute_seconds),
-        'memory_seconds': total(lambda c: c.memory_seconds),
-        'interconnect_seconds': total(lambda c: c.interconnect_seconds),
-        'exposed_interconnect_seconds': total(lambda c: c.exposed_seconds),
-        'predicted_step_seconds': seconds,
-        'predicted_mfu': model_flops / seconds / chip.bf16_flops,
-        'compiler_step_seconds': total(lambda c: c.compiler_seconds),
-        'uncounted_kernels': sum((list(c.uncounted_kernels()) for _, c in parts), []),
+        'compute_seconds': costs.compute_seconds,
+        'memory_seconds': costs.memory_seconds,
+        'interconnect_seconds': costs.interconnect_seconds,
+        'exposed_interconnect_seconds': costs.exposed_seconds,
+        'predicted_step_seconds': costs.predicted_seconds,
+        'predicted_mfu': model_flops / costs.predicted_seconds / costs.chip.bf16_flops,
+        'compiler_step_seconds': costs.compiler_seconds,
+        'uncounted_kernels': list(costs.uncounted_kernels()),
     }
 
 

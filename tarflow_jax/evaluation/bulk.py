@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from tarflow_jax import files
 from tarflow_jax.evaluation import sample_files, sample_parts
 from tarflow_jax.evaluation.versions import versions
 from tarflow_jax.flow.likelihood import denoise
@@ -31,7 +32,7 @@ from tarflow_jax.flow.sampling import MAX_REDRAWS, sample
 from tarflow_jax.flow.schedule import Schedule
 from tarflow_jax.training import pictures, sharding
 from tarflow_jax.training.loop import Stopped
-from tarflow_jax.training.processes import Stop
+from tarflow_jax.training.processes import Stop, from_first
 
 SHEETS, PER_SHEET = 10, 100  # pictures of the first images
 LOG_SECONDS = 60  # between lines about the progress where there is no bar
@@ -136,14 +137,13 @@ def draw_set(
     start, folder, model = time.perf_counter(), Path(folder), plan.model
     writes = jax.process_index() == 0
     shape = (model.image_size, model.image_size, model.image_channels)
-    multiple = sharding.batch_multiple(mesh)
-    batch_size = -(-min(batch_size, count) // multiple) * multiple
+    batch_size = sharding.round_up(min(batch_size, count), mesh)
     about, stretches, todo = {'count': 0}, [], []
     if writes:
         about, stretches = sample_parts.finished(folder, fingerprint)
         stretches += sample_parts.parts(folder, shape)
         todo = sample_parts.missing(stretches, count, batch_size)
-    todo = _agreed(todo)
+    todo = from_first(todo)
     draw = functools.partial(
         _draw, plan, variables, jax.random.key(seed), label, denoise_strength, mesh, batch_size,
         schedule,
@@ -260,17 +260,6 @@ def _noise(key, numbers, attempt, shape: tuple[int, ...], where) -> jax.Array:
     return jax.lax.with_sharding_constraint(jax.vmap(one)(numbers), where)
 
 
-def _agreed(batches: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The first process's batches, on every process."""
-    if jax.process_count() == 1:
-        return batches
-    many = int(multihost_utils.broadcast_one_to_all(np.int32(len(batches))))
-    if many == 0:
-        return []
-    own = np.resize(np.array(batches, np.int32), (many, 2))
-    return [(int(a), int(b)) for a, b in multihost_utils.broadcast_one_to_all(own)]
-
-
 # The result.
 
 
@@ -286,7 +275,9 @@ def _assemble(folder: Path, stretches, labels, classes: int, shape, about: dict)
     else:
         sample_files.write_array_record(path, pixels, shape, labels, classes)
     _write_sheets(folder, sample_files.open_samples(path))
-    sample_files.write_about(folder, about)
+    files.write_text(
+        folder / sample_files.ABOUT, json.dumps(about, indent=2, sort_keys=True) + '\n'
+    )
     if about['format'] == 'array_record':
         for shorter in set(folder.glob('array_record-*')) - {path}:
             shutil.rmtree(shorter)

@@ -129,3 +129,15 @@ def _reliability(log_posterior, labels) -> np.ndarray:
 def _calibration_error(reliability: np.ndarray) -> float:
     confidence, accuracy, count = reliability.T
     return float((count * np.abs(accuracy - confidence)).sum() / count.sum())
+
+
+def rows(r: dict) -> list[tuple[str, str]]:
+    """The rows of the printed table."""
+    top_5 = f'; top 5 {r["top_5_accuracy"]:.2%}' if 'top_5_accuracy' in r else ''
+    return [
+        ('accuracy of argmax p(x | y)', f'{r["accuracy"]:.2%}  (standard error '
+         f'{r["accuracy_standard_error"]:.2%}; {r["images"]} images{top_5})'),
+        ('its calibration error', f'{r["calibration_error"]:.4f}  (mean confidence '
+         f'{r["confidence"]:.4f}); {r["calibration_error_at_temperature"]:.4f} with log p divided '
+         f'by {r["temperature"]:.4g}'),
+    ]

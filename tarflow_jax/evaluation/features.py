@@ -15,12 +15,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from tarflow_jax.evaluation import statistics_files
 from tarflow_jax.evaluation.frechet import Statistics, Sums
 from tarflow_jax.evaluation.over_set import batches
 from tarflow_jax.training import sharding
+from tarflow_jax.training.processes import from_first
 
 log = logging.getLogger(__name__)
 
@@ -109,9 +109,7 @@ def cached_statistics(
     if not about['source']:
         return compute()
     path = _path(Path(folder), about)
-    kept = _kept(path, about) if jax.process_index() == 0 else None
-    if jax.process_count() > 1:
-        kept = _from_first(kept, about)
+    kept = from_first(_kept(path, about) if jax.process_index() == 0 else None)
     if kept is not None:
         return kept
     statistics = compute()
@@ -164,24 +162,3 @@ def _kept(path: Path, about: dict) -> Statistics | None:
         log.warning('The statistics are computed again: %s', error)
         return None
     return kept if kept.about == about else None
-
-
-def _from_first(kept: Statistics | None, about: dict) -> Statistics | None:
-    """What the first process has, on all of them."""
-    parts = [] if kept is None else [kept] + [kept.spatial] * (kept.spatial is not None)
-    sizes = np.array([*(part.mean.size for part in parts), 0, 0][:2], np.int32)
-    sizes = multihost_utils.broadcast_one_to_all(sizes).tolist()
-    received = []
-    for i, size in enumerate(sizes):
-        if size:
-            rows = np.zeros((size + 1, size))
-            if parts:
-                rows[0], rows[1:] = parts[i].mean, parts[i].covariance
-            # As integers, because float64 would arrive as float32.
-            rows = multihost_utils.broadcast_one_to_all(rows.view(np.uint32))
-            rows = np.asarray(rows).view(np.float64)
-            received.append(Statistics(about['images'], rows[0], rows[1:]))
-    if not received:
-        return None
-    spatial = received[1] if len(received) == 2 else None
-    return dataclasses.replace(received[0], about=about, spatial=spatial)

@@ -71,22 +71,12 @@ class Sums:
                 'check the images and the weights of the network.'
             )
         if len(features):
-            mean = features.mean(0)
-            self._join(len(features), mean, features - mean)
-
-    def merge(self, other: 'Sums') -> None:
-        """Adds what another one has seen, such as that of another host."""
-        if other.count:
-            self._join(other.count, other.mean, np.zeros((0, self.mean.size)))
-            self.scatter += other.scatter
-
-    def _join(self, count: int, mean: np.ndarray, around_mean: np.ndarray) -> None:
-        total = self.count + count
-        between = (mean - self.mean) * np.sqrt(self.count * count / total)
-        rows = np.vstack([around_mean, between])
-        self.scatter += rows.T @ rows
-        self.mean = self.mean + (mean - self.mean) * (count / total)
-        self.count = total
+            total, mean = self.count + len(features), features.mean(0)
+            between = (mean - self.mean) * np.sqrt(self.count * len(features) / total)
+            rows = np.vstack([features - mean, between])
+            self.scatter += rows.T @ rows
+            self.mean = self.mean + (mean - self.mean) * (len(features) / total)
+            self.count = total
 
     def statistics(self, about: dict, spatial: Statistics | None = None) -> Statistics:
         """Mean and covariance so far, that of a sample (divided by count - 1).

@@ -72,43 +72,42 @@ def _join(*branches):
     return jnp.concatenate(branches, -1)
 
 
+def _chain(x, name, *convolutions):
+    """One (features, size) after another, named with numbers from 1."""
+    for number, (features, size) in enumerate(convolutions, 1):
+        x = _conv(x, features, size, f'{name}_{number}')
+    return x
+
+
 def _block_35(x, name, pooled):
     one = _conv(x, 64, 1, f'{name}.branch1x1')
-    five = _conv(x, 48, 1, f'{name}.branch5x5_1')
-    five = _conv(five, 64, 5, f'{name}.branch5x5_2')
-    three = _conv(x, 64, 1, f'{name}.branch3x3dbl_1')
-    three = _conv(three, 96, 3, f'{name}.branch3x3dbl_2')
-    three = _conv(three, 96, 3, f'{name}.branch3x3dbl_3')
+    five = _chain(x, f'{name}.branch5x5', (48, 1), (64, 5))
+    three = _chain(x, f'{name}.branch3x3dbl', (64, 1), (96, 3), (96, 3))
     return _join(one, five, three, _conv(_average(x), pooled, 1, f'{name}.branch_pool'))
 
 
 def _to_17(x, name):
     once = _conv(x, 384, 3, f'{name}.branch3x3', strides=2, padding='VALID')
-    twice = _conv(x, 64, 1, f'{name}.branch3x3dbl_1')
-    twice = _conv(twice, 96, 3, f'{name}.branch3x3dbl_2')
+    twice = _chain(x, f'{name}.branch3x3dbl', (64, 1), (96, 3))
     twice = _conv(twice, 96, 3, f'{name}.branch3x3dbl_3', strides=2, padding='VALID')
     return _join(once, twice, _halve(x))
 
 
 def _block_17(x, name, inner):
+    wide, high = (1, 7), (7, 1)
     one = _conv(x, 192, 1, f'{name}.branch1x1')
-    once = _conv(x, inner, 1, f'{name}.branch7x7_1')
-    once = _conv(once, inner, (1, 7), f'{name}.branch7x7_2')
-    once = _conv(once, 192, (7, 1), f'{name}.branch7x7_3')
-    twice = _conv(x, inner, 1, f'{name}.branch7x7dbl_1')
-    twice = _conv(twice, inner, (7, 1), f'{name}.branch7x7dbl_2')
-    twice = _conv(twice, inner, (1, 7), f'{name}.branch7x7dbl_3')
-    twice = _conv(twice, inner, (7, 1), f'{name}.branch7x7dbl_4')
-    twice = _conv(twice, 192, (1, 7), f'{name}.branch7x7dbl_5')
+    once = _chain(x, f'{name}.branch7x7', (inner, 1), (inner, wide), (192, high))
+    twice = _chain(
+        x, f'{name}.branch7x7dbl', (inner, 1), (inner, high), (inner, wide), (inner, high),
+        (192, wide),
+    )
     return _join(one, once, twice, _conv(_average(x), 192, 1, f'{name}.branch_pool'))
 
 
 def _to_8(x, name):
     three = _conv(x, 192, 1, f'{name}.branch3x3_1')
     three = _conv(three, 320, 3, f'{name}.branch3x3_2', strides=2, padding='VALID')
-    seven = _conv(x, 192, 1, f'{name}.branch7x7x3_1')
-    seven = _conv(seven, 192, (1, 7), f'{name}.branch7x7x3_2')
-    seven = _conv(seven, 192, (7, 1), f'{name}.branch7x7x3_3')
+    seven = _chain(x, f'{name}.branch7x7x3', (192, 1), (192, (1, 7)), (192, (7, 1)))
     seven = _conv(seven, 192, 3, f'{name}.branch7x7x3_4', strides=2, padding='VALID')
     return _join(three, seven, _halve(x))
 
@@ -118,8 +117,7 @@ def _block_8(x, name, pool):
     once = _conv(x, 384, 1, f'{name}.branch3x3_1')
     once_wide = _conv(once, 384, (1, 3), f'{name}.branch3x3_2a')
     once_high = _conv(once, 384, (3, 1), f'{name}.branch3x3_2b')
-    twice = _conv(x, 448, 1, f'{name}.branch3x3dbl_1')
-    twice = _conv(twice, 384, 3, f'{name}.branch3x3dbl_2')
+    twice = _chain(x, f'{name}.branch3x3dbl', (448, 1), (384, 3))
     twice_wide = _conv(twice, 384, (1, 3), f'{name}.branch3x3dbl_3a')
     twice_high = _conv(twice, 384, (3, 1), f'{name}.branch3x3dbl_3b')
     pooled = _conv(pool(x), 192, 1, f'{name}.branch_pool')

@@ -21,10 +21,9 @@ class FeatureNetwork:
     """A network with its weights.
 
     Attributes:
-      name: tells networks apart in files of statistics.
-      about: what JSON can hold: 'name', 'file', 'sha256' of the weights' file, 'feature_size',
-        'preprocessing' in words, and 'published_weights', whether it is the file that published
-        numbers come from.
+      about: what JSON can hold: 'name', which tells networks apart in files of statistics,
+        'file', 'sha256' of the weights' file, 'feature_size', 'preprocessing' in words, and
+        'published_weights', whether it is the file that published numbers come from.
       is_fid: whether a distance between its pooled features is called FID.
       variables: numpy arrays; `jax.device_put` them to all devices of a mesh once.
       features: (variables, images uint8 [B,H,W,1 or 3] of any size) to {'pooled': float32 [B,D]},
@@ -33,11 +32,14 @@ class FeatureNetwork:
         not mix, so B can be sharded. Other images raise ValueError.
     """
 
-    name: str
     about: dict
     is_fid: bool
     variables: dict
     features: Callable[[dict, jax.Array], dict[str, jax.Array]]
+
+    @property
+    def name(self) -> str:
+        return self.about['name']
 
 
 def load(name: str, path: str = '') -> FeatureNetwork:
@@ -55,47 +57,29 @@ def load(name: str, path: str = '') -> FeatureNetwork:
     if name == 'auto':
         name = 'inception' if path else 'efficientnet_lite0'
     if name == 'inception':
-        return _load_inception(path)
-    if name == 'efficientnet_lite0':
-        return _load_efficientnet_lite0(path)
-    raise ValueError(
-        f"The feature network is {name!r}; choose 'auto', 'inception' or 'efficientnet_lite0'."
-    )
-
-
-def _load_inception(path: str) -> FeatureNetwork:
-    if not path:
-        raise ValueError(
-            f'The feature network inception needs the path of its weights; bring {INCEPTION_FILE} '
-            'from the releases of pytorch-fid (torch-fidelity has the same file as '
-            f'{INCEPTION_FILE.replace("pt_", "weights-")}).'
-        )
-    variables = inception.load_inception(path)  # says what is wrong with a path
-    return FeatureNetwork(
-        'inception-v3-compat',
-        _about(
+        if not path:
+            raise ValueError(
+                f'The feature network inception needs the path of its weights; bring '
+                f'{INCEPTION_FILE} from the releases of pytorch-fid (torch-fidelity has the same '
+                f'file as {INCEPTION_FILE.replace("pt_", "weights-")}).'
+            )
+        variables = inception.load_inception(path)  # says what is wrong with a path
+        about = _about(
             'inception-v3-compat', path, _INCEPTION_SHA256, 2048,
             'bilinear to 299x299 by the rule of TensorFlow 1 (neither aligned corners nor pixel '
             'centres), then (v - 128) / 128',
-        ),
-        True,
-        variables,
-        inception_features,
-    )
-
-
-def _load_efficientnet_lite0(path: str) -> FeatureNetwork:
-    path = path or efficientnet.installed_weights()
-    variables = efficientnet.load_efficientnet_lite0(path)
-    return FeatureNetwork(
-        'efficientnet-lite0',
-        _about(
+        )
+        return FeatureNetwork(about, True, variables, inception_features)
+    if name == 'efficientnet_lite0':
+        path = path or efficientnet.installed_weights()
+        variables = efficientnet.load_efficientnet_lite0(path)
+        about = _about(
             'efficientnet-lite0', path, _EFFICIENTNET_SHA256, 1280,
             'bilinear to 224x224 (pixel centres, antialiased), then (v - 127) / 128',
-        ),
-        False,
-        variables,
-        efficientnet_lite0_features,
+        )
+        return FeatureNetwork(about, False, variables, efficientnet_lite0_features)
+    raise ValueError(
+        f"The feature network is {name!r}; choose 'auto', 'inception' or 'efficientnet_lite0'."
     )
 
 

@@ -6,12 +6,12 @@ get more of it than those a flow was trained on (Nalisnick et al., arXiv 1810.09
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from tarflow_jax import files
 from tarflow_jax.evaluation.bits_per_dim import dequantised_log_prob
 from tarflow_jax.evaluation.over_set import over_set
 from tarflow_jax.flow import likelihood
@@ -169,7 +169,18 @@ def histogram_picture(found: dict, path, width: int = 900, row: int = 90) -> Non
     for tick in np.linspace(low, high, 7):
         draw.text((place(tick) - 12, height - axis), f'{tick:.2f}', 'black')
     draw.text((margin, height - axis + 18), 'bits per dimension', 'black')
-    path = Path(path)
-    temporary = path.with_suffix('.tmp')
-    picture.save(temporary, format='PNG')
-    temporary.replace(path)
+    with files.replacing(path) as file:
+        picture.save(file, format='PNG')
+
+
+def rows(r: dict) -> list[tuple[str, str]]:
+    """The rows of the printed table, from what `outliers` returns."""
+    found = []
+    for one in r['sets']:
+        value = f'{one["bits_per_dim"]:.3f} +- {one["standard_deviation"]:.3f}'
+        value += f', median {one["median"]:.3f}'
+        if 'auroc_atypical' in one:
+            value += f'  (AUROC {one["auroc_atypical"]:.3f} by atypical log p, '
+            value += f'{one["auroc_low_log_p"]:.3f} by low log p)'
+        found.append((f'bits/dim of: {one["set"]}', value))
+    return [*found, ('histogram', 'outliers.png')]

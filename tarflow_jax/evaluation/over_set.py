@@ -46,8 +46,7 @@ def batches(source, *, mesh, batch_size: int, what: str) -> Iterator[tuple[int, 
 
     The mask, bool [B], is false for what fills up the last batch.
     """
-    multiple = sharding.batch_multiple(mesh)
-    batch_size = -(-batch_size // multiple) * multiple
+    batch_size = sharding.round_up(batch_size, mesh)
     rows = sharding.local_rows(mesh, batch_size)
     bar = tqdm(
         total=len(source), desc=what, unit='image', leave=False,

@@ -168,3 +168,32 @@ def _largest(difference) -> float:
 
 def _not_finite(images) -> float:
     return float(1 - jnp.isfinite(images).all((1, 2, 3)).mean())
+
+
+def rows(r: dict) -> list[tuple[str, str]]:
+    """The rows of the printed table, from what `round_trip` returns."""
+    lines = [('round trip', f'of {r["images"]} images: largest error (root mean square)')]
+    for dtype, passed in r['trusted'].items():
+        found = r[dtype]
+        ways = ('image_z_image', 'z_image_z')
+        named = [(dtype, found)]
+        named += [(f'{dtype}, block {b} alone', block) for b, block in enumerate(found['blocks'])]
+        for name, errors in named:
+            there, back = (_as_text(errors[way]) for way in ways)
+            lines.append((name, f'image -> z -> image {there}, z -> image -> z {back}'))
+        finite = f'not finite {found["not_finite"]:.2%} of samples'
+        if 'guided_not_finite' in found:
+            finite += f', {found["guided_not_finite"]:.2%} of guided ones'
+        lines.append((
+            f'{dtype}, log-determinant',
+            f'forward + inverse {found["logdet_sum"]:.1e} bits/dim at most; off float32 by '
+            f'{found["bits_per_dim_error"]:.1e} bits/dim at most; {finite}',
+        ))
+        verdict = ', '.join(f'{use} {"yes" if good else "NO"}' for use, good in passed.items())
+        lines.append((f'{dtype} can be trusted for', verdict))
+    return lines
+
+
+def _as_text(error: dict) -> str:
+    share = f', {error["not_finite"]:.1%} not finite' if error['not_finite'] else ''
+    return f'{error["max"]:.1e} ({error["rms"]:.1e}){share}'

@@ -6,11 +6,9 @@ int64 [N]; that suite itself scores RGB only, and grey images keep their one cha
 `array_record-N` as `data.prepare` makes them, which TFDS reads too (split `samples`).
 """
 
-import contextlib
 import dataclasses
 import itertools
 import json
-import os
 import shutil
 import struct
 import zipfile
@@ -22,26 +20,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from tarflow_jax import files
 from tarflow_jax.data import image_files, manifest, originals, shards, sizes, sources
 
 ABOUT = 'samples.json'
 SPLIT = 'samples'
 ENCODERS = 8  # threads: zlib lets them run side by side
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A binary file that takes the place of `path` once it is complete and on disk, or never."""
-    path = Path(path)
-    temporary = path.with_name(f'{path.name}.tmp')
-    try:
-        with open(temporary, 'wb') as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_npz(path, pieces: Iterable[np.ndarray], shape, labels: np.ndarray | None) -> None:
@@ -54,7 +38,7 @@ def write_npz(path, pieces: Iterable[np.ndarray], shape, labels: np.ndarray | No
     arrays = [('arr_0', np.dtype(np.uint8), shape, pieces)]
     if labels is not None:
         arrays.append(('arr_1', np.dtype(np.int64), labels.shape, [labels.astype(np.int64)]))
-    with replacing(path) as file, zipfile.ZipFile(file, 'w') as archive:
+    with files.replacing(path) as file, zipfile.ZipFile(file, 'w') as archive:
         for name, dtype, shape, pieces in arrays:
             header = {'descr': dtype.str, 'fortran_order': False, 'shape': tuple(shape)}
             # A ZipInfo has a fixed date where numpy or the clock would have none.
@@ -114,12 +98,6 @@ def images_path(folder: Path, about: dict) -> Path:
     """Where the images are that `samples.json` speaks of."""
     npz = about['format'] == 'npz'
     return folder / ('samples.npz' if npz else f'array_record-{about["count"]}')
-
-
-def write_about(folder: Path, about: dict) -> None:
-    """Writes `samples.json`."""
-    with replacing(folder / ABOUT) as file:
-        file.write((json.dumps(about, indent=2, sort_keys=True) + '\n').encode())
 
 
 def read_about(folder: Path) -> dict | None:

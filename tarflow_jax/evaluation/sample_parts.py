@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tarflow_jax import files
 from tarflow_jax.evaluation import sample_files
 
 READ_AT_ONCE = 1000  # finished images
@@ -81,8 +82,7 @@ def parts(folder: Path, shape) -> list[Stretch]:
 def write(folder: Path, first: int, part: dict) -> Stretch:
     """Writes 'pixels', 'redraws' and 'finite' of the images from `first` on as a part."""
     path = folder / 'parts' / f'{first:08d}.npz'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with sample_files.replacing(path) as file:
+    with files.replacing(path) as file:
         np.savez(file, **part)
     return _stretch(path, len(part['pixels']))
 

@@ -23,8 +23,7 @@ def schedule_of(
       label: of all images; -1 goes through the classes.
     """
     path, model = Path(path), plan.model
-    multiple = sharding.batch_multiple(mesh)
-    batch_size = -(-batch_size // multiple) * multiple
+    batch_size = sharding.round_up(batch_size, mesh)
     try:
         schedule = Schedule.load(path)
         schedule.check(model, plan.guidance)

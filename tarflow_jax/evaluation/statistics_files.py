@@ -10,14 +10,13 @@ TarFlow code keeps its statistics: the sums of x and of x x^T, and the count.
 """
 
 import json
-import os
-import tempfile
 import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 
+from tarflow_jax import files
 from tarflow_jax.evaluation.frechet import Statistics
 from tarflow_jax.torch_file import read_torch_file
 from tarflow_jax.torch_writer import write_torch_file
@@ -85,11 +84,8 @@ def write(path, statistics: Statistics) -> None:
     about = {name: value for name, value in statistics.about.items() if name != 'format'}
     manifest = {'format': 'tarflow_jax', 'count': statistics.count, 'about': about}
     arrays['manifest'] = np.array(json.dumps(manifest, sort_keys=True))
-    # A folder of its own, so that the file gets the usual permissions.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}.') as folder:
-        temporary = Path(folder) / path.name
-        np.savez(temporary, **arrays)
-        os.replace(temporary, path)
+    with files.replacing(path) as file:
+        np.savez(file, **arrays)
 
 
 def _from_npz(path: Path, names: list[str]) -> Statistics:
@@ -108,9 +104,10 @@ def _from_npz(path: Path, names: list[str]) -> Statistics:
         count, about = _manifest(path, arrays['manifest'])
     else:
         count, about = None, {'format': 'adm' if 'mu_s' in arrays else 'edm'}
-    read_pairs = [[arrays[name] for name in pair] for pair in pairs]
-    spatial = _statistics(path, count, *read_pairs[1], {}) if len(pairs) == 2 else None
-    return _statistics(path, count, *read_pairs[0], about, spatial)
+    spatial = None
+    if len(pairs) == 2:
+        spatial = _statistics(path, count, arrays['mu_s'], arrays['sigma_s'], {})
+    return _statistics(path, count, arrays['mu'], arrays['sigma'], about, spatial)
 
 
 def _manifest(path: Path, text: np.ndarray) -> tuple[int | None, dict]:
@@ -156,13 +153,9 @@ def _torchmetrics_state(path: Path, statistics: Statistics) -> dict[str, np.ndar
         )
     count, mean = statistics.count, statistics.mean
     outer = statistics.covariance * (count - 1) + count * np.outer(mean, mean)
-    real = count * mean, outer, np.int64(count)
-    fake = np.zeros_like(mean), np.zeros_like(outer), np.int64(0)
-    return {
-        f'{of}_{name}': array
-        for of, arrays in (('real', real), ('fake', fake))
-        for name, array in zip(_TORCHMETRICS, arrays)
-    }
+    arrays = dict(zip(_TORCHMETRICS, (count * mean, outer, np.int64(count))))
+    real = {f'real_{name}': array for name, array in arrays.items()}
+    return real | {f'fake_{name}': np.zeros_like(array) for name, array in arrays.items()}
 
 
 def _need(path: Path, names, needed: list[str]) -> None:

@@ -18,7 +18,6 @@ from tarflow_jax.training.state import TrainState, variables_of
 KEPT = 2
 _WEIGHTS = ('params', 'ema_params', 'prior')
 _PROGRESS = ('step', 'opt_state', 'skipped')
-# Fields that decide how the flow is computed, not what its parameters are.
 
 
 class CheckpointError(OSError):

@@ -10,7 +10,10 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from tarflow_jax import files
 from tarflow_jax.flow.model import TarFlow
+
+FILE = 'metrics.jsonl'
 
 log = logging.getLogger(__name__)
 
@@ -30,15 +33,9 @@ class MetricWriter:
 
     def __init__(self, workdir, *, resume_step: int = 0):
         workdir = Path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / 'metrics.jsonl'
-        kept = []
-        if path.exists():
-            lines = path.read_text(errors='replace').splitlines()
-            kept = [line for line in lines if _step(line) <= resume_step]
-        temporary = path.with_suffix('.tmp')
-        temporary.write_text(''.join(line + '\n' for line in kept))
-        temporary.replace(path)
+        kept = [entry for entry in read(workdir) if entry['step'] <= resume_step]
+        path = workdir / FILE
+        files.write_text(path, ''.join(json.dumps(entry) + '\n' for entry in kept))
         self._jsonl = path.open('a')
         folder = workdir / 'tensorboard'
         folder.mkdir(exist_ok=True)
@@ -99,12 +96,18 @@ class NoWriter:
         pass
 
 
-def _step(line: str) -> float:
-    """Step of a line of metrics.jsonl; infinite for the half line that a killed run leaves."""
-    try:
-        return float(json.loads(line)['step'])
-    except (ValueError, KeyError, TypeError):
-        return float('inf')
+def read(workdir) -> list[dict]:
+    """The lines of metrics.jsonl; none if it is missing, and not half a line of a killed run."""
+    path = Path(workdir) / FILE
+    found = []
+    for line in path.read_text(errors='replace').splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get('step'), int):
+            found.append(entry)
+    return found
 
 
 def model_flops(model: TarFlow) -> float:

@@ -2,10 +2,12 @@
 
 import contextlib
 import os
+import pickle
 import signal
 import threading
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 MODES = ('auto', 'on', 'off')
@@ -60,6 +62,16 @@ def _several(given: dict) -> bool:
         return given['JAX_NUM_PROCESSES'] != '1'
     tasks = os.environ.get('SLURM_STEP_NUM_TASKS', '1') if 'SLURM_JOB_ID' in os.environ else '1'
     return tasks != '1' or ',' in os.environ.get('TPU_WORKER_HOSTNAMES', '')
+
+
+def from_first(value):
+    """The first process's value, anything that can be pickled, on every process; all call this."""
+    if jax.process_count() == 1:
+        return value
+    data = np.frombuffer(pickle.dumps(value), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
+    data = multihost_utils.broadcast_one_to_all(np.resize(data, size))
+    return pickle.loads(np.asarray(data).astype(np.uint8).tobytes())
 
 
 class Stop:

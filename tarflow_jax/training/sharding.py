@@ -116,7 +116,7 @@ def _sizes(given: tuple[int, int, int], devices: int) -> tuple[int, int, int]:
 
 def check(mesh: Mesh, batch_size: int, field: str, parts: int = 1) -> None:
     """ValueError unless a batch, in equal parts, can be split evenly over the mesh."""
-    shards = mesh.shape[DATA] * mesh.shape[FSDP] * parts
+    shards = batch_multiple(mesh) * parts
     if batch_size % shards:
         raise ValueError(
             f'{field} {batch_size} cannot be shared evenly by {shards // parts} devices'
@@ -127,6 +127,12 @@ def check(mesh: Mesh, batch_size: int, field: str, parts: int = 1) -> None:
 def batch_multiple(mesh: Mesh) -> int:
     """Batches have a multiple of so many images."""
     return mesh.shape[DATA] * mesh.shape[FSDP]
+
+
+def round_up(batch_size: int, mesh: Mesh) -> int:
+    """The next batch size, this one or a larger one, that the mesh splits evenly."""
+    multiple = batch_multiple(mesh)
+    return -(-batch_size // multiple) * multiple
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -74,8 +74,7 @@ def test_alone_costs_nothing():
     ],
 )
 def test_out_of_memory(message):
-    found = out_of_memory(message)
-    assert found.needed_bytes == 40 * GIB and found.available_bytes == 15.75 * GIB
+    assert out_of_memory(message) == (40 * GIB, 15.75 * GIB)
 
 
 def test_other_errors_are_not_out_of_memory():

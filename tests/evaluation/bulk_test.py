@@ -20,6 +20,7 @@ from tiny_flow import tiny
 from tiny_state import random_variables
 
 import tarflow_jax as tfj
+from tarflow_jax import files as writing
 from tarflow_jax.config import Plan
 from tarflow_jax.evaluation import bulk, sample_files
 from tarflow_jax.evaluation.versions import versions
@@ -147,7 +148,7 @@ def test_killed_and_started_again(wanted, tmp_path):
     output, _ = killed.communicate(timeout=120)
     assert killed.returncode == -signal.SIGKILL, output
     assert sorted(contents(tmp_path)) == [
-        'parts/00000000.npz', 'parts/00000008.npz', 'parts/00000016.npz.tmp'
+        'parts/00000000.npz', 'parts/00000008.npz', f'parts/00000016.npz.{killed.pid}.tmp'
     ]
     assert draw(tmp_path)['drawn'] == 6
     assert contents(tmp_path) == contents(wanted)
@@ -199,7 +200,7 @@ def test_damaged_part_is_drawn_again(wanted, tmp_path, monkeypatch, caplog):
 
 
 def test_no_room_for_a_part(wanted, tmp_path, monkeypatch):
-    calls, replacing = [], sample_files.replacing
+    calls, replacing = [], writing.replacing
 
     def full(path):
         calls.append(path)
@@ -208,7 +209,7 @@ def test_no_room_for_a_part(wanted, tmp_path, monkeypatch):
         return replacing(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sample_files, 'replacing', full)
+        patch.setattr(writing, 'replacing', full)
         with pytest.raises(OSError, match='No space'):
             draw(tmp_path)
     assert sorted(contents(tmp_path)) == ['parts/00000000.npz', 'parts/00000008.npz']

@@ -39,21 +39,6 @@ def test_float32_features_are_summed_in_float64():
     np.testing.assert_allclose(found.covariance, np.cov(wide, rowvar=False), rtol=1e-10, atol=1e-12)
 
 
-def test_merged_sums():
-    x = features(90, offset=5.0)
-    parts = [Sums(6), Sums(6), Sums(6)]  # of which the last has seen nothing
-    parts[0].add(x[:20])
-    parts[1].add(x[20:])
-    whole = Sums(6)
-    for part in [*parts[:2], parts[2]]:
-        whole.merge(part)
-    found = whole.statistics({})
-    assert found.count == 90
-    np.testing.assert_allclose(found.mean, x.mean(0), rtol=1e-13)
-    np.testing.assert_allclose(found.covariance, np.cov(x, rowvar=False), rtol=1e-11)
-    assert parts[0].count == 20  # as it was
-
-
 def test_distance_of_diagonal_covariances():
     a = Statistics(None, np.array([1.0, 2.0, 3.0]), np.diag([1.0, 4.0, 0.0]))
     b = Statistics(None, np.array([1.0, 0.0, 3.5]), np.diag([9.0, 1.0, 0.25]))

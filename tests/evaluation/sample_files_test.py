@@ -103,18 +103,6 @@ def test_what_cannot_be_opened(tmp_path):
             sample_files.open_samples(path)
 
 
-def test_replacing_keeps_the_file_before(tmp_path):
-    path = tmp_path / 'file'
-    path.write_bytes(b'before')
-    with pytest.raises(OSError), sample_files.replacing(path) as file:
-        file.write(b'half')
-        raise OSError(28, 'No space left on device')
-    assert [p.name for p in tmp_path.iterdir()] == ['file'] and path.read_bytes() == b'before'
-    with sample_files.replacing(path) as file:
-        file.write(b'whole')
-    assert [p.name for p in tmp_path.iterdir()] == ['file'] and path.read_bytes() == b'whole'
-
-
 @pytest.mark.parametrize('labels', [None, LABELS])
 def test_rectangular_array_record(tmp_path, labels):
     path = tmp_path / 'samples'

@@ -11,7 +11,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
 import tarflow_jax as tfj
-from tarflow_jax.training.metrics import MetricWriter, model_flops
+from tarflow_jax.training.metrics import MetricWriter, model_flops, read
 
 
 def lines(workdir):
@@ -91,6 +91,12 @@ def test_damaged_lines_are_dropped(tmp_path):
     with MetricWriter(tmp_path, resume_step=9) as writer:
         writer.write_scalars(10, {'loss': 0.25})
     assert lines(tmp_path) == [{'step': 1, 'loss': 0.5}, {'step': 10, 'loss': 0.25}]
+
+
+def test_read(tmp_path):
+    assert read(tmp_path) == []
+    (tmp_path / 'metrics.jsonl').write_text('{"step": 1, "loss": NaN}\n[3]\n{"step": 2, "lo')
+    assert [line['step'] for line in read(tmp_path)] == [1]
 
 
 def test_new_run_starts_new_files(tmp_path):

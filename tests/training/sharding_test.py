@@ -183,6 +183,7 @@ def test_batch_sizes_are_checked():
     with pytest.raises(ValueError, match='train.batch_size 12 cannot .* 4 devices in 2 parts; '
                                          'choose a multiple of 8'):
         sharding.check(mesh, 12, 'train.batch_size', parts=2)
+    assert [sharding.round_up(n, mesh) for n in (1, 4, 5)] == [4, 4, 8]
 
 
 def test_sizes_with_no_optimizer_state():

@@ -46,6 +46,16 @@ def figure(caption: str, *content: str, lead: str = '') -> str:
     return f'<figure>{caption}{"".join(content)}</figure>'
 
 
+def pictures_of(name: str, images, alt: str, caption: str = '', columns: int | None = None) -> str:
+    """A <figure> of pictures, see `strip`, under a name in bold."""
+    return figure(caption, strip(images, alt, columns), lead=name.capitalize())
+
+
+def grid(figures: list[str], kind: str = '') -> str:
+    """Figures side by side; `kind`, 'small' or 'tiny', is how wide each is."""
+    return f'<div class="{f"grid {kind}".strip()}">{"".join(figures)}</div>'
+
+
 def paragraph(text: str, kind: str = '') -> str:
     kind = f' class="{kind}"' if kind else ''
     return f'<p{kind}>{html.escape(text)}</p>'
@@ -58,7 +68,7 @@ def missing(what: str, command: str) -> str:
     return f'<p class="missing">{html.escape(what)} {code}</p>'
 
 
-def table(head: list[str], rows: list[list], caption: str) -> str:
+def table(head: list[str], rows: list, caption: str) -> str:
     """Rows whose first cell is their heading; numbers are aligned to the right."""
     lines = []
     for first, *rest in rows:

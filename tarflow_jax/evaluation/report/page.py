@@ -7,17 +7,19 @@ from pathlib import Path
 
 import numpy as np
 
-from tarflow_jax.evaluation import tables
 from tarflow_jax.evaluation.report import charts
 from tarflow_jax.evaluation.report.markup import (
     figure,
+    grid,
     missing,
     number,
     own_scale,
     paragraph,
+    pictures_of,
     strip,
     table,
 )
+from tarflow_jax.evaluation.scores import SCORES
 
 HERE = Path(__file__).parent
 TRAJECTORIES = 4
@@ -79,8 +81,8 @@ def _training(found) -> str:
             'metrics.jsonl is missing here or holds no loss, so that there is no curve; it is '
             'written in training, by', '--mode=train',
         )
-    scores = (found['evaluation'] or {}).get('scores', {}).get('bits_per_dim')
-    step = (found['evaluation'] or {}).get('checkpoint', {}).get('step')
+    evaluation = found['evaluation'] or {'scores': {}, 'checkpoint': {}}
+    scores, step = evaluation['scores'].get('bits_per_dim'), evaluation['checkpoint'].get('step')
     scored = (step, scores['bits_per_dim']) if scores and step is not None else None
     text = paragraph(
         'The loss is how badly the flow predicts its training images, smaller being better, and it '
@@ -98,10 +100,10 @@ def _training(found) -> str:
         'The second chart has the same loss in bits per dimension: how many bits a number of an image would cost if the '
         f'flow were used to compress it. {noise}'
     )
-    text += (
-        f'<div class="grid">{figure("Loss and its two terms over training", charts.losses(metrics))}'
-        f'{figure("Bits per dimension over training", charts.bits(metrics, scored))}</div>'
-    )
+    text += grid([
+        figure('Loss and its two terms over training', charts.losses(metrics)),
+        figure('Bits per dimension over training', charts.bits(metrics, scored)),
+    ])
     _, skipped = charts.series(metrics, 'skipped')
     if skipped and skipped[-1]:
         text += paragraph(
@@ -147,13 +149,13 @@ def _samples(found) -> str:
     figures = []
     for row in range(rows):
         name = _class(labels, row) if labels is not None else f'row {row + 1}'
-        suffix = ', as drawn' if clean is not None else ''
-        content = [strip(raw[row], f'{columns} samples, {name}{suffix}')]
-        if clean is not None:
-            content.append(strip(clean[row], f'The same {columns} samples, {name}, denoised'))
-        caption = 'as drawn, then denoised' if clean is not None else ''
-        figures.append(figure(caption, *content, lead=name.capitalize()))
-    return text + f'<div class="grid">{"".join(figures)}</div>'
+        alt = f'{columns} samples, {name}'
+        if clean is None:
+            figures.append(pictures_of(name, raw[row], alt))
+            continue
+        both = strip(raw[row], f'{alt}, as drawn'), strip(clean[row], f'The same {alt}, denoised')
+        figures.append(figure('as drawn, then denoised', *both, lead=name.capitalize()))
+    return text + grid(figures)
 
 
 def _guidance(found) -> str:
@@ -171,16 +173,12 @@ def _guidance(found) -> str:
         name = f'weight {weight:g}' if weight else 'weight 0 (no guidance)'
         bad, total = bad + _not_finite(images), total + len(images)
         alt = f'{len(images)} samples from the same noise with guidance {name}'
-        figures.append(figure(
-            '', strip(images, alt, columns=min(len(images), 5)), lead=name.capitalize()
-        ))
+        figures.append(pictures_of(name, images, alt, columns=min(len(images), 5)))
     settings = f'target {guidance.target}, rule {guidance.rule}'
     settings += ', growing along the sequence' if guidance.annealed else ''
-    return (
-        text + _warned(bad, total, 'of these') +
-        paragraph(f'Fields of the guidance beside the weight: {settings}.') +
-        f'<div class="grid tiny">{"".join(figures)}</div>'
-    )
+    text += _warned(bad, total, 'of these')
+    text += paragraph(f'Fields of the guidance beside the weight: {settings}.')
+    return text + grid(figures, 'tiny')
 
 
 def _trajectory(found) -> str:
@@ -200,8 +198,8 @@ def _trajectory(found) -> str:
         shown = [x[row] for x in frames] + ([] if clean is None else [clean[row, 0]])
         name = _class(drawn['labels'], row)
         alt = f'The way from noise to image in {len(shown)} pictures, {name}'
-        figures.append(figure('', strip(np.stack(shown), alt), lead=name.capitalize()))
-    return text + f'<div class="grid">{"".join(figures)}</div>'
+        figures.append(pictures_of(name, np.stack(shown), alt))
+    return text + grid(figures)
 
 
 def _between(found) -> str:
@@ -219,9 +217,9 @@ def _between(found) -> str:
     for row, way in enumerate(images):
         name = _class(found['drawn']['labels'], row)
         alt = f'{len(way)} pictures from one sample to another, {name}'
-        figures.append(figure('', strip(way, alt), lead=name.capitalize()))
+        figures.append(pictures_of(name, way, alt))
     warned = _warned(_not_finite(images), images.shape[0] * images.shape[1], 'of these')
-    return text + warned + f'<div class="grid">{"".join(figures)}</div>'
+    return text + warned + grid(figures)
 
 
 def _neighbours(found) -> str:
@@ -251,11 +249,9 @@ def _neighbours(found) -> str:
         name = _class(labels, near['rows'][i])
         distances = ', '.join(f'{x:.1f}' for x in near['distances'][i])
         alt = f'A sample, {name}, and its {near["images"].shape[1]} nearest training images'
-        figures.append(figure(
-            f'distances {distances}', strip(np.stack([sample, *near['images'][i]]), alt),
-            lead=name.capitalize(),
-        ))
-    return text + f'<div class="grid small">{"".join(figures)}</div>'
+        shown = np.stack([sample, *near['images'][i]])
+        figures.append(pictures_of(name, shown, alt, f'distances {distances}'))
+    return text + grid(figures, 'small')
 
 
 def _likelihoods(found) -> str:
@@ -276,9 +272,9 @@ def _likelihoods(found) -> str:
             continue
         alt = f'The {len(images)} {title.lower()} test images'
         caption = f'from {number(float(own[0]))} to {number(float(own[-1]))} bits/dim'
-        figures.append(figure(caption, strip(images, alt, min(len(images), 6)), lead=title))
+        figures.append(pictures_of(title, images, alt, caption, min(len(images), 6)))
     spread = figure('Bits per dimension of these test images', charts.histogram(bits))
-    return text + f'<div class="grid">{"".join(figures)}</div>' + spread
+    return text + grid(figures) + spread
 
 
 def _blocks(found) -> str:
@@ -331,7 +327,7 @@ def _scores(found) -> str:
     scores = dict(report['scores'])
     certificate = scores.pop('round_trip', None)
     for name, result in scores.items():
-        text += table([], [list(r) for r in tables.ROWS[name](result)], name.replace('_', ' '))
+        text += table([], SCORES[name].rows(result), name.replace('_', ' '))
     text += '<h3>Certificate</h3>' + paragraph(
         'On paper a flow can be undone exactly; a computer rounds, and a flow that stretches much '
         'can lose all digits. The certificate measures what is lost in going through the flow and '
@@ -340,7 +336,7 @@ def _scores(found) -> str:
     if certificate is None:
         return text + missing('It is missing here; it comes with',
                               f"{EVALUATE} --config.evaluate.metrics='(\"round_trip\",)'")
-    rows = [list(row) for row in tables.ROWS['round_trip'](certificate)]
+    rows = SCORES['round_trip'].rows(certificate)
     return text + table([], rows, 'image -> z -> image and z -> image -> z')
 
 

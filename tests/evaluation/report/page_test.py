@@ -1,13 +1,12 @@
 """The page: well-formed, alone, with alternative text, and whole whatever is missing."""
 
 import html.parser
-import json
 import re
 
 import numpy as np
 import pytest
 
-from tarflow_jax.evaluation.report import charts, files, markup, page
+from tarflow_jax.evaluation.report import charts, markup, page
 from tarflow_jax.flow.guidance import Guidance
 
 VOID = {'meta', 'link', 'img', 'br', 'hr', 'input'}
@@ -190,17 +189,3 @@ def test_large_pictures_are_shrunk():
     strip = markup.strip(np.zeros((2, 256, 256, 3)), 'two')
     width = 2 * markup.LARGEST_SIDE + 2
     assert f'width="{width}" height="{markup.LARGEST_SIDE}"' in strip
-
-
-def test_files_of_a_workdir(tmp_path):
-    assert files.metrics(tmp_path) == [] and files.evaluation(tmp_path) is None
-    (tmp_path / 'metrics.jsonl').write_text('{"step": 1, "loss": NaN}\n[3]\n{"step": 2, "lo')
-    assert [line['step'] for line in files.metrics(tmp_path)] == [1]
-    for damaged in ('{"checkpoint": ', '[]', '{}'):
-        (tmp_path / 'evaluation.json').write_text(damaged)
-        assert files.evaluation(tmp_path) is None
-    (tmp_path / 'evaluation.json').write_text(json.dumps(EVALUATION))
-    assert files.evaluation(tmp_path) == EVALUATION
-    files.replace(tmp_path / 'new' / 'page.html', 'é')
-    assert (tmp_path / 'new' / 'page.html').read_text(encoding='utf-8') == 'é'
-    assert len(list((tmp_path / 'new').iterdir())) == 1

@@ -1,0 +1,142 @@
+"""The scores that config.evaluate.metrics names: one table, an entry for each.
+
+A score is prepared from a `Subject`: this checks everything a user can get wrong and returns the
+work as a closure, as the modes in `commands.py` do.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from tarflow_jax import config as configs
+from tarflow_jax.data import sources
+from tarflow_jax.evaluation import classification, frechet_score, outliers, round_trip
+from tarflow_jax.evaluation.bits_per_dim import bits_per_dim
+from tarflow_jax.evaluation.over_set import EvenlySpaced, batches
+from tarflow_jax.training.step import add_noise
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """Everything an evaluation needs except the variables."""
+
+    config: object  # a ConfigDict
+    plan: configs.Plan
+    mesh: jax.sharding.Mesh
+    workdir: Path
+    test: object  # a source, see data.sources
+
+    def options(self) -> dict:
+        """The arguments that all scores of a whole set share."""
+        batch_size, key = self.config.evaluate.batch_size, jax.random.key(self.config.seed)
+        return dict(mesh=self.mesh, batch_size=batch_size, key=key)
+
+    def train(self):
+        return configs.source(self.config, 'train', self.plan.model)
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """One entry of the table.
+
+    Args:
+      prepare: from a `Subject` to a function of (variables, draw_samples) that returns the result
+        as JSON values; `draw_samples()` gives the config's samples as (source, summary).
+      rows: of the printed table, (name, value) each, from the result.
+      needs_classes: whether only class-conditional flows have it.
+    """
+
+    prepare: Callable[[Subject], Callable]
+    rows: Callable[[dict], list[tuple[str, str]]]
+    needs_classes: bool = False
+
+
+def _of_test_set(score: Callable) -> Callable:
+    """`prepare` of a score of all test images under the noise of the recipe."""
+
+    def prepare(s: Subject) -> Callable:
+        return lambda variables, _: score(
+            s.plan.model, variables, s.test, recipe=s.plan.recipe, draws=s.config.evaluate.draws,
+            **s.options(),
+        )
+
+    return prepare
+
+
+def _bits_rows(r: dict) -> list[tuple[str, str]]:
+    error = f'standard error {r["standard_error_over_images"]:.4f} over images'
+    if r['draws'] > 1:
+        error += f', {r["standard_error_over_draws"]:.2g} over draws'
+    rows = [
+        ('bits/dim', f'{r["bits_per_dim"]:.4f}  ({error}; {r["images"]} images, {r["draws"]} '
+         'draws of the dequantisation; float32)'),
+    ]
+    if r['draws'] > 1:
+        rows.append((
+            f'bits/dim, importance-weighted bound, K = {r["draws"]}',
+            f'{r["importance_weighted_bits_per_dim"]:.4f}  (standard error '
+            f'{r["importance_weighted_standard_error_over_images"]:.4f} over images; tighter, '
+            'not comparable with published numbers)',
+        ))
+    return [*rows, ('training loss', f'{r["loss"]:.4f} nats per dimension')]
+
+
+def _outliers(s: Subject) -> Callable:
+    o, model = s.config.evaluate.outliers, s.plan.model
+    sets = {'training set': s.train(), 'test set': s.test}
+    if o.source:
+        other = sources.load(o.source, o.split, path=o.path, name=o.name)
+        sources.check(
+            other, image_size=model.image_size, channels=model.image_channels, num_classes=0,
+            what=f'the set of evaluate.outliers.source {o.source!r}',
+        )
+        sets[other.about.get('dataset', o.source)] = other
+    sets = {name: EvenlySpaced(source, o.images) for name, source in sets.items()}
+
+    def work(variables, _) -> dict:
+        found = outliers.outliers(model, variables, sets, seed=s.config.seed, **s.options())
+        if jax.process_index() == 0:
+            outliers.histogram_picture(found, s.workdir / 'outliers.png')
+        return found
+
+    return work
+
+
+def _round_trip(s: Subject) -> Callable:
+    few = EvenlySpaced(s.test, s.config.evaluate.round_trip_images)
+
+    def work(variables, _) -> dict:
+        image_key, latent_key = jax.random.split(jax.random.key(s.config.seed))
+        _, batch, _ = next(batches(few, mesh=s.mesh, batch_size=len(few), what='round trip'))
+        images = jax.jit(add_noise, static_argnums=2)(image_key, batch['image'], s.plan.recipe)
+        return round_trip.round_trip(
+            s.plan.model, variables, images, batch['label'], key=latent_key, mesh=s.mesh,
+            guidance=s.plan.guidance,
+        )
+
+    return work
+
+
+SCORES = {
+    'bits_per_dim': Score(_of_test_set(bits_per_dim), _bits_rows),
+    'classification': Score(
+        _of_test_set(classification.classification), classification.rows, needs_classes=True
+    ),
+    'outliers': Score(_outliers, outliers.rows),
+    'round_trip': Score(_round_trip, round_trip.rows),
+    'frechet': Score(frechet_score.prepare, frechet_score.rows),
+}
+
+
+def check_names(metrics, model) -> None:
+    """ValueError unless all metrics are in the table and the flow has what they need."""
+    for metric in metrics:
+        if metric not in SCORES:
+            raise ValueError(f'evaluate.metrics {metric!r} is none of {", ".join(SCORES)}.')
+        if SCORES[metric].needs_classes and model.num_classes < 2:
+            raise ValueError(
+                f'evaluate.metrics asks for {metric}, which model.num_classes '
+                f'{model.num_classes} does not allow; leave it out.'
+            )

@@ -1,0 +1,23 @@
+"""Files that are there whole or not at all."""
+
+import pytest
+
+from tarflow_jax import files
+
+
+def test_replacing_keeps_the_file_before(tmp_path):
+    path = tmp_path / 'file'
+    path.write_bytes(b'before')
+    with pytest.raises(OSError), files.replacing(path) as file:
+        file.write(b'half')
+        raise OSError(28, 'No space left on device')
+    assert [p.name for p in tmp_path.iterdir()] == ['file'] and path.read_bytes() == b'before'
+    with files.replacing(path) as file:
+        file.write(b'whole')
+    assert [p.name for p in tmp_path.iterdir()] == ['file'] and path.read_bytes() == b'whole'
+
+
+def test_write_text(tmp_path):
+    files.write_text(tmp_path / 'new' / 'page.html', 'é')
+    assert (tmp_path / 'new' / 'page.html').read_text(encoding='utf-8') == 'é'
+    assert len(list((tmp_path / 'new').iterdir())) == 1
