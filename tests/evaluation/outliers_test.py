@@ -71,7 +71,7 @@ def test_labels_do_not_matter():
 def test_corruptions(kind):
     rng = np.random.default_rng(0)
     source = InMemory(rng.integers(0, 256, (3, 13, 13, 2), np.uint8), np.arange(3, dtype=np.int32))
-    corrupted = module.Corrupted(source, kind, seed=3)
+    corrupted = module.corrupted(source, kind, seed=3)
     assert len(corrupted) == 3
     for i in range(3):
         before, after, again = source[i], corrupted[i], corrupted[i]
