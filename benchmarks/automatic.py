@@ -25,7 +25,7 @@ import tarflow_jax as tfj
 from tarflow_jax import config as configs
 from tarflow_jax.evaluation import features, networks
 from tarflow_jax.evaluation.frechet import frechet_distance
-from tarflow_jax.evaluation.over_set import EvenlySpaced
+from tarflow_jax.evaluation.over_set import evenly_spaced
 from tarflow_jax.training import pictures, sharding
 from tarflow_jax.training.checkpoint import Checkpoints
 
@@ -123,7 +123,7 @@ class Case:
         statistics_of = functools.partial(
             features.statistics_of, network, what='images', mesh=mesh, batch_size=64, about={}
         )
-        reference = statistics_of(EvenlySpaced(source, count))
+        reference = statistics_of(evenly_spaced(source, count))
         batches = -(-count // self.batch_size)
         found = {}
         for name, method, first in [(m, m, 0) for m in METHODS] + [('other noise', 'sequential', 10**4)]:

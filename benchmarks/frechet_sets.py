@@ -14,8 +14,8 @@ import numpy as np
 from tarflow_jax.data import sources
 from tarflow_jax.evaluation import features, networks
 from tarflow_jax.evaluation.frechet import frechet_distance
-from tarflow_jax.evaluation.outliers import Corrupted
-from tarflow_jax.evaluation.over_set import EvenlySpaced
+from tarflow_jax.evaluation.outliers import corrupted
+from tarflow_jax.evaluation.over_set import evenly_spaced
 from tarflow_jax.evaluation.precision_recall import precision_recall
 from tarflow_jax.training import sharding
 
@@ -46,13 +46,13 @@ def main():
     given = parser.parse_args()
     sharding.use_cores_as_devices(100)
     network = networks.load('auto', given.weights)
-    train = EvenlySpaced(sources.embedded('train'), given.train)
-    test = EvenlySpaced(sources.embedded('test'), given.test)
+    train = evenly_spaced(sources.embedded('train'), given.train)
+    test = evenly_spaced(sources.embedded('test'), given.test)
 
     options = dict(mesh=sharding.make_mesh(), batch_size=100, about={}, keep=len(test))
     reference, real = features.statistics_and_features(network, train, what='train', **options)
     for name, source in {
-        'test': test, 'test, blurred': Corrupted(test, 'blurred'), 'test, noisy': Noisy(test)
+        'test': test, 'test, blurred': corrupted(test, 'blurred'), 'test, noisy': Noisy(test)
     }.items():
         found, generated = features.statistics_and_features(network, source, what=name, **options)
         row = {

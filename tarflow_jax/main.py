@@ -63,19 +63,15 @@ def main(argv: list[str]) -> int:
     except Stopped as stopped:
         return stopped.code
     except KeyboardInterrupt:
-        what = commands.INTERRUPTED.get(given.mode, 'the same command starts again')
-        log.info('stopped; %s', what)
+        log.info('stopped; %s', commands.INTERRUPTED[given.mode])
         return 130
-    except Diverged as error:
-        log.error('error: %s', error)
-        return _leave(processes.DIVERGED)
     except CheckpointError as error:
         log.error('error: %s', error)
         # What failed in Orbax's threads would bury the sentence under their tracebacks at exit.
         os._exit(1)
-    except OSError as error:  # such as no room for metrics or pictures
+    except (Diverged, OSError) as error:  # such as no room for metrics or pictures
         log.error('error: %s', error)
-        return _leave(1)
+        return _leave(processes.DIVERGED if isinstance(error, Diverged) else 1)
     except Exception:
         if jax.process_count() == 1:
             raise
@@ -91,6 +87,16 @@ def _leave(code: int) -> int:
     return code
 
 
+_TEXT_FLAGS = {
+    'workdir': 'Folder of the run: checkpoints, metrics and pictures.',
+    'input': "Official checkpoint (.pth or .safetensors) to use in place of the workdir's, with "
+    'sample, evaluate and convert.',
+    'output': 'Official checkpoint (.safetensors) for convert to write.',
+    'json': 'File for what compile found, one object per topology.',
+    'out': 'Folder for the text of compiled programs.',
+}
+
+
 def _flags(argv: list[str]) -> flags.FlagValues:
     """The flags there are; of their own, so that `main` means the argv that it is given."""
     f = flags.FlagValues()
@@ -98,18 +104,10 @@ def _flags(argv: list[str]) -> flags.FlagValues:
         'config', None, 'Python file with get_config(), such as configs/fashion_mnist.py; its '
         'fields are --config.FIELD=VALUE.', flag_values=f, sys_argv=argv,
     )
-    flags.DEFINE_string(
-        'workdir', None, 'Folder of the run: checkpoints, metrics and pictures.', flag_values=f
-    )
+    for name, meaning in _TEXT_FLAGS.items():
+        flags.DEFINE_string(name, None, meaning, flag_values=f)
     flags.DEFINE_enum(
         'mode', 'train', list(commands.MODES), 'What to do; see above.', flag_values=f
-    )
-    flags.DEFINE_string(
-        'input', None, 'Official checkpoint (.pth or .safetensors) to use in place of the '
-        "workdir's, with sample, evaluate and convert.", flag_values=f,
-    )
-    flags.DEFINE_string(
-        'output', None, 'Official checkpoint (.safetensors) for convert to write.', flag_values=f
     )
     flags.DEFINE_list(
         'topology', [], 'TPU slices to compile for, such as v5e:4x4,v5e:16x16,v4:4x4x4; two slices '
@@ -122,10 +120,6 @@ def _flags(argv: list[str]) -> flags.FlagValues:
         'batch_per_chip', None, "Images per chip, in place of the config's batch_size of the "
         'program to compile.', lower_bound=1, flag_values=f,
     )
-    flags.DEFINE_string(
-        'json', None, 'File for what compile found, one object per topology.', flag_values=f
-    )
-    flags.DEFINE_string('out', None, 'Folder for the text of compiled programs.', flag_values=f)
     flags.DEFINE_enum(
         'distributed', 'auto', processes.MODES, 'Whether this is one of several processes: auto '
         'asks the environment, on asks JAX (needed on Cloud TPU VMs).', flag_values=f,

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from tarflow_jax import files, scoring
-from tarflow_jax.evaluation.over_set import EvenlySpaced
+from tarflow_jax.evaluation.over_set import evenly_spaced, images_of
 from tarflow_jax.evaluation.report import drawn, measured
 from tarflow_jax.evaluation.scores import Subject
 from tarflow_jax.evaluation.versions import versions
@@ -64,7 +64,7 @@ def _collect(s: Subject, train, variables, origin) -> dict:
         drawer, keys['noise'], rows=r.rows, columns=r.columns,
         weights=r.guidance_weights, steps=STEPS
     )
-    few = EvenlySpaced(s.test, r.test_images)
+    few = evenly_spaced(s.test, r.test_images)
     count = min(BLOCK_IMAGES, len(few))
     devices = s.mesh.devices.ravel()
     return {
@@ -82,7 +82,7 @@ def _collect(s: Subject, train, variables, origin) -> dict:
         'evaluation': scoring.read(s.workdir),
         'drawn': samples,
         'neighbours': _neighbours(
-            samples, EvenlySpaced(train, r.training_images), few, s.config.data.flip
+            samples, evenly_spaced(train, r.training_images), few, s.config.data.flip
         ),
         'likelihoods': _likelihoods(s, variables, few, keys['likelihoods']),
         'blocks': measured.blocks(
@@ -104,15 +104,15 @@ def _neighbours(samples: dict, train, test, mirrored: bool) -> dict:
     first = samples.get('denoised', samples['raw'])[:, 0]
     rows = np.flatnonzero(np.isfinite(first).all((1, 2, 3)))
     own = pictures.to_pixels(first[rows])
-    real = np.stack([x['image'] for x in map(EvenlySpaced(test, REAL_IMAGES).__getitem__,
-                                             range(min(REAL_IMAGES, len(test))))])
+    few = evenly_spaced(test, REAL_IMAGES)
+    real = images_of(few, range(len(few)))
     indices, distances = measured.nearest(
         np.concatenate([own, real]), train, min(NEIGHBOURS, len(train)), mirrored
     )
     return {
         'samples': own,
         'rows': rows,
-        'images': _images(train, indices[: len(own)]),
+        'images': images_of(train, indices[: len(own)]),
         'distances': distances[: len(own)],
         'real': distances[len(own) :, 0],
         'searched': len(train),
@@ -127,12 +127,6 @@ def _likelihoods(s: Subject, variables, test, key) -> dict:
     most, least = measured.extremes(bits, EXTREMES)
     return {
         'bits': bits,
-        'most': (_images(test, most), bits[most]),
-        'least': (_images(test, least), bits[least]),
+        'most': (images_of(test, most), bits[most]),
+        'least': (images_of(test, least), bits[least]),
     }
-
-
-def _images(source, indices) -> np.ndarray:
-    """uint8 [*indices.shape, H, W, C]."""
-    shape = (*np.shape(indices), *source[0]['image'].shape)
-    return np.array([source[int(i)]['image'] for i in np.ravel(indices)], np.uint8).reshape(shape)

@@ -14,9 +14,9 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
-_STORAGES = {
-    'torch.FloatStorage': np.dtype('<f4'),
+STORAGES = {
     'torch.DoubleStorage': np.dtype('<f8'),
+    'torch.FloatStorage': np.dtype('<f4'),
     'torch.HalfStorage': np.dtype('<f2'),
     'torch.BFloat16Storage': np.dtype(ml_dtypes.bfloat16),
     'torch.LongStorage': np.dtype('<i8'),
@@ -165,7 +165,7 @@ def short(key: str | int) -> str:
 
 
 def _global(name: str) -> _Global:
-    if name in _STORAGES or name in (_ORDERED_DICT, _TENSOR, _PARAMETER):
+    if name in STORAGES or name in (_ORDERED_DICT, _TENSOR, _PARAMETER):
         return _Global(name)
     raise ValueError(
         f'its pickle names {short(name)}, which no state dict needs and which was not run; '
@@ -184,8 +184,8 @@ def _storage(reference: Any) -> Storage:
             ('storage', _Global(name), str(key), str(), int(numel))
             | ('storage', _Global(name), str(key), str(), int(numel), None)
         ):
-            if name in _STORAGES and _is_size(numel):
-                return Storage(key, _STORAGES[name], numel)
+            if name in STORAGES and _is_size(numel):
+                return Storage(key, STORAGES[name], numel)
     raise ValueError(f'its pickle holds a malformed reference to a storage; {TRUST}')
 
 

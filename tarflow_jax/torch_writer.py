@@ -12,18 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from tarflow_jax import files
+from tarflow_jax.torch_pickle import STORAGES
 
-_STORAGES = {
-    'float64': 'DoubleStorage',
-    'float32': 'FloatStorage',
-    'float16': 'HalfStorage',
-    'int64': 'LongStorage',
-    'int32': 'IntStorage',
-    'int16': 'ShortStorage',
-    'int8': 'CharStorage',
-    'uint8': 'ByteStorage',
-    'bool': 'BoolStorage',
-}
+# Of each dtype, by its name: 'torch', 'FloatStorage'.
+_STORAGES = {dtype.name: name.split('.') for name, dtype in STORAGES.items()}
 
 _PROTOCOL_2 = b'\x80\x02'
 _STOP = b'.'
@@ -74,7 +66,7 @@ def _state_dict(arrays: dict[str, np.ndarray]) -> bytes:
 
 def _tensor(key: str, array: np.ndarray) -> bytes:
     """_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)."""
-    kind = _global('torch', _STORAGES[array.dtype.name])
+    kind = _global(*_STORAGES[array.dtype.name])
     place = [_text('storage'), kind, _text(key), _text('cpu'), _integer(array.size)]
     stride = [int(np.prod(array.shape[axis + 1 :], dtype=np.int64)) for axis in range(array.ndim)]
     arguments = [

@@ -4,6 +4,7 @@ import io
 import pickletools
 import zipfile
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -21,6 +22,7 @@ ARRAYS = {
     'int16': np.array([1, -2], np.int16),
     'int8': np.array([1, -2], np.int8),
     'uint8': np.array([1, 255], np.uint8),
+    'bfloat16': np.array([1, -2], ml_dtypes.bfloat16),
 }
 
 

@@ -61,14 +61,12 @@ class Work:
       mxu_flops: the same times the passes that the MXU takes: a float32 product with precision
         'highest' takes 6, with 'high' 3.
       hbm_bytes: read and written.
-      memory_bytes: the same with VMEM.
       compiler_seconds: the compiler's own estimate; 0 where it gives none.
     """
 
     flops: float = 0.0
     mxu_flops: float = 0.0
     hbm_bytes: float = 0.0
-    memory_bytes: float = 0.0
     compiler_seconds: float = 0.0
     collective: Collective | None = None
     uncounted: bool = False
@@ -83,7 +81,8 @@ class Counter:
     kernel_cost: KernelCost | None
 
     def work(self, computation: hlo.Computation, i: hlo.Instruction) -> Work:
-        hbm_bytes, memory_bytes = self._bytes(computation, i)
+        moved = self.moved(computation, i)
+        hbm_bytes = float(sum(size for space, size in moved if space == hlo.HBM))
         flops, mxu_flops = self._flops(computation, i)
         uncounted = False
         if i.opcode == 'custom-call' and 'tpu_custom_call' in i.attributes:
@@ -94,7 +93,7 @@ class Counter:
         cycles = i.backend_config.get('window_config', {}).get('estimated_cycles', 0)
         seconds = int(cycles) / self.where.chip.clock
         collective = self._collective(computation, i)
-        return Work(flops, mxu_flops, hbm_bytes, memory_bytes, seconds, collective, uncounted)
+        return Work(flops, mxu_flops, hbm_bytes, seconds, collective, uncounted)
 
     def role(self, i: hlo.Instruction) -> str | None:
         """'start' or 'done' of something asynchronous, 'step' of a collective amid other work.
@@ -151,12 +150,12 @@ class Counter:
 
     # Bytes
 
-    def _bytes(self, computation: hlo.Computation, i: hlo.Instruction) -> tuple[float, float]:
-        """Bytes of an instruction in HBM, and in any memory."""
+    def moved(self, computation: hlo.Computation, i: hlo.Instruction) -> list[tuple[int, float]]:
+        """What an instruction reads and writes: (memory space, bytes) each."""
         role = self.role(i)
         free = any(f'"{target}"' in i.attributes for target in _FREE_TARGETS)
         if free or i.opcode in FREE or role == 'done':
-            return 0.0, 0.0
+            return []
         operands = [computation.by_name[name].arrays for name in i.operands]
         reads = [(a.space, a.padded_bytes) for operand in operands for a in operand]
         writes = [(a.space, a.padded_bytes) for a in i.arrays]
@@ -186,11 +185,7 @@ class Counter:
             reads = [(reads[0][0], sum(size for _, size in writes)), *reads[1:]]
         elif opcode == 'dynamic-update-slice':
             reads, writes = reads[1:], [(reads[0][0], reads[1][1])]
-        moved = reads + writes
-        return (
-            float(sum(size for space, size in moved if space == hlo.HBM)),
-            float(sum(size for _, size in moved)),
-        )
+        return reads + writes
 
     def _touched(self, computation: hlo.Computation, name: str) -> float | None:
         """Bytes of a fusion's parameter that the fusion reads; None for all."""

@@ -25,6 +25,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tarflow_jax import files
 from tarflow_jax.evaluation import sample_files, sample_parts
+from tarflow_jax.evaluation.over_set import images_of
 from tarflow_jax.evaluation.versions import versions
 from tarflow_jax.flow.likelihood import denoise
 from tarflow_jax.flow.model import architecture
@@ -292,6 +293,6 @@ def _write_sheets(folder: Path, source) -> None:
     count = min(len(source), SHEETS * PER_SHEET)
     for first in range(0, count, PER_SHEET):
         numbers = range(first, min(first + PER_SHEET, count))
-        sheet = pictures.grid(np.stack([source[i]['image'] for i in numbers]), 10)
+        sheet = pictures.grid(images_of(source, numbers), 10)
         scale = 2 if source[0]['image'].shape[0] < 128 else 1
         pictures.save_png(folder / f'sheet_{first:06d}.png', sheet, scale)

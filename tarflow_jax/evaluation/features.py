@@ -4,7 +4,6 @@ A network is any object with `variables`, `features(variables, uint8 [B, H, W, C
 'pooled' [B, D] and perhaps 'spatial' [B, E], and `about`, a dict that JSON can hold.
 """
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -18,7 +17,7 @@ import numpy as np
 
 from tarflow_jax.evaluation import statistics_files
 from tarflow_jax.evaluation.frechet import Statistics, Sums
-from tarflow_jax.evaluation.over_set import batches
+from tarflow_jax.evaluation.over_set import View, batches
 from tarflow_jax.training import sharding
 from tarflow_jax.training.processes import from_first
 
@@ -41,7 +40,11 @@ def features_of(
       An iterator of {'pooled': float32 [b, D], ...}; all processes must go through it.
     """
     if flip:
-        source = _Mirrored(source, _stream(seed, 'flips').random(len(source)) < 0.5)
+        mirrored = _stream(seed, 'flips').random(len(source)) < 0.5
+        source = View(
+            source, range(len(source)),
+            lambda i, image: image[:, ::-1] if mirrored[i] else image,
+        )
     compute = _compiled(network.features)
     everywhere = sharding.replicated(mesh)
     variables = jax.tree.map(
@@ -117,21 +120,6 @@ def cached_statistics(
         path.parent.mkdir(parents=True, exist_ok=True)
         statistics_files.write(path, statistics)
     return statistics
-
-
-@dataclasses.dataclass(frozen=True)
-class _Mirrored:
-    """A source with some of its images mirrored."""
-
-    source: object
-    mirrored: np.ndarray  # bool [N]
-
-    def __len__(self):
-        return len(self.source)
-
-    def __getitem__(self, i):
-        element = self.source[i]
-        return element | {'image': element['image'][:, ::-1]} if self.mirrored[i] else element
 
 
 def _stream(seed: int, name: str) -> np.random.Generator:

@@ -7,7 +7,7 @@ import numpy as np
 
 from tarflow_jax.evaluation import features, networks, sample_files, statistics_files
 from tarflow_jax.evaluation.frechet import Statistics, frechet_distance
-from tarflow_jax.evaluation.over_set import EvenlySpaced
+from tarflow_jax.evaluation.over_set import evenly_spaced
 from tarflow_jax.evaluation.precision_recall import precision_recall
 
 # How the references of the Frechet distance are called in what is published.
@@ -55,7 +55,7 @@ def prepare(s) -> Callable:
             network, samples, keep=keep, about={}, what='samples', **options
         )
         floor = features.statistics_of(
-            network, EvenlySpaced(s.test, len(samples)), about={}, what='test set', **options
+            network, evenly_spaced(s.test, len(samples)), about={}, what='test set', **options
         )
         rows = []
         for name in f.references:
@@ -66,7 +66,7 @@ def prepare(s) -> Callable:
             rows.append(_distances(name, generated, floor, reference))
         real = np.concatenate([
             found['pooled'] for found in features.features_of(
-                network, EvenlySpaced(train, keep), what='training set', **options
+                network, evenly_spaced(train, keep), what='training set', **options
             )
         ])
         return {

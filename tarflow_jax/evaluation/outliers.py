@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from tarflow_jax import files
 from tarflow_jax.evaluation.bits_per_dim import dequantised_log_prob
-from tarflow_jax.evaluation.over_set import over_set
+from tarflow_jax.evaluation.over_set import View, over_set
 from tarflow_jax.flow import likelihood
 from tarflow_jax.flow.model import TarFlow
 
@@ -61,20 +61,14 @@ CORRUPTIONS: dict[str, Callable] = {
 }
 
 
-class Corrupted:
+def corrupted(source, kind: str, seed: int = 0) -> View:
     """A source with every image of another changed, by a draw that depends on its place alone."""
 
-    def __init__(self, source, kind: str, seed: int = 0):
-        self._source, self._kind, self._seed = source, kind, seed
+    def change(i, image):
+        rng = np.random.default_rng((seed, int(i)))
+        return np.ascontiguousarray(CORRUPTIONS[kind](rng, image))
 
-    def __len__(self):
-        return len(self._source)
-
-    def __getitem__(self, i):
-        element = self._source[i]
-        rng = np.random.default_rng((self._seed, int(i)))
-        changed = np.ascontiguousarray(CORRUPTIONS[self._kind](rng, element['image']))
-        return {**element, 'image': changed}
+    return View(source, range(len(source)), change)
 
 
 def outliers(
@@ -98,7 +92,7 @@ def outliers(
     names = list(sets)
     unseen = names[1]
     sets = sets | {
-        f'{unseen}, {kind}': Corrupted(sets[unseen], kind, seed) for kind in CORRUPTIONS
+        f'{unseen}, {kind}': corrupted(sets[unseen], kind, seed) for kind in CORRUPTIONS
     }
 
     def score(batch, keys):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -65,20 +65,44 @@ def batches(source, *, mesh, batch_size: int, what: str) -> Iterator[tuple[int, 
 
 
 @dataclasses.dataclass(frozen=True)
-class EvenlySpaced:
+class View:
+    """Some images of a source, each changed if `change` is given, as a source.
+
+    Args:
+      indices: of the images in the source.
+      change: from (place in the view, image uint8 [H, W, C]) to another image.
+      about: see `data.sources`; empty does not say.
+    """
+
+    source: object
+    indices: Sequence[int]
+    change: Callable | None = None
+    about: dict = dataclasses.field(default_factory=dict)
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        element = self.source[self.indices[i]]
+        if self.change is None:
+            return element
+        return element | {'image': self.change(i, element['image'])}
+
+
+def evenly_spaced(source, count: int) -> View:
     """`count` images of a source from its first to its last, or all if there are fewer.
 
     The first images of a set are often all of a few classes.
     """
+    total = len(source)
+    count = min(count, total)
+    return View(source, [i * total // count for i in range(count)])
 
-    source: object
-    count: int
 
-    def __len__(self):
-        return min(self.count, len(self.source))
-
-    def __getitem__(self, i):
-        return self.source[i * len(self.source) // len(self)]
+def images_of(source, indices) -> np.ndarray:
+    """The images with these numbers: uint8 [*indices.shape, H, W, C]."""
+    shape = (*np.shape(indices), *source[0]['image'].shape)
+    return np.array([source[int(i)]['image'] for i in np.ravel(indices)], np.uint8).reshape(shape)
 
 
 @functools.cache

@@ -6,7 +6,6 @@ int64 [N]; that suite itself scores RGB only, and grey images keep their one cha
 `array_record-N` as `data.prepare` makes them, which TFDS reads too (split `samples`).
 """
 
-import dataclasses
 import itertools
 import json
 import shutil
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from tarflow_jax import files
 from tarflow_jax.data import image_files, manifest, originals, shards, sizes, sources
+from tarflow_jax.evaluation.over_set import View
 
 ABOUT = 'samples.json'
 SPLIT = 'samples'
@@ -143,27 +143,9 @@ def open_samples(path, count: int | None = None):
         })
     if count is not None and len(source) < count:
         raise ValueError(f'{path} holds {len(source)} images and {count} are wanted; draw more.')
-    return source if count in (None, len(source)) else _First(source, count)
-
-
-@dataclasses.dataclass(frozen=True)
-class _First:
-    """A source of the first images of another."""
-
-    source: object
-    count: int
-
-    @property
-    def about(self) -> dict:
-        return self.source.about | {'images': self.count}
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, i):
-        if not 0 <= i < self.count:
-            raise IndexError(i)
-        return self.source[i]
+    if count in (None, len(source)):
+        return source
+    return View(source, range(count), about=source.about | {'images': count})
 
 
 def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from tarflow_jax import files
 from tarflow_jax.evaluation import sample_files
+from tarflow_jax.evaluation.over_set import images_of
 
 READ_AT_ONCE = 1000  # finished images
 
@@ -57,7 +58,7 @@ def finished(folder: Path, fingerprint: dict) -> tuple[dict, list[Stretch]]:
         return nothing, []
 
     def load(first: int, last: int) -> dict:
-        return {'pixels': np.stack([source[i]['image'] for i in range(first, last)])}
+        return {'pixels': images_of(source, range(first, last))}
 
     edges = [*range(0, count, READ_AT_ONCE), count]
     return about, [Stretch(a, b, functools.partial(load, a, b)) for a, b in zip(edges, edges[1:])]

@@ -14,7 +14,7 @@ from tarflow_jax import config as configs
 from tarflow_jax.data import sources
 from tarflow_jax.evaluation import classification, frechet_score, outliers, round_trip
 from tarflow_jax.evaluation.bits_per_dim import bits_per_dim
-from tarflow_jax.evaluation.over_set import EvenlySpaced, batches
+from tarflow_jax.evaluation.over_set import batches, evenly_spaced
 from tarflow_jax.training.step import add_noise
 
 
@@ -93,7 +93,7 @@ def _outliers(s: Subject) -> Callable:
             what=f'the set of evaluate.outliers.source {o.source!r}',
         )
         sets[other.about.get('dataset', o.source)] = other
-    sets = {name: EvenlySpaced(source, o.images) for name, source in sets.items()}
+    sets = {name: evenly_spaced(source, o.images) for name, source in sets.items()}
 
     def work(variables, _) -> dict:
         found = outliers.outliers(model, variables, sets, seed=s.config.seed, **s.options())
@@ -105,7 +105,7 @@ def _outliers(s: Subject) -> Callable:
 
 
 def _round_trip(s: Subject) -> Callable:
-    few = EvenlySpaced(s.test, s.config.evaluate.round_trip_images)
+    few = evenly_spaced(s.test, s.config.evaluate.round_trip_images)
 
     def work(variables, _) -> dict:
         image_key, latent_key = jax.random.split(jax.random.key(s.config.seed))

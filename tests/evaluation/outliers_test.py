@@ -73,7 +73,7 @@ def test_corruptions(kind, width):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (3, 13, width, 2), np.uint8)
     source = InMemory(pixels, np.arange(3, dtype=np.int32))
-    corrupted = module.Corrupted(source, kind, seed=3)
+    corrupted = module.corrupted(source, kind, seed=3)
     assert len(corrupted) == 3
     for i in range(3):
         before, after, again = source[i], corrupted[i], corrupted[i]

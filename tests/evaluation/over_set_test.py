@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tarflow_jax.data.sources import InMemory
-from tarflow_jax.evaluation.over_set import EvenlySpaced, over_set
+from tarflow_jax.evaluation.over_set import evenly_spaced, over_set
 from tarflow_jax.training import sharding
 
 SOURCE = InMemory(
@@ -44,7 +44,7 @@ def test_keys_depend_on_the_draw_and_the_place_alone():
 
 
 def test_evenly_spaced():
-    few = EvenlySpaced(SOURCE, 5)
+    few = evenly_spaced(SOURCE, 5)
     assert [int(few[i]['label']) for i in range(len(few))] == [0, 4, 8, 12, 16]
-    assert len(EvenlySpaced(SOURCE, 100)) == 21
-    assert [int(EvenlySpaced(SOURCE, 100)[i]['label']) for i in range(21)] == list(range(21))
+    assert len(evenly_spaced(SOURCE, 100)) == 21
+    assert [int(evenly_spaced(SOURCE, 100)[i]['label']) for i in range(21)] == list(range(21))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tarflow_jax.evaluation.bits_per_dim import dequantised_log_prob
-from tarflow_jax.evaluation.over_set import EvenlySpaced, batches, over_set
+from tarflow_jax.evaluation.over_set import batches, evenly_spaced, images_of, over_set
 from tarflow_jax.flow import likelihood
 from tarflow_jax.flow.model import flip_if, patchify
 from tarflow_jax.training.step import add_noise
@@ -30,7 +30,7 @@ def nearest(pixels, source, keep: int, mirrored: bool = False) -> tuple[np.ndarr
     squares = []
     for start in range(0, len(source), CHUNK):
         rows = range(start, min(start + CHUNK, len(source)))
-        there = np.stack([source[i]['image'] for i in rows])
+        there = images_of(source, rows)
         there = there.reshape(len(there), -1).astype(np.float32) - 127.5
         ours = [wanted, flipped] if mirrored else [wanted]
         both = [-2 * a @ there.T + np.square(there).sum(1) for a in ours]
@@ -65,7 +65,7 @@ def blocks(plan, variables, source, *, key, mesh, count: int) -> list[dict[str, 
       for each block 'mean_square' of its output, and 'smallest', 'mean' and 'largest' of its
       log-scales over all images and positions but the first, which has none.
     """
-    few = EvenlySpaced(source, count)
+    few = evenly_spaced(source, count)
     _, batch, mask = next(batches(few, mesh=mesh, batch_size=len(few), what='blocks of the report'))
     images = jax.jit(add_noise, static_argnums=2)(key, batch['image'], plan.recipe)
     x, found = patchify(images, plan.model.patch_size), []
