@@ -177,13 +177,15 @@ class Checkpoints:
         return variables_of(found.get('ema_params', found['params']), found.get('prior'))
 
 
-def _from_one_device(leaf: jax.Array) -> jax.Array:
+def _from_one_device(leaf):
     """Takes a small array that all devices hold from one of them.
 
     Orbax would have each device write a part of it, and compile a program per part.
     """
-    whole = leaf.is_fully_replicated and leaf.is_fully_addressable
-    return leaf.addressable_data(0) if whole and leaf.nbytes < _SMALL else leaf
+    if not isinstance(leaf, jax.Array) or leaf.nbytes >= _SMALL:
+        return leaf
+    of_this_process = leaf.is_fully_replicated and leaf.is_fully_addressable
+    return leaf.addressable_data(0) if of_this_process else leaf
 
 
 def _reason(error: Exception) -> str:
