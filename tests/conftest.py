@@ -12,6 +12,8 @@ import pytest
 DEVICES = '--xla_force_host_platform_device_count=8'
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Every worker has a core; threads of BLAS beside it would wait for theirs by spinning.
+os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {DEVICES}'.strip()
 
