@@ -95,7 +95,8 @@ def start_processes(count, program, *arguments, devices=1) -> list[subprocess.Po
     started = []
     for i in range(count):
         many = dict(
-            JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(count), JAX_PROCESS_ID=str(i)
+            JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(count), JAX_PROCESS_ID=str(i),
+            JAX_SHARE_BINARY_BETWEEN_HOSTS='true',  # one compiles for all
         )
         environment = os.environ | (many if count > 1 else {}) | dict(
             PYTHONPATH=path, JAX_PLATFORMS='cpu',
@@ -108,7 +109,7 @@ def start_processes(count, program, *arguments, devices=1) -> list[subprocess.Po
     return started
 
 
-def ended(started, timeout=240) -> list[tuple[int, str]]:
+def ended(started, timeout=480) -> list[tuple[int, str]]:
     """Exit codes and outputs of all, in order."""
     outputs = [process.communicate(timeout=timeout)[0] for process in started]
     return [(process.returncode, output) for process, output in zip(started, outputs)]

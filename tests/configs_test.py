@@ -34,6 +34,8 @@ SMOKES = [
     'imagenet64:bpd,smoke', 'imagenet64:uncond,smoke', 'imagenet64:cond,smoke',
     'imagenet128:smoke', 'afhq256:smoke', 'colour64:smoke',
 ]
+# Of each kind of flow one; the kinds are those of the first three.
+REPORTED = SMOKES[:3]
 
 
 def module(name):
@@ -141,13 +143,15 @@ def test_smoke_variant_runs(name, tmp_path):
     code = call(
         f'--config={ROOT}/configs/{file}.py:{arg}', f'--workdir={tmp_path}',
         '--config.train.epochs=0.0016', '--config.train.warmup_epochs=0.0008',
-        '--config.evaluate.metrics=()',
+        '--config.evaluate.metrics=()', f'--config.report.after_training={name in REPORTED}',
     )
     assert code == 0
     assert [line['step'] for line in metrics(tmp_path) if 'loss' in line] == [2]
     sheets = {path.name.split('_')[-1] for path in (tmp_path / 'samples').iterdir()}
     assert ('guided.png' in sheets) == (full.guidance.weight > 0)
     assert ('denoised.png' in sheets) == (full.train.noise == 'gaussian')
+    if name not in REPORTED:
+        return
     report = (tmp_path / 'report.html').read_text()
     assert ('as drawn, then denoised' in report) == (full.train.noise == 'gaussian')
     assert ('class 0' in report) == (full.model.num_classes > 0)

@@ -1,6 +1,7 @@
 """What JAX reads from the environment before it starts, what Ctrl-C means, and runs to look at."""
 
 import atexit
+import logging
 import os
 import shutil
 import signal
@@ -11,15 +12,20 @@ import pytest
 DEVICES = '--xla_force_host_platform_device_count=8'
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Every worker has a core; threads of BLAS beside it would wait for theirs by spinning.
+os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {DEVICES}'.strip()
 
-# Many tests run the same program: each is compiled once in a session of tests.
+# Many tests run the same program: each is compiled once in a session of tests, by whichever of
+# pytest-xdist's workers comes first; they inherit the folder.
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     folder = tempfile.mkdtemp(prefix='compiled-')
     os.environ['JAX_COMPILATION_CACHE_DIR'] = folder
-    os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
+    os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+# What they saved would be the last line of every run.
+logging.getLogger('tarflow_jax.training.compiled').setLevel(logging.WARNING)
 
 # A shell's background jobs ignore Ctrl-C, and so would the tests that press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

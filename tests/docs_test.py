@@ -156,8 +156,8 @@ def _module(module: str, arguments: list[str], monkeypatch) -> str:
     elif module == 'tarflow_jax.data.prepare':
         prepare._parser().parse_args(arguments)
     elif module == 'pytest':
-        for path in arguments:
-            assert path.startswith('-') or (ROOT / path).exists(), path
+        for before, word in zip(['', *arguments], arguments):
+            assert word[0] == '-' or before == '-m' or (ROOT / word).exists(), word
     elif module == 'pip':
         _extras(arguments)
     else:

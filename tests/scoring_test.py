@@ -164,7 +164,8 @@ def test_frechet_distance(workdir, images, tmp_path, capsys):
     theirs = tmp_path / 'samples.npz'
     pixels = rng.integers(0, 256, (12, 16, 16, 1), np.uint8)
     np.savez(theirs, arr_0=pixels)
-    given |= dict(evaluate__frechet__samples=str(theirs))
+    given |= dict(evaluate__frechet__samples=str(theirs),
+                  evaluate__frechet__references='("train",)')
     assert evaluate(workdir, images, 'frechet', **given) == 0
     found = report_in(workdir)['scores']['frechet']
     assert found['samples'] == 12 and found['samples_from'] == str(theirs)

@@ -8,16 +8,18 @@ import sys
 
 import jax
 import numpy as np
+from command_line import call
 
 from tarflow_jax import commands, main
 from tarflow_jax.training import pictures, sharding
 from tarflow_jax.training.checkpoint import Checkpoints
 
-if __name__ == '__main__':
-    file, *flags = sys.argv[1:]
-    code = main.main(['main', *flags])
+
+def run(file, *flags) -> int:
+    """Returns the exit code of the training."""
+    code = call(*flags)
     if code:
-        sys.exit(code)
+        return code
     given = main._parse(['main', *flags])
     plan, mesh = commands._plan(given.config)
     with Checkpoints(given.workdir, plan.model) as checkpoints:
@@ -29,3 +31,8 @@ if __name__ == '__main__':
     )
     if jax.process_index() == 0:
         np.save(file, images['denoised'])
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(run(*sys.argv[1:]))

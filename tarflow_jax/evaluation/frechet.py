@@ -1,5 +1,6 @@
 """The Frechet distance between two sets of features, and the statistics that it needs."""
 
+import functools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,6 +38,13 @@ class Statistics:
                 raise ValueError(
                     f'the {name} holds numbers that are not finite; compute the statistics again.'
                 )
+
+    @functools.cached_property
+    def factor(self) -> np.ndarray:
+        """F [D, rank] with F F^T = covariance; found once, as a set is in several distances."""
+        values, vectors = np.linalg.eigh(self.covariance)
+        kept = values > values[-1] * values.size * np.finfo(np.float64).eps
+        return vectors[:, kept] * np.sqrt(values[kept])
 
 
 class Sums:
@@ -119,13 +127,6 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
             'the same network.'
         )
     shift = a.mean - b.mean
-    shared = np.linalg.svd(_factor(a.covariance).T @ _factor(b.covariance), compute_uv=False)
+    shared = np.linalg.svd(a.factor.T @ b.factor, compute_uv=False)
     distance = shift @ shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * shared.sum()
     return max(float(distance), 0.0)
-
-
-def _factor(covariance: np.ndarray) -> np.ndarray:
-    """F [D, rank] with F F^T = covariance."""
-    values, vectors = np.linalg.eigh(covariance)
-    kept = values > values[-1] * values.size * np.finfo(np.float64).eps
-    return vectors[:, kept] * np.sqrt(values[kept])

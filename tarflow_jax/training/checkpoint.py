@@ -16,6 +16,7 @@ from tarflow_jax.flow.model import TarFlow, architecture
 from tarflow_jax.training.state import TrainState, variables_of
 
 KEPT = 2
+_SMALL = 2**20  # bytes
 _WEIGHTS = ('params', 'ema_params', 'prior')
 _PROGRESS = ('step', 'opt_state', 'skipped')
 
@@ -102,6 +103,7 @@ class Checkpoints:
             raise self._failure(
                 f'step {step} needs {needed / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free'
             )
+        state = jax.tree.map(_from_one_device, state)
         part = lambda names: ocp.args.StandardSave(  # noqa: E731
             {k: v for k, v in state._asdict().items() if k in names and v is not None}
         )
@@ -172,6 +174,17 @@ class Checkpoints:
             args = ocp.args.Composite(weights=ocp.args.StandardRestore(place(abstract)))
             found = self._manager.restore(step, args=args)['weights']
         return variables_of(found.get('ema_params', found['params']), found.get('prior'))
+
+
+def _from_one_device(leaf):
+    """Takes a small array that all devices hold from one of them.
+
+    Orbax would have each device write a part of it, and compile a program per part.
+    """
+    if not isinstance(leaf, jax.Array) or leaf.nbytes >= _SMALL:
+        return leaf
+    of_this_process = leaf.is_fully_replicated and leaf.is_fully_addressable
+    return leaf.addressable_data(0) if of_this_process else leaf
 
 
 def _reason(error: Exception) -> str:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import compilations
 from tiny_flow import tiny
 
 from tarflow_jax.training import checkpoint, sharding
@@ -105,6 +106,16 @@ def test_save_keeps_the_state_of_that_moment(tmp_path, devices):
     np.testing.assert_allclose(state.params['w0'], wanted[0] + 3, rtol=1e-6)
     for i, row in enumerate(wanted):
         assert np.asarray(found[f'w{i}']).tobytes() == row.tobytes()
+
+
+def test_saving_compiles_nothing_for_small_arrays(tmp_path):
+    state = state_at(1)
+    jax.clear_caches()
+    before = len(compilations)
+    with Checkpoints(tmp_path, MODEL, {}) as checkpoints:
+        checkpoints.save(state)
+    assert len(state.params['block_0']['proj_in']['kernel'].sharding.device_set) == 8
+    assert len(compilations) == before
 
 
 def test_newest_are_kept(tmp_path):
