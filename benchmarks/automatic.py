@@ -73,9 +73,11 @@ class Case:
         mesh = sharding.make_mesh(devices=jax.devices()[:devices])
         self.model, self.split = model, sharding.batch_sharding(mesh)
         self.variables = jax.device_put(variables, sharding.replicated(mesh))
-        labels = pictures.class_labels(model, batch_size)
-        self.labels = None if labels is None else jax.device_put(labels, self.split)
-        if weight and labels is None:  # with no classes, by temperature
+        self.labels = None
+        if model.num_classes:
+            labels = np.arange(batch_size, dtype=np.int32) % model.num_classes
+            self.labels = jax.device_put(labels, self.split)
+        if weight and self.labels is None:  # with no classes, by temperature
             self.guidance = tfj.Guidance(weight, temperature=0.9)
         else:
             self.guidance = tfj.Guidance(weight)
@@ -86,7 +88,7 @@ class Case:
         )
 
     def draw(self, method: str, seed: int, **options):
-        shape = (self.batch_size, self.model.num_patches, self.model.patch_dim)
+        shape = (self.batch_size, *self.model.token_shape)
         noise = jax.random.normal(jax.random.key(1000 + seed), shape)
         how = {'schedule': self.schedule} if method == 'auto' else {'tolerance': self.tolerance}
         return jax.block_until_ready(tfj.sample(

@@ -37,7 +37,7 @@ def our_model(size: str) -> tfj.TarFlow:
 
 def random_variables(model: tfj.TarFlow):
     """Initial weights, moved by noise so that no part of the flow is an identity."""
-    images = np.zeros((1, model.image_size, model.image_size, model.image_channels), np.float32)
+    images = np.zeros((1, *model.image_shape), np.float32)
     variables = jax.jit(model.init)(jax.random.key(0), images)
     rng = np.random.default_rng(0)
     move = lambda x: x + 0.01 * rng.standard_normal(x.shape).astype(np.float32)  # noqa: E731

@@ -33,7 +33,7 @@ def first_call(program: str, size: str, unroll: int) -> dict:
     if program == 'train_step':
         run = train_step.our_step(model, variables, train_step.random_batch(model, size), 1)
     else:
-        noise = np.zeros((2, model.num_patches, model.patch_dim), np.float32)
+        noise = np.zeros((2, *model.token_shape), np.float32)
         run = sampling.our_sampler(model, variables, noise, np.zeros(2, np.int32), 0.0)
     return timed(run)
 

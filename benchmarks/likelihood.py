@@ -48,8 +48,7 @@ def main():
     model = comparison.our_model(args.size)
     variables = comparison.random_variables(model)
     rng = np.random.default_rng(1)
-    shape = (batch, model.image_size, model.image_size, model.image_channels)
-    images = rng.uniform(-1, 1, shape).astype(np.float32)
+    images = rng.uniform(-1, 1, (batch, *model.image_shape)).astype(np.float32)
     labels = rng.integers(0, comparison.CLASSES, batch).astype(np.int32)
     ours, theirs = our_likelihood(model, variables, images, labels), None
     if args.official:

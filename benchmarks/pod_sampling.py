@@ -31,9 +31,10 @@ import optax
 from tarflow_jax import config as configs
 from tarflow_jax.ahead_of_time import cost, programs, topology
 from tarflow_jax.ahead_of_time.chips import GIB, out_of_memory
-from tarflow_jax.flow.guidance import Steering
-from tarflow_jax.flow.inverse import invert_block
-from tarflow_jax.flow.parallel import solve_block
+from tarflow_jax.flow import decoder
+from tarflow_jax.flow.condition import Condition
+from tarflow_jax.sampling.parallel import solve_block
+from tarflow_jax.sampling.schedule import guidance_params
 from tarflow_jax.training import sharding
 from tarflow_jax.training.state import abstract_state
 
@@ -66,15 +67,16 @@ def lowered(plan, mesh, batch_size: int, segments: int):
     """The program that inverts a block sequentially (0 segments) or in parallel."""
     model = plan.model
     split = sharding.batch_sharding(mesh)
-    shape = (batch_size, model.num_patches, model.patch_dim)
-    z = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split)
-    labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=split)
+    z = jax.ShapeDtypeStruct((batch_size, *model.token_shape), jnp.float32, sharding=split)
+    condition = Condition(labels=jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=split))
     params = parameters(plan, mesh)['block_0']
-    steering = jax.eval_shape(lambda: Steering.of(plan.guidance, model.num_patches))
-    block, given = model.block_module(0), (params, z, labels, np.bool_(False), steering)
+    guidance = jax.eval_shape(lambda: guidance_params(model, 0, plan.guidance))
+    block, rest = model.block(0), (condition, model.block_orders()[0], guidance)
     if segments:
-        return solve_block.lower(block, segments, *given, np.float32(1e-3), np.int32(1024))
-    return invert_block.lower(block, *given)
+        return solve_block.lower(
+            block, segments, z, params, *rest, np.float32(1e-3), np.int32(1024)
+        )
+    return decoder.invert.lower(block, z, params, *rest)
 
 
 def parameters(plan, mesh):

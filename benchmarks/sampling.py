@@ -51,7 +51,7 @@ def main():
     official = args.official and comparison.official_model(args.official, model, variables)
     cases = []
     for images, weight in CASES:
-        noise = rng.standard_normal((images, model.num_patches, model.patch_dim)).astype(np.float32)
+        noise = rng.standard_normal((images, *model.token_shape)).astype(np.float32)
         labels = rng.integers(0, comparison.CLASSES, images).astype(np.int32)
         ours = our_sampler(model, variables, noise, labels, weight)
         theirs = official and official_sampler(official, model, noise, labels, weight)

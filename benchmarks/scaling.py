@@ -25,6 +25,7 @@ import tarflow_jax as tfj
 from tarflow_jax import config as configs
 from tarflow_jax.training import optimizer as optimizers
 from tarflow_jax.training import sharding, state, step
+from tarflow_jax.training.corruption import Recipe
 
 BASE = dict(image_size=32, patch_size=4, width=128, blocks=4, layers=2, batch=16, devices=1)
 SWEEPS = {
@@ -56,14 +57,14 @@ def programs(numbers: dict) -> dict:
     optimizer = optimizers.adamw(lambda k: 1e-4)
     current = jax.device_put(state.from_variables(variables, optimizer, ema=False), whole)
     train_step = jax.jit(functools.partial(
-        step.train_step, model=model, optimizer=optimizer, recipe=step.Recipe(ema_decay=0.0)
+        step.train_step, model=model, optimizer=optimizer, recipe=Recipe(ema_decay=0.0)
     ))
-    shape = (batch_size, model.image_size, model.image_size, 3)
+    shape = (batch_size, *model.image_shape)
     images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     batch = {'image': images, 'label': np.full(batch_size, -1, np.int32)}
     batch = jax.device_put(batch, split)
     key = jax.random.key(0)
-    noise = jax.random.normal(key, (batch_size, model.num_patches, model.patch_dim))
+    noise = jax.random.normal(key, (batch_size, *model.token_shape))
     noise = jax.device_put(noise, split)
     return {
         'train_step': lambda: jax.block_until_ready(train_step(current, batch, key)),

@@ -15,6 +15,7 @@ import numpy as np
 
 from tarflow_jax.training import optimizer as optimizers
 from tarflow_jax.training import sharding, state, step
+from tarflow_jax.training.corruption import Recipe
 
 BATCH = {'toy': 256, 'color32': 32}
 # XLA takes fresh memory for all temporaries at every step (1.4 GiB a device at 256 images), and the
@@ -25,9 +26,8 @@ LEARNING_RATE = 1e-4
 
 def random_batch(model, size: str) -> dict:
     rng = np.random.default_rng(1)
-    shape = (BATCH[size], model.image_size, model.image_size, model.image_channels)
     return {
-        'image': rng.integers(0, 256, shape).astype(np.uint8),
+        'image': rng.integers(0, 256, (BATCH[size], *model.image_shape)).astype(np.uint8),
         'label': rng.integers(0, comparison.CLASSES, BATCH[size]).astype(np.int32),
     }
 
@@ -38,7 +38,7 @@ def our_step(model, variables, batch, parts: int):
     model = model.clone(layout=sharding.Layout(mesh))
     optimizer = optimizers.adamw(lambda k: LEARNING_RATE)
     # No noise and no dropout, so that both sides see the same numbers; both still draw them.
-    recipe = step.Recipe(noise_std=0.0, label_dropout=0.0, ema_decay=0.0, accumulation=parts)
+    recipe = Recipe(noise_std=0.0, label_dropout=0.0, ema_decay=0.0, accumulation=parts)
     train_step = jax.jit(
         functools.partial(step.train_step, model=model, optimizer=optimizer, recipe=recipe),
         donate_argnums=0,

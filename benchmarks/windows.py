@@ -15,8 +15,7 @@ import comparison
 import jax
 import jax.numpy as jnp
 
-from tarflow_jax.flow.guidance import Steering
-from tarflow_jax.flow.schedule import BlockSchedule, run_block
+from tarflow_jax.sampling.schedule import BlockSchedule, run_block
 
 BLOCK = 3  # the first that sampling inverts
 
@@ -40,7 +39,7 @@ def main():
     def solve(window):
         how = BlockSchedule(T // window if window > 1 else 0, args.tolerance)
         return jax.block_until_ready(
-            run_block(model, variables, BLOCK, how, z, labels, Steering())
+            run_block(model, variables, BLOCK, how, z, labels, guidance=None)
         )
 
     windows = [1] + [T >> i for i in reversed(range(7))]

@@ -1,42 +1,51 @@
 """tarflow_jax: TarFlow, a normalizing flow of causal Transformers, in JAX and Flax Linen."""
 
-import os
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from tarflow_jax.flow.calibration import calibrate
-from tarflow_jax.flow.guidance import Guidance
-from tarflow_jax.flow.likelihood import bits_per_dim, denoise, latent_log_prob, log_prob
-from tarflow_jax.flow.model import TarFlow, Variables
-from tarflow_jax.flow.sampling import SampleInfo, sample, sample_trajectory
-from tarflow_jax.flow.schedule import Schedule
+if TYPE_CHECKING:
+    from tarflow_jax.convert import load_official, save_official
+    from tarflow_jax.flow.condition import Condition
+    from tarflow_jax.flow.denoising import denoise, iterative_denoise
+    from tarflow_jax.flow.flow import SequenceFlow, TarFlow
+    from tarflow_jax.flow.guidance import Guidance
+    from tarflow_jax.flow.likelihood import bits_per_dim, latent_log_prob, log_prob
+    from tarflow_jax.sampling.calibration import calibrate
+    from tarflow_jax.sampling.sample import SampleInfo, sample, sample_trajectory
+    from tarflow_jax.sampling.schedule import Schedule
 
 __version__ = '0.1.0'
 
-
-def load_official(path: str | os.PathLike[str], model: TarFlow) -> dict[str, Any]:
-    """See `tarflow_jax.convert.load_official`."""
-    from tarflow_jax import convert
-
-    return convert.load_official(path, model)
-
-
-def save_official(
-    variables: Variables, model: TarFlow, path: str | os.PathLike[str]
-) -> None:
-    """See `tarflow_jax.convert.save_official`."""
-    from tarflow_jax import convert
-
-    convert.save_official(variables, model, path)
-
-
+# Where each public name lives; a module is imported when a name of it is first used (PEP 562).
+_HOMES = {
+    'Condition': 'flow.condition',
+    'Guidance': 'flow.guidance',
+    'SampleInfo': 'sampling.sample',
+    'Schedule': 'sampling.schedule',
+    'SequenceFlow': 'flow.flow',
+    'TarFlow': 'flow.flow',
+    'bits_per_dim': 'flow.likelihood',
+    'calibrate': 'sampling.calibration',
+    'denoise': 'flow.denoising',
+    'iterative_denoise': 'flow.denoising',
+    'latent_log_prob': 'flow.likelihood',
+    'load_official': 'convert',
+    'log_prob': 'flow.likelihood',
+    'sample': 'sampling.sample',
+    'sample_trajectory': 'sampling.sample',
+    'save_official': 'convert',
+}
 __all__ = [
+    'Condition',
     'Guidance',
     'SampleInfo',
     'Schedule',
+    'SequenceFlow',
     'TarFlow',
     'bits_per_dim',
     'calibrate',
     'denoise',
+    'iterative_denoise',
     'latent_log_prob',
     'load_official',
     'log_prob',
@@ -44,3 +53,15 @@ __all__ = [
     'sample_trajectory',
     'save_official',
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    value = getattr(importlib.import_module(f'{__name__}.{_HOMES[name]}'), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

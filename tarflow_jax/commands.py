@@ -19,9 +19,10 @@ import optax
 from tarflow_jax import config as configs
 from tarflow_jax import convert as official
 from tarflow_jax import files, reporting, scoring
+from tarflow_jax.data import sizes
 from tarflow_jax.evaluation import bulk, sample_files, schedules
 from tarflow_jax.evaluation.scores import Subject, check_names
-from tarflow_jax.flow.layers import OneDevice
+from tarflow_jax.flow.parameters import is_parameter
 from tarflow_jax.training import loop, sharding
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.state import from_variables
@@ -34,6 +35,7 @@ def train(config, given) -> Callable[[], None]:
     workdir, plan, mesh = _setup(config, given)
     source = configs.source(config, 'train', plan.model)
     test_source = configs.source(config, 'test', plan.model)
+    plan = plan.with_features_of(test_source)
     schedule = configs.schedule(config, source)
     sharding.check(mesh, config.train.batch_size, 'train.batch_size', config.train.accumulation)
     checkpoints = Checkpoints(workdir, plan.model, config.to_dict())
@@ -72,6 +74,8 @@ def train(config, given) -> Callable[[], None]:
 def sample(config, given) -> Callable[[], None]:
     """Draws config.sample.count images, or those that are missing: see `evaluation.bulk`."""
     workdir, plan, mesh = _setup(config, given, 'input')
+    if plan.model.num_features:
+        plan = plan.with_features_of(configs.source(config, 'test', plan.model))
     variables, origin = _variables(plan, workdir, given.input, mesh)
 
     def job():
@@ -103,20 +107,19 @@ def sample_set(config, plan, variables, origin: dict, mesh, workdir: Path):
     s, step = config.sample, origin.get('step')
     name = re.sub(r'[^\w.-]', '_', Path(origin['name']).stem)
     name = name if step is None else f'step_{step:07d}'
-    how = dict(label=s.label, seed=config.seed, denoise_strength=s.denoise_strength)
     tolerance = s.tolerance if s.method == 'auto' else None
-    known = bulk.fingerprint(plan, variables, name, tolerance=tolerance, **how)
+    known = bulk.fingerprint(plan, variables, name, seed=config.seed, tolerance=tolerance)
     folder = workdir / 'samples' / bulk.folder_name(known)
     log.info('samples go to %s', folder)
     schedule, about = None, sample_files.read_about(folder)
     if tolerance and (about is None or about['count'] < s.count):
         schedule = schedules.schedule_of(
             workdir / 'schedules' / f'{folder.name}.json', plan, variables,
-            batch_size=min(s.batch_size, s.count), label=s.label, tolerance=tolerance, mesh=mesh,
+            batch_size=min(s.batch_size, s.count), tolerance=tolerance, mesh=mesh,
         )
     summary = bulk.draw_set(
         folder, plan, variables, count=s.count, batch_size=s.batch_size, mesh=mesh,
-        fingerprint=known, file_format=s.format, schedule=schedule, **how,
+        fingerprint=known, file_format=s.format, schedule=schedule, seed=config.seed,
     )
     return sample_files.open_samples(folder, s.count), summary
 
@@ -125,6 +128,7 @@ def evaluate(config, given) -> Callable[[], None]:
     """Scores the flow on the test set with config.evaluate.metrics; writes evaluation.json."""
     workdir, plan, mesh = _setup(config, given, 'input')
     source = configs.source(config, 'test', plan.model)
+    plan = plan.with_features_of(source)
     scores = scoring.prepare(Subject(config, plan, mesh, workdir, source))
     variables, origin = _variables(plan, workdir, given.input, mesh)
     draw = functools.partial(sample_set, config, plan, variables, origin, mesh, workdir)
@@ -145,6 +149,7 @@ def report(config, given) -> Callable[[], None]:
     workdir, plan, mesh = _setup(config, given)
     train_source = configs.source(config, 'train', plan.model)
     test_source = configs.source(config, 'test', plan.model)
+    plan = plan.with_features_of(test_source)
     subject = Subject(config, plan, mesh, workdir, test_source)
     show = reporting.prepare(subject, train_source)
     variables, origin = _variables(plan, workdir, None, mesh)
@@ -303,14 +308,11 @@ def _announce(mode: str, model, mesh, **rows: str) -> None:
     """Says what is about to be done, before anything is compiled."""
     layers = sorted(set(model.layers_per_block))
     depth = layers[0] if len(layers) == 1 else ','.join(map(str, model.layers_per_block))
-    shape = (1, model.image_size, model.image_size, model.image_channels)
-    variables = jax.eval_shape(
-        model.clone(layout=OneDevice()).init, jax.random.key(0), jax.ShapeDtypeStruct(shape, 'f4')
-    )
-    count = sum(leaf.size for leaf in jax.tree.leaves(variables['params']))
+    patch = sizes.text(model.patch_shape)
+    count = sum(p.size for p in jax.tree.leaves(model.parameters(), is_leaf=is_parameter))
     lines = {
-        'flow': f'{model.patch_size}-{model.width}-{len(model.layers_per_block)}-{depth} at '
-        f'{model.image_size}x{model.image_size}x{model.image_channels}, {count:,} parameters, '
+        'flow': f'{patch}-{model.width}-{len(model.layers_per_block)}-{depth} at '
+        f'{"x".join(map(str, model.image_shape))}, {count:,} parameters, '
         f'{jax.numpy.dtype(model.dtype).name}',
     }
     if mesh is not None:
@@ -351,7 +353,7 @@ def _plan(config):
     """What the config means, its flow laid out over the mesh of all devices; and the mesh."""
     plan = configs.plan(config)
     check_names(config.evaluate.metrics, plan.model)
-    mesh = sharding.make_mesh(**config.mesh)
+    mesh = configs.named('mesh', sharding.make_mesh, **config.mesh)
     return plan.on(sharding.Layout(mesh, config.model.attention)), mesh
 
 

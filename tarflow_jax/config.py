@@ -11,19 +11,30 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from tarflow_jax.data import pipeline, sources
 from tarflow_jax.flow.attention import KERNELS
+from tarflow_jax.flow.condition import Condition
+from tarflow_jax.flow.denoising import SOLVERS
+from tarflow_jax.flow.flow import TarFlow
 from tarflow_jax.flow.guidance import Guidance
-from tarflow_jax.flow.model import TarFlow
+from tarflow_jax.sampling.generate import Conditions, Denoising
 from tarflow_jax.training import optimizer as optimizers
-from tarflow_jax.training.step import Recipe
+from tarflow_jax.training.corruption import Recipe
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 SAMPLE_FORMATS = ('npz', 'array_record')
 SAMPLE_METHODS = ('sequential', 'auto')
+MOST_FEATURES = 10_000  # images whose features samples are drawn with
+STEP_OF_LEVELS = 0.01  # of iterative denoising, by default (iTARFlow's evaluation)
+
+
+def _any(value) -> FieldReference:
+    """A field whose value may be of several types."""
+    return FieldReference(value, field_type=object)
 
 
 def default() -> ConfigDict:
@@ -32,13 +43,19 @@ def default() -> ConfigDict:
     c.seed = 0
 
     c.model = m = ConfigDict()
-    m.image_size = 28
+    m.image_size = _any(28)  # or (height, width), as the next but one
     m.image_channels = 1
-    m.patch_size = 4
+    m.patch_size = _any(4)
     m.width = 128
     m.layers_per_block = (4, 4, 4, 4)
-    m.num_classes = 10  # 0 is unconditional
+    m.num_classes = 10  # 0 is without classes
+    m.num_features = 0  # numbers in an image's feature vector; 0 is without features
+    m.noise_conditioned = False  # iTARFlow; goes with train.noise 'levels'
     m.head_dim = 64
+    m.orders = _any('alternate')  # or a permutation of the patches for each block
+    m.scale = 'exp'  # or 'softplus'
+    m.scale_limit = _any(None)  # bounds log-scales and shifts
+    m.first_token = 'identity'  # or 'start'
     m.volume_preserving = False
     m.dtype = 'float32'  # or 'bfloat16'
     m.remat = 'none'  # or 'layer', 'dots', 'attention'
@@ -62,9 +79,12 @@ def default() -> ConfigDict:
     c.train = t = ConfigDict()
     t.batch_size = 256
     t.epochs = 100.0
-    t.noise = 'gaussian'  # or 'uniform'
-    t.noise_std = 0.1  # of the [-1, 1] range
-    t.label_dropout = 0.1
+    t.noise = 'gaussian'  # or 'uniform', 'levels'
+    t.noise_std = 0.1  # of the [-1, 1] range; the highest of the levels
+    t.lowest_noise_std = 0.01  # of the levels
+    t.levels = 'uniform'  # their distribution: or 'uniform_square', 'log_normal'
+    t.weight = 'level'  # of an image's loss at its level; see training.corruption.WEIGHTS
+    t.label_dropout = 0.1  # of features too
     t.peak_learning_rate = 1e-4
     t.floor_learning_rate = 1e-6
     t.warmup_epochs = 1.0
@@ -85,6 +105,9 @@ def default() -> ConfigDict:
     s.batch_size = 100
     s.label = -1  # one class for all samples; -1 goes through the classes
     s.denoise_strength = 1.0  # 0 leaves denoising out
+    s.denoise_steps = 0  # of noise-conditioned flows; 0 is one for each 0.01 of train.noise_std
+    s.denoise_solver = 'ode'  # or 'sde'
+    s.denoise_clip = False  # estimates to [-1, 1]
     s.method = 'sequential'  # or 'auto': as a schedule kept in the workdir says
     s.tolerance = 1e-4  # of 'auto': largest error of an image, in [-1, 1]
     s.format = 'npz'  # one of SAMPLE_FORMATS
@@ -95,6 +118,7 @@ def default() -> ConfigDict:
     g.temperature = 1.0
     g.annealed = False
     g.rule = 'linear'
+    g.blocks = _any(None)  # guide only so many blocks, those inverted first
 
     c.evaluate = e = ConfigDict()
     e.metrics = ('bits_per_dim',)  # any of evaluation.scores.SCORES
@@ -160,15 +184,21 @@ class Plan:
     model: TarFlow
     recipe: Recipe
     guidance: Guidance
+    denoising: Denoising | None
+    conditions: Conditions  # of samples
 
     def on(self, layout) -> 'Plan':
         """The plan with its flow laid out over a mesh."""
         return dataclasses.replace(self, model=self.model.clone(layout=layout))
 
-    @property
-    def gaussian_noise_std(self) -> float:
-        """Of the noise that denoising removes; 0 for flows trained with uniform noise."""
-        return self.recipe.noise_std if self.recipe.noise == 'gaussian' else 0.0
+    def with_features_of(self, source) -> 'Plan':
+        """The plan whose samples have the features of the source's images, in turn."""
+        if not self.model.num_features:
+            return self
+        count = min(len(source), MOST_FEATURES)
+        features = np.stack([source[i]['features'] for i in range(count)])
+        conditions = dataclasses.replace(self.conditions, features=features)
+        return dataclasses.replace(self, conditions=conditions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +220,7 @@ def plan(config: ConfigDict) -> Plan:
     for field, choices in (
         ('model.dtype', DTYPES), ('model.attention', ('auto', *KERNELS)),
         ('sample.method', SAMPLE_METHODS), ('sample.format', SAMPLE_FORMATS),
+        ('sample.denoise_solver', SOLVERS),
     ):
         value = operator.attrgetter(field)(config)
         if value not in choices:
@@ -203,19 +234,25 @@ def plan(config: ConfigDict) -> Plan:
             f'model.layers_per_block {fields["layers_per_block"]} must hold whole numbers, one per '
             'block, such as (4, 4, 4, 4).'
         )
-    try:
-        model = TarFlow(**fields)
-    except ValueError as error:  # its sentences begin with the field
-        raise ValueError(f'model.{error}') from error
+    model = named('model', TarFlow, **fields)
     t, s = config.train, config.sample
-    recipe = Recipe(t.noise, t.noise_std, t.label_dropout, t.ema_decay, t.accumulation)
-    guidance = Guidance(**config.guidance.to_dict())
-    guidance.check(has_labels=model.num_classes > 0)
+    recipe = named('train', Recipe, **{
+        field.name: t[field.name] for field in dataclasses.fields(Recipe)
+    })
+    if model.noise_conditioned != (recipe.noise == 'levels'):
+        raise ValueError(
+            f"train.noise {recipe.noise!r} does not go with model.noise_conditioned "
+            f"{model.noise_conditioned}; 'levels' is for noise-conditioned flows, and they need it."
+        )
+    guidance = named('guidance', Guidance, **config.guidance.to_dict())
+    named('guidance', guidance.check, model, Condition(labels=(), features=()))
     if not -1 <= s.label < max(model.num_classes, 1):
         raise ValueError(
             f'sample.label {s.label} is outside 0..{model.num_classes - 1}, the classes of the '
             'model; -1 goes through all of them.'
         )
+    if s.denoise_steps < 0:
+        raise ValueError(f'sample.denoise_steps {s.denoise_steps} must not be negative.')
     if not 0 < s.tolerance < 1:
         raise ValueError(f'sample.tolerance {s.tolerance} must be above 0 and below 1.')
     for field in ('model.unroll', 'sample.count', 'sample.batch_size', 'evaluate.batch_size',
@@ -233,7 +270,33 @@ def plan(config: ConfigDict) -> Plan:
             )
     if not 0 <= config.seed < 2**32:
         raise ValueError(f'seed {config.seed} is outside 0..{2**32 - 1}.')
-    return Plan(model, recipe, guidance)
+    conditions = Conditions(
+        model.num_classes, s.label, recipe.noise_std if model.noise_conditioned else None
+    )
+    return Plan(model, recipe, guidance, _denoising(recipe, s), conditions)
+
+
+def named(section: str, function: Callable, *args, **kwargs):
+    """Calls a function of the library, whose errors begin with the name of an argument.
+
+    Raises:
+      ValueError: the function's, beginning with the config's field.
+    """
+    try:
+        return function(*args, **kwargs)
+    except ValueError as error:
+        raise ValueError(f'{section}.{error}') from error
+
+
+def _denoising(recipe: Recipe, s: ConfigDict) -> Denoising | None:
+    if not recipe.gaussian_noise_std or not s.denoise_strength:
+        return None
+    if recipe.noise == 'gaussian':
+        return Denoising(recipe.noise_std, s.denoise_strength)
+    highest, lowest = recipe.noise_std, recipe.lowest_noise_std
+    steps = s.denoise_steps or max(1, int(highest / STEP_OF_LEVELS + 1e-6))
+    levels = tuple(np.linspace(highest, lowest, steps).tolist())
+    return Denoising(levels=levels, solver=s.denoise_solver, clip=s.denoise_clip)
 
 
 def source(config: ConfigDict, split: str, model: TarFlow):
@@ -252,6 +315,7 @@ def source(config: ConfigDict, split: str, model: TarFlow):
         image_size=model.image_size,
         channels=model.image_channels,
         num_classes=model.num_classes,
+        num_features=model.num_features,
         what=f'the {split} set of data.source {d.source!r}',
     )
     return opened
@@ -275,12 +339,18 @@ def schedule(config: ConfigDict, training_images) -> Schedule:
     for field in ('epochs', 'warmup_epochs'):
         if not math.isfinite(t[field]):
             raise ValueError(f'train.{field} {t[field]} must be a finite number.')
-    steps_per_epoch = pipeline.steps_per_epoch(training_images, t.batch_size)
+    steps_per_epoch = named('train', pipeline.steps_per_epoch, training_images, t.batch_size)
     total_steps = round(t.epochs * steps_per_epoch)
+    warmup_steps = round(t.warmup_epochs * steps_per_epoch)
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(
+            f'train.warmup_epochs {t.warmup_epochs} are {warmup_steps} steps, which leave none of '
+            f'{total_steps} for the rest; lower train.warmup_epochs or raise train.epochs.'
+        )
     learning_rate = optimizers.learning_rate_schedule(
         peak=t.peak_learning_rate,
         floor=t.floor_learning_rate,
-        warmup_steps=round(t.warmup_epochs * steps_per_epoch),
+        warmup_steps=warmup_steps,
         total_steps=total_steps,
     )
     return Schedule(
@@ -291,7 +361,9 @@ def schedule(config: ConfigDict, training_images) -> Schedule:
 def optimizer(config: ConfigDict, learning_rate: Callable) -> optax.GradientTransformation:
     """The config's optimizer under a learning rate, a function of the number of updates."""
     t = config.train
-    return optimizers.adamw(
+    return named(
+        'train',
+        optimizers.adamw,
         learning_rate,
         b1=t.b1,
         b2=t.b2,

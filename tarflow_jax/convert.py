@@ -1,9 +1,9 @@
-"""Official PyTorch checkpoints to Flax variables and back.
+"""Official PyTorch checkpoints to Flax variables and back, of TarFlow and of iTARFlow.
 
-The official code (github.com/apple/ml-tarflow) keeps linear weights as [out, in] and the numbers
-of a patch in the order (channel, row, column); here kernels are [in, out] and a patch is (row,
-column, channel). `_BLOCK` and `_LAYER` are the only place that says what corresponds to what:
-loading reads them from left to right, saving from right to left.
+The official codes (github.com/apple/ml-tarflow and ml-itarflow) keep linear weights as [out, in]
+and the numbers of a patch in the order (channel, row, column); here kernels are [in, out] and a
+patch is (row, column, channel). `_BLOCK`, `_NOISE` and `_LAYER` are the only place that says what
+corresponds to what: loading reads them from left to right, saving from right to left.
 """
 
 import collections
@@ -20,11 +20,11 @@ import safetensors.numpy
 from flax import traverse_util
 
 from tarflow_jax import files, torch_file
-from tarflow_jax.flow.model import TarFlow, Variables
+from tarflow_jax.flow.flow import Flow, TarFlow, Variables, field_defaults
 
 # Official name, our path, and the axes of both, named as in `_sizes`; those in parentheses are
-# merged into one. The official code registers the layers as `blocks.B.attn_blocks.L`; here they
-# are stacked on a leading axis.
+# merged into one. TarFlow's code registers the layers as `blocks.B.attn_blocks.L`, iTARFlow's as
+# `blocks.B.head_blocks.L`; here they are stacked on a leading axis.
 _BLOCK = (
     ('pos_embed', 'position_embedding', 'T W', 'T W'),
     ('class_embed', 'class_embedding', 'N one W', '(N one) W'),
@@ -32,6 +32,13 @@ _BLOCK = (
     ('proj_in.bias', 'proj_in/bias', 'W', 'W'),
     ('proj_out.weight', 'proj_out/kernel', '(half C row col) W', 'W (half row col C)'),
     ('proj_out.bias', 'proj_out/bias', '(half C row col)', '(half row col C)'),
+)
+# Of noise-conditioned flows.
+_NOISE = (
+    ('time_embed.mlp.0.weight', 'noise_embedding/mlp_in/kernel', 'F W', 'W F'),
+    ('time_embed.mlp.0.bias', 'noise_embedding/mlp_in/bias', 'F', 'F'),
+    ('time_embed.mlp.2.weight', 'noise_embedding/mlp_out/kernel', 'W F', 'F W'),
+    ('time_embed.mlp.2.bias', 'noise_embedding/mlp_out/bias', 'W', 'W'),
 )
 _LAYER = (
     ('attention.norm.weight', 'attention_norm/scale', 'W', 'W'),
@@ -81,6 +88,7 @@ def load_official(path: str | os.PathLike[str], model: TarFlow) -> dict[str, Any
         that the model cannot represent.
     """
     path = Path(path)
+    _check_representable(model)
     if not path.exists():
         raise FileNotFoundError(f'{path} does not exist; give the path of an official checkpoint.')
     if not path.is_file():
@@ -94,6 +102,7 @@ def load_official(path: str | os.PathLike[str], model: TarFlow) -> dict[str, Any
             f'{path} ends with {path.suffix!r}; give a .pth or a .safetensors checkpoint.'
         )
 
+    _check_kind(path, model, tensors)
     rows, sizes, buffers = _rows(model), _sizes(model), _buffers(model)
     shapes = {row.official: _shape(row.official_axes, sizes) for row in rows}
     shapes |= {name: buffer.shape for name, buffer in buffers.items()}
@@ -134,6 +143,7 @@ def save_official(
         dtype than the model's, or not finite.
     """
     path = Path(path)
+    _check_representable(model)
     if path.suffix != '.safetensors':
         raise ValueError(f'{path} ends with {path.suffix!r}; choose a name ending in .safetensors.')
     if not path.parent.is_dir():
@@ -162,17 +172,50 @@ def save_official(
         file.write(data)
 
 
+def _check_representable(model: Flow) -> None:
+    """ValueError if the official codes have no such flow."""
+    if not isinstance(model, TarFlow):
+        raise ValueError(
+            f'the model is a {type(model).__name__}, and official checkpoints are of images; pass '
+            'a TarFlow.'
+        )
+    defaults = field_defaults(model)
+    for field in ('num_features', 'orders', 'scale', 'scale_limit', 'first_token'):
+        if getattr(model, field) != defaults[field]:
+            raise ValueError(
+                f'{field} {getattr(model, field)!r:.100} of the model has no place in an official '
+                f'checkpoint; only {defaults[field]!r} has.'
+            )
+    if len(set(model.patch_shape)) > 1 or len(set(model.image_shape[:2])) > 1:
+        raise ValueError(
+            f'image_size {model.image_size} and patch_size {model.patch_size} of the model have no '
+            'place in an official checkpoint; its images and patches are square.'
+        )
+
+
+def _check_kind(path: Path, model: TarFlow, tensors: Mapping[str, np.ndarray]) -> None:
+    """ValueError if a TarFlow's checkpoint is given for an iTARFlow, or the reverse."""
+    conditioned = any('.time_embed.' in name for name in tensors)
+    if tensors and conditioned != model.noise_conditioned:
+        there = 'an iTARFlow' if conditioned else 'a TarFlow'
+        raise ValueError(
+            f'{path} holds {there}, and the model has noise_conditioned {model.noise_conditioned}; '
+            f'pass a model with noise_conditioned={conditioned}.'
+        )
+
+
 def _rows(model) -> list[_Row]:
     """All tensors of the official state dict except for `_buffers`."""
     rows = [_Row(*_PRIOR)] if model.volume_preserving else []
+    layers = 'head_blocks' if model.noise_conditioned else 'attn_blocks'
     for b, num_layers in enumerate(model.layers_per_block):
-        for official, path, theirs, ours in _BLOCK:
+        for official, path, theirs, ours in _BLOCK + _NOISE * model.noise_conditioned:
             if official != 'class_embed' or model.num_classes:
                 official, path = f'blocks.{b}.{official}', f'params/block_{b}/{path}'
                 rows.append(_Row(official, path, theirs, ours))
         for i in range(num_layers):
             for official, path, theirs, ours in _LAYER:
-                official = f'blocks.{b}.attn_blocks.{i}.{official}'
+                official = f'blocks.{b}.{layers}.{i}.{official}'
                 rows.append(_Row(official, f'params/block_{b}/layers/{path}', theirs, ours, i))
     return rows
 
@@ -193,8 +236,8 @@ def _sizes(model) -> dict[str, int]:
         'N': model.num_classes,
         'one': 1,
         'C': model.image_channels,
-        'row': model.patch_size,
-        'col': model.patch_size,
+        'row': model.patch_shape[0],
+        'col': model.patch_shape[1],
         'half': 1 if model.volume_preserving else 2,  # log-scale and shift, or shift alone
         'qkv': 3,
         'H': model.width // model.head_dim,
@@ -268,7 +311,7 @@ def _refuse(what, model, problems: list[str]) -> None:
         return
     fields = (
         'image_size', 'image_channels', 'patch_size', 'width', 'layers_per_block', 'num_classes',
-        'head_dim', 'volume_preserving',
+        'head_dim', 'volume_preserving', 'noise_conditioned',
     )
     settings = ', '.join(f'{field}={getattr(model, field)}' for field in fields)
     named = problems[:_MAX_NAMED]

@@ -18,7 +18,7 @@ from tarflow_jax.evaluation.over_set import evenly_spaced, images_of
 from tarflow_jax.evaluation.report import drawn, measured
 from tarflow_jax.evaluation.scores import Subject
 from tarflow_jax.evaluation.versions import versions
-from tarflow_jax.flow.model import architecture
+from tarflow_jax.flow.flow import architecture
 from tarflow_jax.training import metrics, pictures
 
 NEIGHBOURS = 3  # training images beside a sample
@@ -57,8 +57,7 @@ def _collect(s: Subject, train, variables, origin) -> dict:
     r, plan, key = s.config.report, s.plan, jax.random.key(s.config.seed)
     keys = dict(zip(('noise', 'likelihoods', 'blocks'), jax.random.split(key, 3)))
     drawer = drawn.Drawer(
-        plan, variables, s.mesh, min(s.config.sample.batch_size, r.rows * r.columns),
-        s.config.sample.denoise_strength,
+        plan, variables, s.mesh, min(s.config.sample.batch_size, r.rows * r.columns)
     )
     samples = drawn.draw(
         drawer, keys['noise'], rows=r.rows, columns=r.columns,
@@ -71,8 +70,8 @@ def _collect(s: Subject, train, variables, origin) -> dict:
         'title': f'Report of {s.workdir.absolute().name}',
         'origin': origin,
         'model': architecture(plan.model),
-        'positions': plan.model.num_patches,
-        'noise_std': plan.gaussian_noise_std,
+        'positions': plan.model.token_shape[0],
+        'noise_std': plan.recipe.gaussian_noise_std,
         'parameters': sum(x.size for x in jax.tree.leaves(variables['params'])),
         'data': {
             name: source.about | {'images': len(source)}
@@ -122,7 +121,9 @@ def _neighbours(samples: dict, train, test, mirrored: bool) -> dict:
 
 def _likelihoods(s: Subject, variables, test, key) -> dict:
     bits = measured.likelihoods(
-        s.plan.model, variables, test, key=key, mesh=s.mesh, batch_size=s.config.evaluate.batch_size
+        s.plan.model, variables, test, key=key, mesh=s.mesh,
+        batch_size=s.config.evaluate.batch_size,
+        noise_std=s.plan.recipe.scored_noise_std,
     )
     most, least = measured.extremes(bits, EXTREMES)
     return {

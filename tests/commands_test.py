@@ -19,7 +19,7 @@ from tarflow_jax.evaluation import bits_per_dim, bulk, sample_files, sample_part
 from tarflow_jax.flow.likelihood import training_loss
 from tarflow_jax.torch_file import read_torch_file
 from tarflow_jax.training import loop
-from tarflow_jax.training.step import Recipe, add_noise
+from tarflow_jax.training.corruption import Recipe, corrupt
 
 
 def samples_in(workdir):
@@ -37,7 +37,8 @@ def test_sample(trained, images, tmp_path, capfd):
     assert arrays['arr_0'].shape == (13, 16, 16, 1) and arrays['arr_0'].dtype == np.uint8
     np.testing.assert_array_equal(arrays['arr_1'], np.arange(13) % 5)
     about = json.loads((folder / 'samples.json').read_text())
-    assert about['fingerprint']['denoise'] == {'noise_std': 0.1, 'strength': 1.0}
+    denoise = about['fingerprint']['denoise']
+    assert (denoise['noise_std'], denoise['strength'], denoise['levels']) == (0.1, 1.0, [])
     assert str(tmp_path) not in json.dumps(about)
 
     # Again there is nothing to draw; then a longer set, whose first images are the same.
@@ -135,7 +136,7 @@ def press_ctrl_c(*_, **__):
 
 @pytest.mark.parametrize('mode, where, name, says', [
     ('train', loop, 'jitted_train_step', 'goes on from the newest'),
-    ('sample', bulk, '_noise', 'goes on from there'),
+    ('sample', bulk, 'noise_of_examples', 'goes on from there'),
     ('evaluate', bits_per_dim, 'over_set', 'starts the scores again'),
     ('convert', official, '_rearrange', 'starts again'),
     ('evaluate', configs, 'source', 'stopped before anything was done'),
@@ -203,7 +204,7 @@ def test_training_goes_on_from_a_converted_workdir(converted, images, tmp_path):
     noise_key, label_key = jax.random.split(jax.random.fold_in(step_key, 0))
     dropped = jax.random.bernoulli(label_key, 0.3, (16,))
     case = Case('cond_gray')
-    noisy = add_noise(noise_key, batch['image'], Recipe(noise_std=0.1))
+    noisy = corrupt(noise_key, batch['image'], Recipe(noise_std=0.1)).images
     z, logdet = case.model.apply(case.variables, noisy, np.where(dropped, -1, batch['label']))
     assert metrics(workdir)[0]['loss'] == pytest.approx(
         float(training_loss(z, logdet)[0]), rel=1e-5, abs=1e-6

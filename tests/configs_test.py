@@ -6,6 +6,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from command_line import ROOT, call, metrics
 from ml_collections import ConfigDict
@@ -179,4 +180,47 @@ def test_whole_numbers_for_fields_of_fractions():
 def test_noise_to_remove(noise, std):
     c = configs.default()
     c.train.noise = noise
-    assert configs.plan(c).gaussian_noise_std == std
+    plan = configs.plan(c)
+    assert plan.recipe.gaussian_noise_std == std
+    assert (plan.denoising.noise_std if plan.denoising else 0.0) == std
+    c.sample.denoise_strength = 0.0
+    assert configs.plan(c).denoising is None
+
+
+def test_plan_of_a_noise_conditioned_flow():
+    c = configs.default()
+    c.model.noise_conditioned = True
+    c.train.update(noise='levels', noise_std=0.3, lowest_noise_std=0.05, weight='one')
+    c.sample.update(denoise_solver='sde', denoise_clip=True, label=2)
+    plan = configs.plan(c)
+    assert (plan.recipe.noise_std, plan.recipe.lowest_noise_std) == (0.3, 0.05)
+    assert plan.recipe.weight == 'one' and plan.recipe.scored_noise_std == 0.05
+    # A level for each 0.01 of the highest, from it down to the lowest.
+    levels = plan.denoising.levels
+    assert len(levels) == 30 and (levels[0], levels[-1]) == pytest.approx((0.3, 0.05))
+    assert (plan.denoising.solver, plan.denoising.clip) == ('sde', True)
+    condition = plan.conditions.of([4, 5])
+    assert condition.labels.tolist() == [2, 2] and condition.noise_std == np.float32(0.3)
+    assert condition.features is None
+    c.sample.denoise_steps = 3
+    assert configs.plan(c).denoising.levels == pytest.approx((0.3, 0.175, 0.05))
+
+
+def test_samples_have_the_features_of_a_source():
+    c = configs.default()
+    c.model.num_features = 2
+    plan = configs.plan(c)
+    source = [{'features': np.float32([i, -i])} for i in range(3)]
+    condition = plan.with_features_of(source).conditions.of(np.arange(5))
+    np.testing.assert_array_equal(condition.features[:, 0], [0, 1, 2, 0, 1])
+    np.testing.assert_array_equal(condition.labels, np.arange(5))
+    c.model.num_features = 0
+    plan = configs.plan(c)
+    assert plan.with_features_of(source) is plan
+
+
+def test_sizes_may_be_pairs():
+    c = configs.default()
+    c.model.update(image_size=(48, 32), patch_size=(4, 2))
+    model = configs.plan(c).model
+    assert model.image_shape == (48, 32, 1) and model.token_shape == (192, 8)

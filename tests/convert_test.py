@@ -12,13 +12,15 @@ import pytest
 import safetensors.numpy
 
 from tarflow_jax import convert
-from tarflow_jax.flow.model import TarFlow
+from tarflow_jax.flow.flow import TarFlow
 from tarflow_jax.torch_file import read_torch_file
 
 PARITY = Path(__file__).parent / 'parity'
 CASES = ('cond_gray', 'uncond_rgb', 'vp_cond')
 FILES = [f'{case}/model.pth' for case in CASES]
 FILES += ['trajectory/initial.pth', 'trajectory/final.pth']
+FILES += ['itarflow_cond_rgb/model.pth', 'itarflow_uncond_gray/model.pth']
+FILES += ['itarflow_trajectory/initial.pth', 'itarflow_trajectory/final.pth']
 
 
 def model_of(case, **changes) -> TarFlow:
@@ -26,24 +28,29 @@ def model_of(case, **changes) -> TarFlow:
     fields = {
         'image_size': config['img_size'],
         'image_channels': config['in_channels'],
-        'patch_size': config['patch_size'],
-        'width': config['channels'],
-        'layers_per_block': (config['layers_per_block'],) * config['num_blocks'],
         'num_classes': config['num_classes'],
-        'volume_preserving': not config['nvp'],
     }
+    if case.startswith('itarflow'):
+        [patch_size], [width] = config['patch_sizes'], config['channels']
+        depths = tuple(config['layers_per_block'])
+        fields |= {'noise_conditioned': True}
+    else:
+        patch_size, width = config['patch_size'], config['channels']
+        depths = (config['layers_per_block'],) * config['num_blocks']
+        fields |= {'volume_preserving': not config['nvp']}
+    fields |= {'patch_size': patch_size, 'width': width, 'layers_per_block': depths}
     return TarFlow(**(fields | changes))
 
 
 def shapes(model):
     """What `model.init` returns, as {path: (shape, dtype)}."""
-    images = jnp.zeros((2, model.image_size, model.image_size, model.image_channels))
+    images = jnp.zeros((2, *model.image_shape))
     tree = jax.eval_shape(model.init, jax.random.key(0), images, jnp.zeros(2, jnp.int32))
     return {jax.tree_util.keystr(k): (v.shape, v.dtype) for k, v in jax.tree.leaves_with_path(tree)}
 
 
 def random_variables(model, seed=0):
-    images = jnp.zeros((1, model.image_size, model.image_size, model.image_channels))
+    images = jnp.zeros((1, *model.image_shape))
     tree = jax.eval_shape(model.init, jax.random.key(0), images, jnp.zeros(1, jnp.int32))
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32) + 0.1, tree)
@@ -164,6 +171,9 @@ def test_round_trip_is_exact(tmp_path, file):
     for name, tensor in official.items():
         assert saved[name].shape == tensor.shape and saved[name].dtype == np.float32
         assert saved[name].tobytes() == tensor.tobytes(), name
+    if (PARITY / file).with_name('names.json').exists():
+        named = json.loads((PARITY / file).with_name('names.json').read_text())
+        assert {name: list(tensor.shape) for name, tensor in saved.items()} == named
 
 
 @pytest.mark.parametrize('volume_preserving', [False, True])
@@ -180,6 +190,37 @@ def test_round_trip_of_uneven_blocks_and_small_heads(tmp_path, volume_preserving
     assert saved['blocks.2.class_embed'].shape == (3, 1, 64)
     np.testing.assert_array_equal(saved['blocks.2.attn_mask'], np.tril(np.ones((4, 4))))
     assert (saved['var'] == 1).all() != volume_preserving
+
+
+@pytest.mark.parametrize('fields, name', [
+    ({'scale': 'softplus'}, 'scale'), ({'first_token': 'start'}, 'first_token'),
+    ({'num_features': 2}, 'num_features'), ({'scale_limit': 3.0}, 'scale_limit'),
+    ({'orders': ((0, 2, 1, 3), (3, 1, 2, 0))}, 'orders'),
+])
+def test_flows_that_the_official_code_has_not_are_refused(tmp_path, fields, name):
+    model = small(**fields)
+    path = tmp_path / 'a.safetensors'
+    assert name in refusal(convert.save_official, random_variables(model), model, path)
+    convert.save_official(random_variables(small()), small(), path)
+    assert name in refusal(convert.load_official, path, model)
+
+
+def test_noise_conditioned_tensors_number_by_number():
+    case = PARITY / 'itarflow_cond_rgb' / 'model.pth'
+    official, model = read_torch_file(case), model_of('itarflow_cond_rgb')
+    params = convert.load_official(case, model)['params']
+    assert len(set(model.layers_per_block)) > 1
+    for b, depth in enumerate(model.layers_per_block):
+        noise, theirs = params[f'block_{b}']['noise_embedding'], f'blocks.{b}.time_embed.mlp'
+        for name, index in (('mlp_in', 0), ('mlp_out', 2)):
+            kernel, bias = (official[f'{theirs}.{index}.{part}'] for part in ('weight', 'bias'))
+            np.testing.assert_array_equal(noise[name]['kernel'], kernel.T)
+            np.testing.assert_array_equal(noise[name]['bias'], bias)
+        for i in range(depth):
+            np.testing.assert_array_equal(
+                params[f'block_{b}']['layers']['mlp_in']['kernel'][i],
+                official[f'blocks.{b}.head_blocks.{i}.mlp.main.0.weight'].T,
+            )
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from tarflow_jax import commands, main
 from tarflow_jax import config as configs
 from tarflow_jax.ahead_of_time import topology
 from tarflow_jax.data import prepare
-from tarflow_jax.flow.model import TarFlow
+from tarflow_jax.flow.flow import TarFlow
 
 PAGES = {
     str(page.relative_to(ROOT)): page

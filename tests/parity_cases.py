@@ -1,5 +1,6 @@
 """The numbers that the official code returned, in our layout (tests/parity)."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import tarflow_jax as tfj
 
 FOLDER = Path(__file__).parent / 'parity'
 CASES = ('cond_gray', 'uncond_rgb', 'vp_cond')
+ITARFLOW_CASES = ('itarflow_cond_rgb', 'itarflow_uncond_gray')
 
 
 class Case:
@@ -16,15 +18,19 @@ class Case:
 
     def __init__(self, name: str, checkpoint: str = 'model.pth', **fields):
         self.arrays = dict(np.load(FOLDER / name / 'case.npz'))
-        config = json.loads(str(self.arrays['config']))
+        self.config = config = json.loads(str(self.arrays['config']))
+        depths = config['layers_per_block']
+        patch_size = config['patch_sizes'][0] if 'patch_sizes' in config else config['patch_size']
+        width = config['channels'][0] if 'patch_sizes' in config else config['channels']
         self.model = tfj.TarFlow(
             image_size=config['img_size'],
             image_channels=config['in_channels'],
-            patch_size=config['patch_size'],
-            width=config['channels'],
-            layers_per_block=(config['layers_per_block'],) * config['num_blocks'],
+            patch_size=patch_size,
+            width=width,
+            layers_per_block=tuple(depths) if isinstance(depths, list) else (depths,) * config['num_blocks'],
             num_classes=config['num_classes'],
-            volume_preserving=not config['nvp'],
+            volume_preserving=not config.get('nvp', True),
+            noise_conditioned=name.startswith('itarflow'),
             **fields,
         )
         self.variables = tfj.load_official(FOLDER / name / checkpoint, self.model)
@@ -48,6 +54,18 @@ class Case:
 
     def labels(self, name: str = 'y'):
         return self.arrays[name].astype(np.int32) if name in self.arrays else None
+
+    def condition(self, labels: str = 'y', noise_std=None):
+        """The named labels and, of noise-conditioned flows, the level `t` of each image or another."""
+        if not self.model.noise_conditioned:
+            return self.labels(labels)
+        return tfj.Condition(self.labels(labels), self['t'] if noise_std is None else noise_std)
+
+
+@functools.cache
+def case(name: str) -> Case:
+    """A case that tests share, and do not change."""
+    return Case(name)
 
 
 def relative_error(found, wanted) -> float:

@@ -7,8 +7,7 @@ import numpy as np
 
 def random_variables(model, seed=0, scale=0.1):
     """As `model.init` returns them, with numbers that make a flow far from the identity."""
-    images = jnp.zeros((1, model.image_size, model.image_size, model.image_channels))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *model.example_shape)))
     rng = np.random.default_rng(seed)
 
     def leaf(path, shape):

@@ -24,10 +24,8 @@ def run(file, *flags) -> int:
     plan, mesh = commands._plan(given.config)
     with Checkpoints(given.workdir, plan.model) as checkpoints:
         variables = checkpoints.restore_variables(functools.partial(sharding.placed, mesh=mesh))
-    labels = np.arange(11, dtype=np.int32) % 5
     images = pictures.draw(
-        plan.model, variables, jax.random.key(7), labels, 11, mesh=mesh, guidance=plan.guidance,
-        noise_std=plan.gaussian_noise_std,
+        plan, variables, jax.random.key(7), 11, mesh=mesh, guidance=plan.guidance
     )
     if jax.process_index() == 0:
         np.save(file, images['denoised'])

@@ -6,15 +6,15 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from tarflow_jax import config as configs
 from tarflow_jax.ahead_of_time import hlo
 from tarflow_jax.evaluation import bits_per_dim
-from tarflow_jax.flow.guidance import Steering
-from tarflow_jax.flow.inverse import invert_block
-from tarflow_jax.flow.likelihood import denoise
+from tarflow_jax.flow import decoder
+from tarflow_jax.flow.condition import Condition
+from tarflow_jax.sampling.generate import denoised
+from tarflow_jax.sampling.schedule import guidance_params
 from tarflow_jax.training import sharding
 from tarflow_jax.training.metrics import model_flops
 from tarflow_jax.training.state import abstract_state, variables_of
@@ -74,8 +74,9 @@ def evaluate(config, plan, mesh) -> Step:
     variables = _variables(plan, mesh)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch_size))
     keys = _split(keys.shape, keys.dtype, sharding.batch_sharding(mesh))
-    program = Program('evaluate', lambda: bits_per_dim.dequantised_log_prob.lower(
-        plan.model.clone(dtype=jnp.float32), variables, _batch(plan, mesh, batch_size), keys
+    program = Program('evaluate', lambda: bits_per_dim.dequantized_log_prob.lower(
+        plan.model.clone(dtype=jnp.float32), variables, _batch(plan, mesh, batch_size), keys,
+        plan.recipe.scored_noise_std,
     ))
     flops = batch_size * model_flops(plan.model) / 3  # of a train step, forward is a third
     return Step((program,), batch_size, flops, variables)
@@ -87,31 +88,40 @@ def sample(config, plan, mesh) -> Step:
     sharding.check(mesh, batch_size, 'sample.batch_size')
     variables = _variables(plan, mesh)
     split = sharding.batch_sharding(mesh)
-    sequence = _split((batch_size, model.num_patches, model.patch_dim), jnp.float32, split)
-    images = _batch(plan, mesh, batch_size)['image']
-    images = _split(images.shape, jnp.float32, split)
-    labels = _split((batch_size,), jnp.int32, split) if model.num_classes else None
-    guided = guidance.weight > 0
-    steering = jax.eval_shape(lambda: Steering.of(guidance, model.num_patches))
+    sequence = _split((batch_size, *model.token_shape), jnp.float32, split)
+    images = _split((batch_size, *model.example_shape), jnp.float32, split)
+    batch = _batch(plan, mesh, batch_size)
+    condition = Condition(
+        labels=batch['label'] if model.num_classes else None,
+        noise_std=_number() if model.noise_conditioned else None,
+        features=batch.get('features'),
+    )
+    guided_by = [
+        jax.eval_shape(lambda b=b: guidance_params(model, b, guidance))
+        for b in range(len(model.layers_per_block))
+    ]
+    # Blocks of the same depth that are guided, or not, are one program.
+    kinds = [(depth, g.branches) for depth, g in zip(model.layers_per_block, guided_by)]
 
     def block(index: int) -> Callable:
-        return lambda: invert_block.lower(
-            model.block_module(index), variables['params'][f'block_{index}'], sequence, labels,
-            np.bool_(False), steering,
+        return lambda: decoder.invert.lower(
+            model.block(index), sequence, variables['params'][f'block_{index}'], condition,
+            model.block_orders()[index], guided_by[index],
         )
 
-    depths = model.layers_per_block
     programs = [
-        Program(f'invert_block of {depth} layers', block(depths.index(depth)), depths.count(depth))
-        for depth in dict.fromkeys(depths)
+        Program(f'invert_block of {kind[0]} layers', block(kinds.index(kind)), kinds.count(kind))
+        for kind in dict.fromkeys(kinds)
     ]
-    branches = 2 if guided else 1
-    flops = batch_size * branches * model_flops(model) / 3
-    if plan.gaussian_noise_std and config.sample.denoise_strength:
-        step = jax.jit(lambda v, x, y: denoise(model, v, x, y, noise_std=plan.gaussian_noise_std))
-        programs.append(Program('denoise', lambda: step.lower(variables, images, labels)))
-        flops += batch_size * model_flops(model) * 2 / 3  # forward, and backward to the images
-    cache = branches * batch_size * max(depths) * 2 * model.num_patches * model.width
+    layers = sum(branches * depth for depth, branches in kinds) / sum(model.layers_per_block)
+    flops = batch_size * layers * model_flops(model) / 3
+    if plan.denoising:
+        step = jax.jit(lambda v, x, c: denoised(model, v, x, c, plan.denoising))
+        programs.append(Program('denoise', lambda: step.lower(variables, images, condition)))
+        steps = max(1, len(plan.denoising.levels))
+        flops += steps * batch_size * model_flops(model) * 2 / 3  # forward, and backward to x
+    cache = max(depth * branches for depth, branches in kinds)
+    cache *= batch_size * 2 * model.token_shape[0] * model.width
     cache *= jnp.dtype(model.dtype).itemsize
     return Step(tuple(programs), batch_size, flops, variables, cache)
 
@@ -127,12 +137,19 @@ def _key():
     return jax.eval_shape(lambda: jax.random.key(0))
 
 
+def _number():
+    return jax.ShapeDtypeStruct((), jnp.float32)
+
+
 def _batch(plan, mesh, batch_size: int) -> dict:
     model, where = plan.model, sharding.batch_sharding(mesh)
-    shape = (batch_size, model.image_size, model.image_size, model.image_channels)
-    return {
-        'image': _split(shape, jnp.uint8, where), 'label': _split((batch_size,), jnp.int32, where)
+    batch = {
+        'image': _split((batch_size, *model.example_shape), jnp.uint8, where),
+        'label': _split((batch_size,), jnp.int32, where),
     }
+    if model.num_features:
+        batch['features'] = _split((batch_size, model.num_features), jnp.float32, where)
+    return batch
 
 
 def _variables(plan, mesh) -> dict:

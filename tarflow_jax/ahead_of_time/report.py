@@ -23,7 +23,7 @@ def planned(config, topology: Topology, program: str):
     Raises:
       ValueError: if the config and the slice do not fit together.
     """
-    mesh = sharding.make_mesh(**config.mesh, devices=topology.devices)
+    mesh = configs.named('mesh', sharding.make_mesh, **config.mesh, devices=topology.devices)
     plan = configs.plan(config).on(sharding.Layout(mesh, config.model.attention))
     return plan, mesh, programs.PROGRAMS[program](config, plan, mesh)
 
@@ -50,7 +50,7 @@ def compile_for(config, topology: Topology, program: str, save_to: Path | None =
         'mesh': dict(mesh.shape),
         'batch_size': step.batch_size,
         'remat': config.model.remat,
-        'attention': plan.model.layout.kernel(plan.model.dtype, plan.model.num_patches),
+        'attention': plan.model.layout.kernel(plan.model.dtype, plan.model.token_shape[0]),
         'parameters': _size(getattr(step.resident, 'params', step.resident), sharded=False) // 4,
         'parameter_bytes': _size(getattr(step.resident, 'params', step.resident)),
         'model_flops': step.model_flops / topology.chips,

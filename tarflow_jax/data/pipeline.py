@@ -88,7 +88,7 @@ def steps_per_epoch(source, batch_size):
     """
     if not 1 <= batch_size <= len(source):
         raise ValueError(
-            f'train.batch_size is {batch_size} and the training set holds {len(source)} images; '
+            f'batch_size is {batch_size} and the training set holds {len(source)} images; '
             f'choose a batch size from 1 to {len(source)}.'
         )
     return len(source) // batch_size

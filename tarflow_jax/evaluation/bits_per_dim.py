@@ -8,23 +8,30 @@ import numpy as np
 
 from tarflow_jax.evaluation.over_set import over_set
 from tarflow_jax.flow import likelihood
-from tarflow_jax.flow.model import TarFlow
-from tarflow_jax.training.step import Recipe, add_noise
+from tarflow_jax.flow.flow import TarFlow
+from tarflow_jax.training.corruption import Recipe, condition_of, corrupt_each, dequantize
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def dequantised_log_prob(model: TarFlow, variables, batch, keys) -> jax.Array:
-    """Nats per image of the dequantised images, each under the key of its own: [B]."""
-    images = jax.vmap(likelihood.dequantise)(keys, batch['image'])
-    return likelihood.log_prob(model, variables, images, batch['label'])
+def dequantized_log_prob(model: TarFlow, variables, batch, keys, noise_std=None) -> jax.Array:
+    """Nats per image of the dequantized images, each under the key of its own: [B].
+
+    Args:
+      batch: of a data source.
+      noise_std: of noise-conditioned flows, the level they are asked at.
+    """
+    images = jax.vmap(dequantize)(keys, batch['image'])
+    condition = condition_of(model, batch, noise_std)
+    return likelihood.log_prob(model, variables, images, condition)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def training_losses(model: TarFlow, recipe: Recipe, variables, batch, keys) -> jax.Array:
     """The training loss of each image under fresh noise of the recipe, nats per dimension: [B]."""
-    images = jax.vmap(lambda key, pixels: add_noise(key, pixels, recipe))(keys, batch['image'])
-    z, logdet = model.apply(variables, images, batch['label'])
-    return jax.vmap(lambda z, logdet: likelihood.training_loss(z[None], logdet[None])[0])(z, logdet)
+    images, noise_std, weight = corrupt_each(keys, batch['image'], recipe)
+    z, logdet = model.apply(variables, images, condition_of(model, batch, noise_std))
+    losses = likelihood.example_losses(z, logdet)
+    return losses if weight is None else weight * losses
 
 
 def bits_per_dim(
@@ -49,10 +56,10 @@ def bits_per_dim(
     model = model.clone(dtype=jnp.float32)
     over = functools.partial(over_set, source=source, mesh=mesh, batch_size=batch_size)
     bits_key, loss_key = jax.random.split(key)
-    nats = over(
-        functools.partial(dequantised_log_prob, model, variables), key=bits_key, draws=draws,
-        what='bits/dim',
-    ).astype(np.float64)
+    log_probs = functools.partial(
+        dequantized_log_prob, model, variables, noise_std=recipe.scored_noise_std
+    )
+    nats = over(log_probs, key=bits_key, draws=draws, what='bits/dim').astype(np.float64)
     losses = over(
         functools.partial(training_losses, model, recipe, variables), key=loss_key, what='loss'
     ).astype(np.float64)

@@ -27,10 +27,11 @@ from tarflow_jax import files
 from tarflow_jax.evaluation import sample_files, sample_parts
 from tarflow_jax.evaluation.over_set import images_of
 from tarflow_jax.evaluation.versions import versions
-from tarflow_jax.flow.likelihood import denoise
-from tarflow_jax.flow.model import architecture
-from tarflow_jax.flow.sampling import MAX_REDRAWS, sample
-from tarflow_jax.flow.schedule import Schedule
+from tarflow_jax.flow.flow import architecture
+from tarflow_jax.sampling.generate import generate
+from tarflow_jax.sampling.noise import noise_of_examples
+from tarflow_jax.sampling.sample import MAX_REDRAWS
+from tarflow_jax.sampling.schedule import Schedule
 from tarflow_jax.training import pictures, sharding
 from tarflow_jax.training.loop import Stopped
 from tarflow_jax.training.processes import Stop, from_first
@@ -42,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 def fingerprint(
-    plan, variables, name: str, *, label: int, seed: int, denoise_strength, tolerance=None
+    plan, variables, name: str, *, seed: int, tolerance=None
 ) -> dict:
     """All that determines the images of a set, as JSON values; neither count nor batch size does.
 
@@ -51,15 +52,18 @@ def fingerprint(
       name: of the variables, such as step_0001755; their numbers count too, by a digest.
       tolerance: of samples drawn by a schedule; None if sequentially.
     """
-    model, noise_std = plan.model, plan.gaussian_noise_std
-    denoised = bool(noise_std and denoise_strength)
+    model, conditions = plan.model, plan.conditions
     approximate = {} if tolerance is None else {'tolerance': tolerance}
     return approximate | {
         'variables': {'name': name, 'digest': digest(variables)},
         'model': architecture(model) | {'dtype': jnp.dtype(model.dtype).name},
         'guidance': dataclasses.asdict(plan.guidance),
-        'denoise': {'noise_std': noise_std, 'strength': denoise_strength} if denoised else None,
-        'label': label if model.num_classes else -1,
+        'denoise': plan.denoising and {
+            **dataclasses.asdict(plan.denoising), 'levels': list(plan.denoising.levels)
+        },
+        'label': conditions.label if model.num_classes else -1,
+        'noise_std': conditions.noise_std,
+        'features': None if conditions.features is None else digest(conditions.features),
         'seed': seed,
     }
 
@@ -106,9 +110,7 @@ def draw_set(
     *,
     count: int,
     batch_size: int,
-    label: int,
     seed: int,
-    denoise_strength: float,
     mesh,
     fingerprint: dict,
     file_format: str = 'npz',
@@ -124,7 +126,6 @@ def draw_set(
       plan: a `config.Plan`; its flow is laid out over `mesh`.
       count: images the set is to have at least.
       batch_size: rounded up to a multiple of what the mesh splits a batch into.
-      label: of all images; -1 goes through the classes.
       fingerprint: of these very arguments; see `fingerprint`.
       file_format: of the images, as `sample_files` writes them.
       schedule: how they are drawn; None is sequentially.
@@ -137,7 +138,7 @@ def draw_set(
     """
     start, folder, model = time.perf_counter(), Path(folder), plan.model
     writes = jax.process_index() == 0
-    shape = (model.image_size, model.image_size, model.image_channels)
+    shape = model.example_shape
     batch_size = sharding.round_up(min(batch_size, count), mesh)
     about, stretches, todo = {'count': 0}, [], []
     if writes:
@@ -146,8 +147,7 @@ def draw_set(
         todo = sample_parts.missing(stretches, count, batch_size)
     todo = from_first(todo)
     draw = functools.partial(
-        _draw, plan, variables, jax.random.key(seed), label, denoise_strength, mesh, batch_size,
-        schedule,
+        _draw, plan, variables, jax.random.key(seed), mesh, batch_size, schedule
     )
     missing = sum(last - first for first, last in todo)
     progress = _Progress(count, count - missing)
@@ -164,7 +164,7 @@ def draw_set(
                 raise Stopped(code)
     if writes and (about['count'] < count or about['format'] != file_format):
         count = max(count, about['count'])
-        labels = pictures.class_labels(model, count, label)
+        labels = plan.conditions.labels(np.arange(count))
         _assemble(folder, stretches, labels, model.num_classes, (count, *shape), about | {
             'fingerprint': fingerprint, 'count': count, 'format': file_format,
             'versions': versions(),
@@ -210,28 +210,20 @@ class _Progress:
 # Drawing.
 
 
-def _draw(plan, variables, key, label, strength, mesh, batch_size, schedule, numbers) -> dict:
+def _draw(plan, variables, key, mesh, batch_size, schedule, numbers) -> dict:
     """The images with these numbers: 'pixels' uint8 [n, H, W, C], 'redraws' and 'finite' [n]."""
-    model, split = plan.model, sharding.batch_sharding(mesh)
-    classes = pictures.class_labels(model, int(numbers.max()) + 1, label)
+    model = plan.model
 
     def images(numbers, size: int, attempt: int) -> np.ndarray:
         """[n, H, W, C], drawn as a batch of `size`."""
         numbers, given = np.resize(numbers, size), len(numbers)
-        noise = _noise(key, numbers, attempt, (model.num_patches, model.patch_dim), split)
-        labels = None if classes is None else jax.make_array_from_callback(
-            (size,), split, classes[numbers].__getitem__
+        drawn = generate(
+            model, variables, noise_of_examples(model, key, numbers, attempt),
+            sharding.split(plan.conditions.of(numbers), mesh), guidance=plan.guidance,
+            denoising=plan.denoising, schedule=schedule,
+            key=jax.random.fold_in(key, int(numbers[0])),
         )
-        drawn = sample(
-            model, variables, noise, labels, guidance=plan.guidance,
-            method='sequential' if schedule is None else 'auto', schedule=schedule,
-        )
-        if plan.gaussian_noise_std and strength:
-            drawn = denoise(
-                model, variables, drawn, labels, noise_std=plan.gaussian_noise_std,
-                strength=strength,
-            )
-        return sharding.to_host(drawn)[:given]
+        return sharding.to_host(drawn.samples)[:given]
 
     drawn = np.array(images(numbers, batch_size, 0))
     redraws = np.zeros(len(numbers), np.int32)
@@ -248,17 +240,6 @@ def _draw(plan, variables, key, label, strength, mesh, batch_size, schedule, num
     finite = np.isfinite(drawn).all((1, 2, 3))
     drawn[~finite] = 0.0
     return {'pixels': pictures.to_pixels(drawn), 'redraws': redraws, 'finite': finite}
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _noise(key, numbers, attempt, shape: tuple[int, ...], where) -> jax.Array:
-    """Standard normal [n, *shape], each image's from its number and the attempt."""
-
-    def one(number):
-        own = jax.random.fold_in(jax.random.fold_in(key, number), attempt)
-        return jax.random.normal(own, shape)
-
-    return jax.lax.with_sharding_constraint(jax.vmap(one)(numbers), where)
 
 
 # The result.

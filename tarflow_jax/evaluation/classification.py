@@ -9,23 +9,24 @@ import numpy as np
 from tarflow_jax.evaluation.bits_per_dim import standard_error
 from tarflow_jax.evaluation.over_set import over_set
 from tarflow_jax.flow import likelihood
-from tarflow_jax.flow.model import TarFlow
-from tarflow_jax.training.step import Recipe, add_noise
+from tarflow_jax.flow.flow import TarFlow
+from tarflow_jax.training.corruption import Recipe, condition_of, corrupt_each
 
 BINS = 15  # of the calibration error, as usual since Guo et al., arXiv 1706.04599
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def class_log_probs(model: TarFlow, recipe: Recipe, variables, pixels, keys):
-    """log p(x | y) of every class y for 8-bit images [B, H, W, C]: [B, num_classes], nats.
+def class_log_probs(model: TarFlow, recipe: Recipe, variables, batch, keys):
+    """log p(x | y) of every class y for the images of a batch: [B, num_classes], nats.
 
     The images get the noise of the training recipe, the same for every class, under keys [B].
     """
-    images = jax.vmap(lambda key, x: add_noise(key, x, recipe))(keys, pixels)
+    images, noise_std, _ = corrupt_each(keys, batch['image'], recipe)
 
     def given(label):
         labels = jnp.full(images.shape[0], label)
-        return likelihood.log_prob(model, variables, images, labels)
+        condition = condition_of(model, batch | {'label': labels}, noise_std)
+        return likelihood.log_prob(model, variables, images, condition)
 
     return jax.lax.map(given, jnp.arange(model.num_classes)).T
 
@@ -48,7 +49,7 @@ def classification(
     model = model.clone(dtype=jnp.float32)
 
     def score(batch, keys):
-        log_probs = class_log_probs(model, recipe, variables, batch['image'], keys)
+        log_probs = class_log_probs(model, recipe, variables, batch, keys)
         return {'log_probs': log_probs, 'label': batch['label']}
 
     found = over_set(

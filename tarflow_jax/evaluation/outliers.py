@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from tarflow_jax import files
-from tarflow_jax.evaluation.bits_per_dim import dequantised_log_prob
+from tarflow_jax.evaluation.bits_per_dim import dequantized_log_prob
 from tarflow_jax.evaluation.over_set import View, over_set
 from tarflow_jax.flow import likelihood
-from tarflow_jax.flow.model import TarFlow
+from tarflow_jax.flow.flow import TarFlow
 
 BINS = 60
 MARGIN = 1.5  # of the histogram beyond the known sets, as a multiple of their width
@@ -72,14 +72,16 @@ def corrupted(source, kind: str, seed: int = 0) -> View:
 
 
 def outliers(
-    model: TarFlow, variables, sets: dict, *, mesh, batch_size: int, key, seed: int = 0
+    model: TarFlow, variables, sets: dict, *, mesh, batch_size: int, key, seed: int = 0,
+    noise_std: float | None = None,
 ) -> dict:
-    """log p of several sets, without labels, in float32 under uniform dequantisation.
+    """log p of several sets, unconditionally, in float32 under uniform dequantization.
 
     Args:
       sets: sources by name. The first is what the flow was trained on and the second is of the
         same kind but unseen: what does not belong is told from this one. The corruptions of the
         second are added.
+      noise_std: of noise-conditioned flows, the level they are asked at.
     Returns:
       'edges' of the histogram in bits per dimension (its first and last bin hold what lies beyond,
       too), and for every set its name, 'images', mean, 'median' and standard deviation of
@@ -96,8 +98,12 @@ def outliers(
     }
 
     def score(batch, keys):
-        batch = {'image': batch['image'], 'label': jnp.full_like(batch['label'], -1)}
-        return dequantised_log_prob(model, variables, batch, keys)
+        nothing = {'label': jnp.full_like(batch['label'], -1)}
+        if model.num_features:
+            shape = (len(batch['label']), model.num_features)
+            nothing['features'] = jnp.full(shape, jnp.nan)
+        batch = {'image': batch['image']} | nothing
+        return dequantized_log_prob(model, variables, batch, keys, noise_std)
 
     bits = {}
     for name, source in sets.items():

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tarflow_jax.flow import likelihood
-from tarflow_jax.flow.guidance import Guidance, Steering
-from tarflow_jax.flow.inverse import invert_block
-from tarflow_jax.flow.model import TarFlow, flip_if, patchify, unpatchify
-from tarflow_jax.flow.sampling import sample
-from tarflow_jax.training import sharding
+from tarflow_jax.flow.flow import TarFlow
+from tarflow_jax.flow.guidance import Guidance
+from tarflow_jax.sampling.noise import standard_noise
+from tarflow_jax.sampling.sample import sample
 
 DTYPES = ('float32', 'bfloat16')
 # A checkpoint passes where rounding stays below what anyone looks at: half a grey level of 8 bits
@@ -30,10 +29,9 @@ def round_trip(
     model: TarFlow,
     variables,
     images,
-    labels,
+    condition,
     *,
     key,
-    mesh,
     guidance: Guidance | None = None,
     dtypes: tuple[str, ...] = DTYPES,
 ) -> dict:
@@ -42,7 +40,7 @@ def round_trip(
     Args:
       images: float32 [B, H, W, C] in [-1, 1] with the noise of training, split over the mesh; they
         decide how large the numbers inside the flow are.
-      labels: int32 [B] or None.
+      condition: None, labels or a `Condition`.
       key: of the latents [B, T, D] to begin from, standard normal times the prior's deviation.
       guidance: that of the samples counted under 'guided_not_finite'; None leaves them out.
     Returns:
@@ -55,30 +53,27 @@ def round_trip(
       'not_finite' and 'guided_not_finite' (shares of the samples, none drawn again).
       'trusted' says for each dtype whether it passes for 'sampling' and for 'likelihood'.
     """
-    noise = jax.jit(
-        lambda key: jax.random.normal(key, (images.shape[0], model.num_patches, model.patch_dim)),
-        out_shardings=sharding.batch_sharding(mesh),
-    )(key)
+    noise = standard_noise(model, key, images.shape[0])
     noise_deviation = jnp.sqrt(likelihood.prior_variance(variables))
     found = {}
     exact = None
     for dtype in dtypes:
         cast = model.clone(dtype=jnp.dtype(dtype))
-        there, back = _forward(cast, variables, images, labels)
+        there, back = _forward(cast, variables, images, condition)
         bits = likelihood.bits_per_dim(
             likelihood.latent_log_prob(there[-1], back, likelihood.prior_variance(variables)),
             model.num_dims,
         )
         exact = bits if exact is None else exact
-        measured = _image_z_image(cast, variables, there, back, labels)
-        measured |= _z_image_z(cast, variables, noise * noise_deviation, labels)
+        measured = _image_z_image(cast, variables, there, back, condition)
+        measured |= _z_image_z(cast, variables, noise * noise_deviation, condition)
         measured['blocks'] = [
             {'image_z_image': a, 'z_image_z': b}
             for a, b in zip(measured.pop('image_blocks'), measured.pop('z_blocks'))
         ]
         measured['bits_per_dim_error'] = _largest(bits - exact)
         if guidance is not None and guidance.weight:
-            drawn = sample(cast, variables, noise, labels, guidance=guidance)
+            drawn = sample(cast, variables, noise, condition, guidance=guidance)
             measured['guided_not_finite'] = _not_finite(drawn)
         found[dtype] = measured
     found = jax.tree.map(float, found)
@@ -96,13 +91,13 @@ def _trusted(measured: dict) -> dict[str, bool]:
     }
 
 
-def _image_z_image(model, variables, sequences, logdet, labels) -> dict:
+def _image_z_image(model, variables, sequences, logdet, condition) -> dict:
     """The forward pass taken back; `sequences` are the patches and what each block made of them."""
     x, total, blocks = sequences[-1], logdet, []
     for b in reversed(range(len(model.layers_per_block))):
-        alone, _ = _inverse(model, variables, b, sequences[b + 1], labels)
+        alone, _ = _inverse(model, variables, b, sequences[b + 1], condition)
         blocks.insert(0, _error(alone, sequences[b]))
-        x, inverse_logdet = _inverse(model, variables, b, x, labels)
+        x, inverse_logdet = _inverse(model, variables, b, x, condition)
         total = total + inverse_logdet
     nats_to_bits = 1 / (model.num_dims * np.log(2))
     return {
@@ -112,40 +107,42 @@ def _image_z_image(model, variables, sequences, logdet, labels) -> dict:
     }
 
 
-def _z_image_z(model, variables, z, labels) -> dict:
+def _z_image_z(model, variables, z, condition) -> dict:
     x, blocks = z, []
     for b in reversed(range(len(model.layers_per_block))):
         before = x
-        x, _ = _inverse(model, variables, b, x, labels)
-        params = variables['params'][f'block_{b}']
-        again = _block_forward(model.block_module(b), params, x, labels, np.bool_(b % 2))
+        x, _ = _inverse(model, variables, b, x, condition)
+        block, params, order = _block(model, variables, b)
+        again = _block_forward(block, params, x, condition, order)
         blocks.insert(0, _error(again, before))
-    images = unpatchify(x, model.patch_size, model.image_size)
-    sequences, _ = _forward(model, variables, images, labels)
+    images = model.from_tokens(x)
+    sequences, _ = _forward(model, variables, images, condition)
     return {
         'z_image_z': _error(sequences[-1], z), 'z_blocks': blocks, 'not_finite': _not_finite(images)
     }
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(model, variables, images, labels):
+def _forward(model, variables, images, condition):
     """The patches followed by what every block makes of them, and the log-determinant [B]."""
-    sequences, logdet = model.apply(variables, images, labels, method='trajectory')
-    return [patchify(images, model.patch_size), *sequences], logdet
+    sequences, logdet = model.apply(variables, images, condition, method='trajectory')
+    return [model.to_tokens(images), *sequences], logdet
 
 
-def _inverse(model, variables, index, z, labels):
-    params = variables['params'][f'block_{index}']
-    reverse = np.bool_(index % 2)
-    return invert_block(model.block_module(index), params, z, labels, reverse, Steering())
+def _block(model, variables, index):
+    """The arguments that both directions of a block begin with, and its order."""
+    return model.block(index), variables['params'][f'block_{index}'], model.block_orders()[index]
+
+
+def _inverse(model, variables, index, z, condition):
+    block, params, order = _block(model, variables, index)
+    return block.inverse(params, z, condition, order)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _block_forward(block, params, x_BxTxD, labels, reverse):
-    """z of one block from x, both in raster order; as in sampling, one program for each depth."""
-    x = flip_if(reverse, x_BxTxD, 1)
-    log_scale, shift = block.apply({'params': params}, x, labels, reverse)
-    return flip_if(reverse, (x - shift) * jnp.exp(-log_scale), 1)
+def _block_forward(block, params, x_BxTxD, condition, order):
+    """z of one block from x; as in sampling, one program for each depth."""
+    return block.forward(params, x_BxTxD, condition, order)[0]
 
 
 @jax.jit

@@ -4,23 +4,23 @@ import logging
 from pathlib import Path
 
 import jax
+import numpy as np
 
-from tarflow_jax.flow.calibration import calibrate
-from tarflow_jax.flow.schedule import Schedule
-from tarflow_jax.training import pictures, sharding
+from tarflow_jax.sampling.calibration import calibrate
+from tarflow_jax.sampling.schedule import Schedule
+from tarflow_jax.training import sharding
 
 log = logging.getLogger(__name__)
 
 
 def schedule_of(
-    path, plan, variables, *, batch_size: int, label: int, tolerance: float, mesh
+    path, plan, variables, *, batch_size: int, tolerance: float, mesh
 ) -> Schedule:
     """The schedule in a file if it is for these arguments and devices; else calibrates and writes.
 
     Args:
       plan: a `config.Plan`; its flow is laid out over `mesh`.
       batch_size: rounded up to a multiple of what the mesh splits a batch into.
-      label: of all images; -1 goes through the classes.
     """
     path, model = Path(path), plan.model
     batch_size = sharding.round_up(batch_size, mesh)
@@ -37,13 +37,9 @@ def schedule_of(
                  batch_size)
     except ValueError as error:
         log.info('%s: %s', path, error)
-    labels = pictures.class_labels(model, batch_size, label)
-    if labels is not None:
-        labels = jax.make_array_from_callback(
-            (batch_size,), sharding.batch_sharding(mesh), labels.__getitem__
-        )
+    condition = sharding.split(plan.conditions.of(np.arange(batch_size)), mesh)
     schedule = calibrate(
-        model, variables, labels, batch_size=batch_size, guidance=plan.guidance,
+        model, variables, condition, batch_size=batch_size, guidance=plan.guidance,
         tolerance=tolerance,
     )
     if jax.process_index() == 0:

@@ -15,7 +15,7 @@ from tarflow_jax.data import sources
 from tarflow_jax.evaluation import classification, frechet_score, outliers, round_trip
 from tarflow_jax.evaluation.bits_per_dim import bits_per_dim
 from tarflow_jax.evaluation.over_set import batches, evenly_spaced
-from tarflow_jax.training.step import add_noise
+from tarflow_jax.training.corruption import condition_of, corrupt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _bits_rows(r: dict) -> list[tuple[str, str]]:
         error += f', {r["standard_error_over_draws"]:.2g} over draws'
     rows = [
         ('bits/dim', f'{r["bits_per_dim"]:.4f}  ({error}; {r["images"]} images, {r["draws"]} '
-         'draws of the dequantisation; float32)'),
+         'draws of the dequantization; float32)'),
     ]
     if r['draws'] > 1:
         rows.append((
@@ -96,7 +96,10 @@ def _outliers(s: Subject) -> Callable:
     sets = {name: evenly_spaced(source, o.images) for name, source in sets.items()}
 
     def work(variables, _) -> dict:
-        found = outliers.outliers(model, variables, sets, seed=s.config.seed, **s.options())
+        found = outliers.outliers(
+            model, variables, sets, seed=s.config.seed,
+            noise_std=s.plan.recipe.scored_noise_std, **s.options(),
+        )
         if jax.process_index() == 0:
             outliers.histogram_picture(found, s.workdir / 'outliers.png')
         return found
@@ -110,10 +113,12 @@ def _round_trip(s: Subject) -> Callable:
     def work(variables, _) -> dict:
         image_key, latent_key = jax.random.split(jax.random.key(s.config.seed))
         _, batch, _ = next(batches(few, mesh=s.mesh, batch_size=len(few), what='round trip'))
-        images = jax.jit(add_noise, static_argnums=2)(image_key, batch['image'], s.plan.recipe)
+        images, noise_std, _ = jax.jit(corrupt, static_argnums=2)(
+            image_key, batch['image'], s.plan.recipe
+        )
         return round_trip.round_trip(
-            s.plan.model, variables, images, batch['label'], key=latent_key, mesh=s.mesh,
-            guidance=s.plan.guidance,
+            s.plan.model, variables, images, condition_of(s.plan.model, batch, noise_std),
+            key=latent_key, guidance=s.plan.guidance,
         )
 
     return work

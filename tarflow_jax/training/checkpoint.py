@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from tarflow_jax.flow.model import TarFlow, architecture
+from tarflow_jax.flow.flow import Flow, architecture, field_defaults
 from tarflow_jax.training.state import TrainState, variables_of
 
 KEPT = 2
@@ -39,8 +39,9 @@ class Checkpoints:
       CheckpointError: if it is damaged, as from everything here that reads one.
     """
 
-    def __init__(self, workdir, model: TarFlow, config: dict | None = None):
+    def __init__(self, workdir, model: Flow, config: dict | None = None):
         self.folder = Path(workdir).absolute() / 'checkpoints'
+        self._model = model
         self._about = {'model': architecture(model), 'config': config or {}}
         self._manager = ocp.CheckpointManager(
             self.folder,
@@ -80,7 +81,9 @@ class Checkpoints:
     def _check(self) -> None:
         if self.latest() is None:
             return
-        there, here = self.about()['model'], self._about['model']
+        # A field that the first version did not have has its default there.
+        there = field_defaults(self._model) | self.about()['model']
+        here = self._about['model']
         for field in here:
             if there.get(field) != here[field]:
                 raise ValueError(

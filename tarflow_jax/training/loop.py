@@ -129,10 +129,7 @@ def _start(checkpoints: Checkpoints, plan: Plan, schedule: Schedule, key, mesh):
 
 def _write_sheets(writer, plan: Plan, state, key, mesh, config, workdir: Path) -> None:
     step = int(state.step)
-    labels = pictures.class_labels(plan.model, SHEET_COUNT, config.sample.label)
-    sheets, redraws = pictures.sheets(
-        plan, state.variables(), key, labels, SHEET_COUNT, mesh, config.sample.denoise_strength
-    )
+    sheets, redraws = pictures.sheets(plan, state.variables(), key, SHEET_COUNT, mesh)
     if jax.process_index() == 0:
         for name, sheet in sheets.items():
             pictures.save_png(workdir / 'samples' / f'step_{step:07d}_{name}.png', sheet, scale=2)

@@ -11,7 +11,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from tarflow_jax import files
-from tarflow_jax.flow.model import TarFlow
+from tarflow_jax.flow.flow import Flow
 
 FILE = 'metrics.jsonl'
 
@@ -110,13 +110,13 @@ def read(workdir) -> list[dict]:
     return found
 
 
-def model_flops(model: TarFlow) -> float:
+def model_flops(model: Flow) -> float:
     """Floating-point operations that one image costs in a train step, forward and backward.
 
     Two per multiply-add; the backward pass counts twice the forward one; causal attention counts
     the half that the mask leaves; recomputation is not counted.
     """
-    T, D, C = model.num_patches, model.patch_dim, model.width
+    (T, D), C = model.token_shape, model.width
     outputs = D if model.volume_preserving else 2 * D
     layer = 2 * T * 12 * C * C + 2 * T * T * C
     ends = 2 * T * (D + outputs) * C

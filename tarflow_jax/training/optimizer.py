@@ -13,8 +13,8 @@ def learning_rate_schedule(
     """
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(
-            f'{warmup_steps} warm-up steps leave none of {total_steps} training steps for the '
-            'rest; lower train.warmup_epochs or raise train.epochs.'
+            f'warmup_steps {warmup_steps} leave none of total_steps {total_steps} for the rest; '
+            'choose fewer.'
         )
 
     def schedule(k):
@@ -39,7 +39,7 @@ def adamw(
 ) -> optax.GradientTransformation:
     """AdamW on every parameter, the gradient clipped to global norm `clip_norm` (0: never)."""
     if clip_norm < 0:
-        raise ValueError(f'train.clip_norm {clip_norm} must not be negative (0 never clips).')
+        raise ValueError(f'clip_norm {clip_norm} must not be negative (0 never clips).')
     # identity keeps the tree of the optimizer state the same with and without clipping.
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
     return optax.chain(

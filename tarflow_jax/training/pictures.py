@@ -1,17 +1,15 @@
 """Samples as pictures: noise, raw, denoised and guided grids, as PNG files and arrays."""
 
-import functools
-from pathlib import Path
 
 import jax
 import numpy as np
 from PIL import Image
 
+from tarflow_jax import files
 from tarflow_jax.config import Plan
 from tarflow_jax.flow.guidance import Guidance
-from tarflow_jax.flow.likelihood import denoise
-from tarflow_jax.flow.model import TarFlow, unpatchify
-from tarflow_jax.flow.sampling import sample
+from tarflow_jax.sampling.generate import generate
+from tarflow_jax.sampling.noise import standard_noise
 from tarflow_jax.training import sharding
 
 
@@ -34,92 +32,49 @@ def grid(pixels: np.ndarray, columns: int) -> np.ndarray:
 
 def save_png(path, picture: np.ndarray, scale: int = 1) -> None:
     """Writes a picture [H, W, 1 or 3], each pixel `scale` wide; a file there is replaced whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     picture = picture.repeat(scale, 0).repeat(scale, 1)
     image = Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
-    temporary = path.with_suffix('.tmp')
-    image.save(temporary, format='PNG')
-    temporary.replace(path)
-
-
-def class_labels(model: TarFlow, count: int, label: int = -1) -> np.ndarray | None:
-    """Labels int32 [count]: all `label`, or (-1) the classes in turn; None without classes."""
-    if model.num_classes == 0:
-        return None
-    if label >= 0:
-        return np.full(count, label, np.int32)
-    return np.arange(count, dtype=np.int32) % model.num_classes
+    with files.replacing(path) as file:
+        image.save(file, format='PNG')
 
 
 def draw(
-    model: TarFlow,
-    variables,
-    key: jax.Array,
-    labels,
-    count: int,
-    *,
-    mesh,
-    guidance: Guidance | None = None,
-    noise_std: float = 0.0,
-    denoise_strength: float = 1.0,
+    plan: Plan, variables, key: jax.Array, count: int, *, mesh, guidance: Guidance | None = None
 ) -> dict[str, np.ndarray]:
-    """`count` images, drawn by all devices of the mesh and brought to every process.
+    """Draws `count` images by all devices of the mesh and brings them to every process.
 
     Args:
-      labels: int32 [count] or None.
-      noise_std: of the Gaussian noise the flow was trained with; 0 leaves denoising out.
+      plan: its flow is laid out over the mesh; its conditions are those of the images.
     Returns:
-      'noise', 'raw' and, if asked for, 'denoised', each [count, H, W, C], and 'redraws' [count].
+      'noise', 'raw' and, where the plan denoises, 'denoised', each [count, H, W, C], and 'redraws'
+      [count].
     """
-    multiple = sharding.batch_multiple(mesh)
-    padded = -(-count // multiple) * multiple
-    split = sharding.batch_sharding(mesh)
-    noise = _noise(key, (padded, model.num_patches, model.patch_dim), split)
-    if labels is not None:
-        labels = np.resize(labels, padded)
-        labels = jax.make_array_from_callback((padded,), split, labels.__getitem__)
-    raw, info = sample(
-        model, variables, noise, labels, guidance=guidance, key=jax.random.fold_in(key, 1),
-        return_info=True,
+    padded = sharding.round_up(count, mesh)
+    noise = standard_noise(plan.model, key, padded)
+    condition = plan.conditions.of(np.resize(np.arange(count), padded))
+    found = generate(
+        plan.model, variables, noise, sharding.split(condition, mesh), guidance=guidance,
+        denoising=plan.denoising, key=jax.random.fold_in(key, 1), return_info=True,
     )
-    images = {'noise': unpatchify(noise, model.patch_size, model.image_size), 'raw': raw}
-    if noise_std and denoise_strength:
-        images['denoised'] = denoise(
-            model, variables, raw, labels, noise_std=noise_std, strength=denoise_strength
-        )
-    images['redraws'] = info.redraws
+    images = {'noise': plan.model.from_tokens(noise), 'raw': found.raw}
+    if plan.denoising:
+        images['denoised'] = found.samples
+    images['redraws'] = found.info.redraws
     return {name: sharding.to_host(value)[:count] for name, value in images.items()}
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _noise(key, shape: tuple[int, ...], where) -> jax.Array:
-    return jax.lax.with_sharding_constraint(jax.random.normal(key, shape), where)
-
-
 def sheets(
-    plan: Plan, variables, key, labels, count: int, mesh, denoise_strength: float, columns: int = 10
+    plan: Plan, variables, key, count: int, mesh, columns: int = 10
 ) -> tuple[dict[str, np.ndarray], int]:
-    """The grids that show where a flow stands, and how many samples had to be drawn again.
+    """The image grids that show where a flow stands, and how many samples were drawn again.
 
     'noise', 'raw', 'denoised' (of flows trained with Gaussian noise) and 'guided' (where the
     guidance has a weight; denoised if 'denoised' is there), all from the same noise.
     """
-    drawing = functools.partial(
-        draw,
-        plan.model,
-        variables,
-        key,
-        labels,
-        count,
-        mesh=mesh,
-        noise_std=plan.gaussian_noise_std,
-        denoise_strength=denoise_strength,
-    )
-    images = drawing()
+    images = draw(plan, variables, key, count, mesh=mesh)
     redraws = int(images.pop('redraws').sum())
     if plan.guidance.weight > 0:
-        guided = drawing(guidance=plan.guidance)
+        guided = draw(plan, variables, key, count, mesh=mesh, guidance=plan.guidance)
         images['guided'] = guided.get('denoised', guided['raw'])
         redraws += int(guided['redraws'].sum())
     return {name: grid(to_pixels(x), columns) for name, x in images.items()}, redraws

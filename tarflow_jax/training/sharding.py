@@ -17,41 +17,45 @@ from jax.sharding import PartitionSpec as P
 
 from tarflow_jax.data.cores import available_cores
 from tarflow_jax.flow.attention import causal_attention, kernel_for
+from tarflow_jax.flow.block import Block
+from tarflow_jax.flow.parameters import is_parameter
 
 DATA, FSDP, TENSOR = AXES = ('data', 'fsdp', 'tensor')
 BATCH, BOTH = (DATA, FSDP), (FSDP, TENSOR)
 TENSOR_FSDP = (TENSOR, FSDP)  # where computing splits over `tensor`, and fsdp the parts again
 
-# The end of a parameter's path, and how its axes are split. Averages and optimizer moments have
-# the paths of their parameters. A layer's parameters have the layers on their first axis. The last
-# axis of a large kernel stays whole: TPUs pad it to a multiple of 128.
-PARAMETERS = (
-    (r'proj_in/kernel', P(None, BOTH)),  # [D, C]
-    (r'proj_in/bias', P(BOTH)),
-    (r'position_embedding', P(None, BOTH)),  # [T, C]
-    (r'class_embedding', P(None, BOTH)),  # [classes, C]
-    (r'layers/\w+_norm/(scale|bias)', P(None, BOTH)),  # [layers, C]
-    (r'layers/qkv/kernel', P(None, FSDP, None, TENSOR)),  # [layers, C, 3, H, K]
-    (r'layers/qkv/bias', P(None, None, TENSOR)),
-    (r'layers/attention_proj/kernel', P(None, TENSOR, FSDP)),  # [layers, H, K, C]
-    (r'layers/mlp_in/kernel', P(None, FSDP, TENSOR)),  # [layers, C, 4 C]
-    (r'layers/mlp_in/bias', P(None, BOTH)),
-    (r'layers/mlp_out/kernel', P(None, TENSOR_FSDP)),  # [layers, 4 C, C]
-    (r'layers/(attention_proj|mlp_out)/bias', P(None, BOTH)),
-    (r'proj_out/kernel', P(BOTH)),  # [C, D or 2 D]
-    (r'proj_out/bias', P()),
-    (r'prior/variance', P()),
-    (r'step|skipped|opt_state(/\w+)*/count', P()),
-)
-
-# What flow/ calls its activations and caches.
-ACTIVATIONS = {
-    'tokens': P(BATCH),  # [B, positions, channels]
-    'hidden': P(BATCH, None, TENSOR),  # [B, positions, 4 C]
-    'heads': P(BATCH, TENSOR),  # [B, H, positions, K]
-    'channels_first': P(None, BATCH),  # [channels, B], at one position
-    'hidden_first': P(TENSOR, BATCH),  # [4 C, B]
+# How the logical axes that `flow.parameters` names are split, for parameters, their averages and
+# the optimizer's moments. The last axis of a large kernel stays whole: TPUs pad it to a multiple of
+# 128.
+PARAMETER_AXES = {
+    'layers': None,
+    'position': None,
+    'class': None,
+    'feature': None,
+    'token': None,
+    'prediction': None,
+    'qkv': None,
+    'width': BOTH,
+    'inputs': FSDP,
+    'outputs': None,
+    'heads': TENSOR,
+    'head_dim': None,
+    'head_inputs': FSDP,
+    'hidden': TENSOR,
+    'hidden_inputs': TENSOR_FSDP,
 }
+# How the axes of activations and key/value caches are split.
+ACTIVATION_AXES = {
+    'batch': BATCH,
+    'length': None,
+    'token': None,
+    'width': None,
+    'hidden': TENSOR,
+    'heads': TENSOR,
+    'head_dim': None,
+}
+# Arrays of a train state that are no parameters of a block.
+WHOLE = r'(^|/)(prior/variance|variance|step|skipped|count)$'
 
 
 def use_cores_as_devices(batch_size: int) -> None:
@@ -83,8 +87,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     slices = len({getattr(d, 'slice_index', 0) for d in devices})
     if sizes[0] % slices:
         raise ValueError(
-            f'mesh.data is {sizes[0]} on {slices} slices; choose a multiple of {slices}, as only '
-            'the data axis can go across slices.'
+            f'data {sizes[0]} does not go across {slices} slices; choose a multiple of {slices}, as '
+            'only the data axis can.'
         )
     if devices[0].platform != 'tpu':
         arranged = np.array(devices).reshape(sizes)  # in the order of the processes
@@ -101,7 +105,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
 
 
 def _sizes(given: tuple[int, int, int], devices: int) -> tuple[int, int, int]:
-    named = ', '.join(f'mesh.{axis} {size}' for axis, size in zip(AXES, given))
+    named = ', '.join(f'{axis} {size}' for axis, size in zip(AXES, given))
     if any(size < 1 and size != -1 for size in given) or given.count(-1) > 1:
         raise ValueError(f'{named}: each must be at least 1, or for one of them -1, the rest.')
     known = int(np.prod([size for size in given if size != -1]))
@@ -145,41 +149,69 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH))
 
 
-def _rule(path: str) -> P:
-    found = [spec for pattern, spec in PARAMETERS if re.search(rf'(^|/)({pattern})$', path)]
-    if len(found) != 1:
-        raise ValueError(
-            f'{path} matches {len(found)} of the rules in sharding.PARAMETERS; it must match one.'
+def _parameter_axes() -> dict[str, tuple[str, ...]]:
+    """The logical axes of every array that a block can have, by its path within the block."""
+    everything = Block(
+        length=2, token_dim=1, width=2, num_layers=1, head_dim=1, num_classes=1, num_features=1,
+        noise_conditioned=True, first_token='start',
+    )
+    return {
+        jax.tree_util.keystr(path, simple=True, separator='/'): parameter.axes
+        for path, parameter in jax.tree.leaves_with_path(
+            everything.parameters(), is_leaf=is_parameter
         )
-    return found[0]
+    }
+
+
+_AXES_OF = _parameter_axes()
+
+
+def _spec(path: str) -> P:
+    """How the array at a path of a train state is split.
+
+    Averages and optimizer moments have the paths of their parameters, with others in front.
+    """
+    if re.search(WHOLE, path):
+        return P()
+    words = path.split('/')
+    axes = next((_AXES_OF[tail] for i in range(len(words))
+                 if (tail := '/'.join(words[i:])) in _AXES_OF), None)
+    if axes is None:
+        raise ValueError(f'{path} is no parameter of a flow, so that nothing says how to split it.')
+    return _mapped(axes)
+
+
+def _mapped(axes: tuple[str, ...]) -> P:
+    missing = [axis for axis in axes if axis not in PARAMETER_AXES]
+    if missing:
+        raise ValueError(f'axis {missing[0]!r} is not in sharding.PARAMETER_AXES; add it.')
+    return P(*(PARAMETER_AXES[axis] for axis in axes))
 
 
 def _gathered(spec: P) -> P:
     return P(*(TENSOR if axes in (TENSOR, TENSOR_FSDP) else None for axes in spec))
 
 
-def shardings(tree, mesh: Mesh, *, gathered: bool = False):
+def shardings(tree, mesh: Mesh):
     """The sharding of every parameter, average and moment of a train state or variables.
 
     Args:
       tree: of arrays or abstract arrays.
-      gathered: without the `fsdp` axis.
     Raises:
-      ValueError: for a path that matches no rule or several, or an axis that cannot be split.
+      ValueError: for a path that no flow has, or an axis that cannot be split.
     """
 
     def leaf(path, x):
         path = jax.tree_util.keystr(path, simple=True, separator='/')
-        spec = _rule(path)
-        spec = _gathered(spec) if gathered else spec
+        spec = _spec(path)
         for size, axes in zip(x.shape, spec):
             axes = (axes,) if isinstance(axes, str) else axes or ()
             split = int(np.prod([mesh.shape[a] for a in axes], dtype=int))
             if size % split:
                 raise ValueError(
                     f'{path} {x.shape}: its axis of {size} cannot be split by '
-                    f'{" x ".join(f"mesh.{a} {mesh.shape[a]}" for a in axes)}; choose sizes that '
-                    'divide it.'
+                    f'{" x ".join(f"{a} {mesh.shape[a]}" for a in axes)} of the mesh; choose sizes '
+                    'that divide it.'
                 )
         return NamedSharding(mesh, spec)
 
@@ -194,7 +226,7 @@ def placed(tree, mesh: Mesh):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What a flow asks about the mesh: `TarFlow.layout`; see `flow.layers.OneDevice`.
+    """What a flow asks about the mesh: `Flow.layout`; see `flow.transformer.OneDevice`.
 
     Args:
       attention: the kernel, one of `flow.attention.KERNELS`; 'auto' is that of the chip.
@@ -203,18 +235,12 @@ class Layout:
     mesh: Mesh
     attention: str = 'auto'
 
-    def place(self, x, name: str):
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, ACTIVATIONS[name]))
+    def constrain(self, x, *axes: str):
+        spec = P(*(ACTIVATION_AXES[axis] for axis in axes))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
-    def gather(self, params):
-        return jax.lax.with_sharding_constraint(
-            params, shardings(params, self.mesh, gathered=True)
-        )
-
-    def gather_one(self, kernel, path: str):
-        spec = _gathered(_rule(path))
-        if path.startswith('layers/'):
-            spec = P(*spec[1:])  # one layer of the stack
+    def gather(self, kernel, axes: tuple[str, ...]):
+        spec = _gathered(_mapped(axes))
         return jax.lax.with_sharding_constraint(kernel, NamedSharding(self.mesh, spec))
 
     def to_host(self, x):
@@ -238,7 +264,7 @@ class Layout:
         if kernel == 'xla' or self.mesh.size == 1:
             return attend(q, k, v, scale)
         # The partitioner cannot look into a kernel: each device runs it on its images and heads.
-        spec = ACTIVATIONS['heads']
+        spec = P(BATCH, TENSOR)
         scale = jax.numpy.broadcast_to(scale, (q.shape[0], 1, 1, 1))
         return jax.shard_map(
             attend, mesh=self.mesh, in_specs=(spec, spec, spec, P(BATCH)), out_specs=spec,
@@ -250,6 +276,18 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """The rows of a global batch that this process's devices hold, in order."""
     places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
     return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in places.values()]))
+
+
+def split(tree, mesh: Mesh):
+    """Splits host arrays [B, ...], whole on every process, over the mesh; leaves numbers alone."""
+
+    def leaf(x):
+        if np.ndim(x) == 0:
+            return x
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, batch_sharding(mesh), x.__getitem__)
+
+    return jax.tree.map(leaf, tree)
 
 
 def to_devices(batch, mesh: Mesh, batch_size: int):

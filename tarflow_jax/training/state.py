@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tarflow_jax.flow.layers import OneDevice
-from tarflow_jax.flow.model import TarFlow
+from tarflow_jax.flow.flow import Flow
+from tarflow_jax.flow.transformer import OneDevice
 
 
 class TrainState(NamedTuple):
@@ -47,10 +47,10 @@ def from_variables(variables, optimizer: optax.GradientTransformation, *, ema: b
 
 
 def initial_state(
-    key: jax.Array, model: TarFlow, optimizer: optax.GradientTransformation, *, ema: bool
+    key: jax.Array, model: Flow, optimizer: optax.GradientTransformation, *, ema: bool
 ) -> TrainState:
     """The state before the first step. Runs under jit or `jax.eval_shape`."""
-    shape = (1, model.image_size, model.image_size, model.image_channels)
+    shape = (1, *model.example_shape)
     # Lazily: the images' way through the flow is not computed, and need not be compiled. Laid out
     # on one device, as one image cannot be split.
     model = model.clone(layout=OneDevice())
@@ -58,7 +58,7 @@ def initial_state(
     return from_variables(variables, optimizer, ema=ema)
 
 
-def abstract_state(model: TarFlow, optimizer: optax.GradientTransformation, *, ema: bool):
+def abstract_state(model: Flow, optimizer: optax.GradientTransformation, *, ema: bool):
     """Shapes and dtypes of the train state, nothing computed: `ShapeDtypeStruct` leaves."""
     def initial(key):
         return initial_state(key, model, optimizer, ema=ema)

@@ -95,6 +95,26 @@ def test_sampler(slice_of_16):
     assert row['predicted_step_seconds'] > 0
 
 
+@pytest.mark.parametrize('program', [
+    'sample', pytest.param('train', marks=pytest.mark.slow),
+    pytest.param('evaluate', marks=pytest.mark.slow),
+])
+def test_flow_with_every_condition(slice_of_16, program):
+    small = {'model.image_size': (8, 4), 'model.num_features': 3, 'model.noise_conditioned': True,
+             'train.noise': 'levels', 'guidance.blocks': 1, 'model.head_dim': 128,
+             'model.layers_per_block': (1, 1)}
+    c = tiny_config(**small)
+    row = report.compile_for(c, slice_of_16, program)
+    assert row['fits'] and row['flops'] > row['model_flops'] > 0
+    _, _, step = report.planned(c, slice_of_16, program)
+    if program == 'sample':
+        # One block is guided and one is not: two programs, each of which runs once.
+        assert [p.times for p in step.programs] == [1, 1, 1]
+        assert [p.name for p in step.programs][-1] == 'denoise'
+        # Of the guided block: keys and values of both branches.
+        assert row['cache_bytes'] == 2 * 2 * 32 * 32 * 128 * 2 / 16
+
+
 @pytest.mark.slow
 def test_likelihood_in_float32(slice_of_16):
     row = report.compile_for(tiny_config(**{'model.dtype': 'float32'}), slice_of_16, 'evaluate')
@@ -209,7 +229,7 @@ def test_ctrl_c_keeps_what_is_known(tmp_path, monkeypatch, capfd):
     (['--topology=v5e:4x4', '--json=/no/such/folder/x.json'], 'its folder does not exist'),
     (['--topology=v5e:4x4', '--batch_per_chip=0'], '--batch_per_chip'),
     (['--topology=v5e:4x4', '--config.train.batch_size=24'], 'cannot be shared evenly by 16'),
-    (['--topology=v5e:4x4', '--config.mesh.tensor=4'], 'axis of 2 cannot be split by mesh.tensor 4'),
+    (['--topology=v5e:4x4', '--config.mesh.tensor=4'], 'axis of 2 cannot be split by tensor 4 of the mesh'),
 ])
 def test_bad_input(more, says, capfd):
     assert call('--mode=compile', *FLAGS, *more) == 2

@@ -10,9 +10,8 @@ from tiny_state import random_variables
 import tarflow_jax as tfj
 from tarflow_jax.data.sources import InMemory
 from tarflow_jax.evaluation.bits_per_dim import bits_per_dim
-from tarflow_jax.flow.likelihood import dequantise
 from tarflow_jax.training import sharding
-from tarflow_jax.training.step import Recipe
+from tarflow_jax.training.corruption import Recipe, corrupt_each, dequantize
 
 MODEL = tiny((1,))
 RECIPE = Recipe(noise_std=0.1, ema_decay=0.0)
@@ -47,11 +46,11 @@ def normal_bits(x, variance=1.0):
     return (nats / x.shape[1] + np.log(128)) / np.log(2)
 
 
-def dequantised(source, draw):
+def dequantized(source, draw):
     """The images as they are scored: image i of a draw with a key of its own."""
     of_draw = jax.random.fold_in(jax.random.split(KEY)[0], draw)
     keys = jax.vmap(lambda i: jax.random.fold_in(of_draw, i))(jnp.arange(len(source)))
-    return np.asarray(jax.vmap(dequantise)(keys, source.image_NxHxWxC))
+    return np.asarray(jax.vmap(dequantize)(keys, source.image_NxHxWxC))
 
 
 # 20 images in batches of 8: four of the last one are padding.
@@ -59,7 +58,7 @@ def dequantised(source, draw):
 def test_identity_flow(draws):
     source = images()
     found = score(identity(), source, draws=draws)
-    bits = np.stack([normal_bits(dequantised(source, draw)) for draw in range(draws)])
+    bits = np.stack([normal_bits(dequantized(source, draw)) for draw in range(draws)])
     assert found['images'] == 20 and found['draws'] == draws
     np.testing.assert_allclose(found['bits_per_dim'], bits.mean(), rtol=1e-5)
     error = bits.mean(0).std(ddof=1) / np.sqrt(20)
@@ -77,7 +76,7 @@ def test_several_draws():
     variables['prior'] = {'variance': jnp.full((16, 8), 1e-5)}
     source = InMemory(np.full((20, 8, 8, 2), 128, np.uint8), np.zeros(20, np.int32))
     found = score(variables, source, draws=4, model=model)
-    bits = np.stack([normal_bits(dequantised(source, draw), 1e-5) for draw in range(4)])
+    bits = np.stack([normal_bits(dequantized(source, draw), 1e-5) for draw in range(4)])
     nats = -(bits * np.log(2) - np.log(128)) * 128
     over_draws = bits.mean(1).std(ddof=1) / 2
     np.testing.assert_allclose(found['standard_error_over_draws'], over_draws, rtol=1e-2)
@@ -125,7 +124,7 @@ def test_padding_does_not_count():
     whole = score(variables, source, batch_size=40)
     assert whole['images'] == padded['images'] == 20
     np.testing.assert_allclose(whole['bits_per_dim'], padded['bits_per_dim'], rtol=1e-6)
-    leaked = normal_bits(dequantised(source, 0))
+    leaked = normal_bits(dequantized(source, 0))
     assert abs(np.append(leaked, [leaked[-1]] * 4).mean() - leaked.mean()) > 1e-2
 
 
@@ -133,7 +132,7 @@ def test_labels_are_used():
     source = images()
     variables = random_variables(MODEL)
     found = score(variables, source)
-    noisy = dequantised(source, 0)
+    noisy = dequantized(source, 0)
     wanted = tfj.bits_per_dim(
         tfj.log_prob(MODEL, variables, noisy, source.label_N), MODEL.num_dims
     )
@@ -142,13 +141,39 @@ def test_labels_are_used():
     assert abs(without.mean() - wanted.mean()) > 1e-4
 
 
+def test_noise_conditioned_flow_is_asked_at_its_lowest_level():
+    model = tiny((1,), num_features=2, noise_conditioned=True)
+    rng = np.random.default_rng(0)
+    variables, features = random_variables(model), rng.standard_normal((20, 2)).astype(np.float32)
+
+    class WithFeatures(InMemory):
+        def __getitem__(self, i):
+            return super().__getitem__(i) | {'features': features[i]}
+
+    source = WithFeatures(images().image_NxHxWxC, images().label_N)
+    recipe = Recipe(noise='levels', noise_std=0.5, lowest_noise_std=0.02)
+    found = score(variables, source, model=model, recipe=recipe)
+    condition = tfj.Condition(source.label_N, np.float32(0.02), features)
+    nats = tfj.log_prob(model, variables, dequantized(source, 0), condition)
+    wanted = tfj.bits_per_dim(nats, model.num_dims)
+    np.testing.assert_allclose(found['bits_per_dim'], wanted.mean(), rtol=1e-5)
+    # The loss is that of training: at the level of each image, and weighted with it.
+    of_draw = jax.random.fold_in(jax.random.split(KEY)[1], 0)
+    keys = jax.vmap(lambda i: jax.random.fold_in(of_draw, i))(jnp.arange(20))
+    noisy, levels, weight = corrupt_each(keys, source.image_NxHxWxC, recipe)
+    np.testing.assert_array_equal(weight, levels)
+    nats = tfj.log_prob(model, variables, noisy, tfj.Condition(source.label_N, levels, features))
+    losses = -nats / model.num_dims - 0.5 * np.log(2 * np.pi)
+    np.testing.assert_allclose(found['loss'], (weight * losses).mean(), rtol=1e-4)
+
+
 def test_prior_variance_counts_for_bits_and_not_for_the_loss():
     model = tiny((1,), volume_preserving=True)
     variables = identity(model)
     variables['prior'] = {'variance': jnp.full((16, 8), 0.25)}
     found = score(variables, images(), model=model, recipe=Recipe(noise='uniform'))
     np.testing.assert_allclose(
-        found['bits_per_dim'], normal_bits(dequantised(images(), 0), 0.25).mean(), rtol=1e-5
+        found['bits_per_dim'], normal_bits(dequantized(images(), 0), 0.25).mean(), rtol=1e-5
     )
     x = images().image_NxHxWxC / 127.5 - 1
     assert abs(found['loss'] - 0.5 * (x**2).mean()) < 0.005

@@ -17,21 +17,20 @@ import pytest
 from command_line import ROOT, files
 from PIL import Image
 from tiny_flow import tiny
+from tiny_plan import plan_of
 from tiny_state import random_variables
 
 import tarflow_jax as tfj
 from tarflow_jax import files as writing
-from tarflow_jax.config import Plan
 from tarflow_jax.evaluation import bulk, sample_files
 from tarflow_jax.evaluation.versions import versions
 from tarflow_jax.training import pictures, sharding
 from tarflow_jax.training.loop import Stopped
-from tarflow_jax.training.step import Recipe
 
 MODEL = tiny((1, 1), image_channels=1)
 VARIABLES = random_variables(MODEL)
-PLAN = Plan(MODEL, Recipe(noise_std=0.1), tfj.Guidance(weight=0.5))
-HOW = dict(label=-1, seed=3, denoise_strength=0.5)
+PLAN = plan_of(MODEL, strength=0.5, weight=0.5)
+HOW = dict(seed=3)
 KNOWN = bulk.fingerprint(PLAN, VARIABLES, 'step_0000012', **HOW)
 
 
@@ -315,21 +314,22 @@ def test_array_record(wanted, tmp_path, monkeypatch):
 
 def test_images_that_are_not_finite(wanted, tmp_path, monkeypatch):
     # Number 5 twice, and number 20 always; the others of their batches stay as they are.
-    sampled, attempts = bulk.sample, []
+    sampled, attempts = bulk.generate, []
 
-    def fails(model, variables, noise, labels, **how):
-        images = sampled(model, variables, noise, labels, **how)
+    def fails(*arguments, **how):
+        drawn = sampled(*arguments, **how)
         numbers, attempt = attempts[-1]
         bad = ((numbers == 5) & (attempt < 2)) | (numbers == 20)
-        return jax.numpy.where(bad[:, None, None, None], np.nan, images)
+        images = jax.numpy.where(bad[:, None, None, None], np.nan, drawn.samples)
+        return drawn._replace(samples=images)
 
-    def noise(key, numbers, attempt, *rest):
+    def noise(model, key, numbers, attempt):
         attempts.append((numbers, attempt))
-        return original(key, numbers, attempt, *rest)
+        return original(model, key, numbers, attempt)
 
-    original = bulk._noise
-    monkeypatch.setattr(bulk, 'sample', fails)
-    monkeypatch.setattr(bulk, '_noise', noise)
+    original = bulk.noise_of_examples
+    monkeypatch.setattr(bulk, 'generate', fails)
+    monkeypatch.setattr(bulk, 'noise_of_examples', noise)
     summary = draw(tmp_path)
     assert (summary['redraws'], summary['redrawn'], summary['not_finite']) == (12, 2, 1)
     found, usual = pixels(tmp_path), pixels(wanted)
@@ -345,19 +345,53 @@ def test_images_that_are_not_finite(wanted, tmp_path, monkeypatch):
     assert np.abs(found[5].astype(int) - pictures.to_pixels(image)[0]).max() <= 1
 
 
+def test_features_and_levels_of_samples(tmp_path):
+    model = MODEL.clone(num_features=2, noise_conditioned=True)
+    variables = random_variables(model)
+    features = np.random.default_rng(0).standard_normal((5, 2)).astype(np.float32)
+    of = functools.partial(plan_of, model, noise='levels', noise_std=0.3)
+    plan, mesh = of(features=features), sharding.make_mesh()
+    others = [of(features=features[::-1]), of(features=features, levels=(0.1,)), of()]
+    known = [bulk.fingerprint(p, variables, 'a', **HOW) for p in (plan, *others)]
+    assert len(set(map(bulk.folder_name, known))) == 4
+    for folder, batch_size in (('eight', 8), ('sixteen', 16)):
+        bulk.draw_set(
+            tmp_path / folder, plan, variables, count=11, batch_size=batch_size, mesh=mesh,
+            fingerprint=known[0], **HOW,
+        )
+    key = jax.random.key(3)
+    keys = [jax.random.fold_in(jax.random.fold_in(key, i), 0) for i in range(11)]
+    noise = np.stack([jax.random.normal(k, (16, 4)) for k in keys])
+    numbers = np.arange(11)
+    condition = tfj.Condition(
+        (numbers % 3).astype(np.int32), np.float32(0.3), features[numbers % 5]
+    )
+    images = tfj.sample(model, variables, noise, condition)
+    images = tfj.iterative_denoise(
+        model, variables, images, condition, levels=plan.denoising.levels
+    )
+    for folder in ('eight', 'sixteen'):
+        found = pixels(tmp_path / folder).astype(int)
+        assert np.abs(found - pictures.to_pixels(images)).max() <= 1
+
+
 def test_fingerprint():
     of = functools.partial(bulk.fingerprint, PLAN, VARIABLES, 'step_0000012')
     assert bulk.folder_name(KNOWN) == bulk.folder_name(of(**HOW))
+    assert json.loads(json.dumps(KNOWN)) == KNOWN  # as a finished set has it
     assert re.fullmatch(r'step_0000012-guidance_0.5-[0-9a-f]{8}', bulk.folder_name(KNOWN))
     moved = jax.tree.map(lambda x: x, VARIABLES)
     kernel = moved['params']['block_0']['proj_in']['kernel']
     moved['params']['block_0']['proj_in']['kernel'] = kernel[::-1]
     weaker = dataclasses.replace(PLAN, guidance=tfj.Guidance(weight=0.4))
     wide = dataclasses.replace(PLAN, model=MODEL.clone(dtype=jax.numpy.bfloat16))
-    noisy = dataclasses.replace(PLAN, recipe=Recipe(noise_std=0.2))
+    plans = [
+        plan_of(MODEL, weight=0.5, **{'strength': 0.5} | fields)
+        for fields in (dict(label=1), dict(strength=0.0), dict(noise_std=0.2))
+    ]
     others = [
-        of(**HOW | dict(label=1)), of(**HOW | dict(seed=4)), of(**HOW | dict(denoise_strength=0.0)),
-        *(bulk.fingerprint(p, VARIABLES, 'step_0000012', **HOW) for p in (weaker, wide, noisy)),
+        of(seed=4),
+        *(bulk.fingerprint(p, VARIABLES, 'step_0000012', **HOW) for p in (weaker, wide, *plans)),
         bulk.fingerprint(PLAN, moved, 'step_0000012', **HOW),
         bulk.fingerprint(PLAN, VARIABLES, 'step_0000013', **HOW),
     ]

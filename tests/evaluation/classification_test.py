@@ -11,7 +11,7 @@ import tarflow_jax as tfj
 from tarflow_jax.data.sources import InMemory
 from tarflow_jax.evaluation.classification import calibration, class_log_probs, classification
 from tarflow_jax.training import sharding
-from tarflow_jax.training.step import Recipe, add_noise
+from tarflow_jax.training.corruption import Recipe, corrupt_each
 
 MODEL = tiny((1,))
 RECIPE = Recipe(noise_std=0.05, ema_decay=0.0)
@@ -78,12 +78,34 @@ def test_log_probs_are_those_of_the_likelihood():
     variables = random_variables(MODEL)
     pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 2), np.uint8)
     keys = jax.random.split(KEY, 4)
-    found = class_log_probs(MODEL, RECIPE, variables, pixels, keys)
-    noisy = jax.vmap(lambda key, x: add_noise(key, x, RECIPE))(keys, pixels)
+    found = class_log_probs(MODEL, RECIPE, variables, {'image': pixels}, keys)
+    noisy = corrupt_each(keys, pixels, RECIPE).images
     wanted = [tfj.log_prob(MODEL, variables, noisy, np.full(4, y)) for y in range(3)]
     assert found.shape == (4, 3)
     np.testing.assert_allclose(found, np.stack(wanted, 1), rtol=1e-5)
     assert np.ptp(np.asarray(found), axis=1).min() > 0.01
+
+
+def test_features_and_noise_levels_are_those_of_the_images():
+    model = MODEL.clone(num_features=2, noise_conditioned=True)
+    variables = random_variables(model)
+    rng = np.random.default_rng(0)
+    batch = {
+        'image': rng.integers(0, 256, (4, 8, 8, 2), np.uint8),
+        'features': rng.standard_normal((4, 2)).astype(np.float32),
+    }
+    keys = jax.random.split(KEY, 4)
+    recipe = Recipe(noise='levels', noise_std=0.5)
+    found = class_log_probs(model, recipe, variables, batch, keys)
+    noisy, levels, _ = corrupt_each(keys, batch['image'], recipe)
+    for y in range(3):
+        condition = tfj.Condition(np.full(4, y), levels, batch['features'])
+        wanted = tfj.log_prob(model, variables, noisy, condition)
+        np.testing.assert_allclose(found[:, y], wanted, rtol=1e-5)
+    others = tfj.log_prob(
+        model, variables, noisy, tfj.Condition(np.full(4, 2), levels[::-1], batch['features'])
+    )
+    assert np.abs(found[:, 2] - others).max() > 0.01
 
 
 def test_draws_are_averaged():
@@ -94,7 +116,7 @@ def test_draws_are_averaged():
     pixels = np.ascontiguousarray(np.broadcast_to(brightness, (64, 8, 8, 2)))
     of_draw = [jax.random.fold_in(KEY, draw) for draw in range(3)]
     keys = [jax.vmap(lambda i, key=key: jax.random.fold_in(key, i))(jnp.arange(64)) for key in of_draw]
-    draws = np.stack([class_log_probs(MODEL, recipe, variables, pixels, k) for k in keys])
+    draws = np.stack([class_log_probs(MODEL, recipe, variables, {'image': pixels}, k) for k in keys])
     labels = draws.mean(0).argmax(1)
     assert all((draw.argmax(1) != labels).any() for draw in draws)
     found = score(variables, InMemory(pixels, labels), draws=3, recipe=recipe, batch_size=64)

@@ -67,6 +67,28 @@ def test_labels_do_not_matter():
     assert bits[0] == bits[1]
 
 
+def test_features_do_not_matter_and_the_level_does():
+    model = tiny((1,), num_features=2, noise_conditioned=True)
+    variables = random_variables(model)
+
+    class WithFeatures(InMemory):
+        def __getitem__(self, i):
+            return super().__getitem__(i) | {'features': np.full(2, self.label_N[i], np.float32)}
+
+    bits = []
+    for label, noise_std in ((0, 0.1), (2, 0.1), (2, 0.2)):
+        sets = {}
+        for name in ('train', 'test'):
+            source = set_of(128, seed=len(name))
+            sets[name] = WithFeatures(source.image_NxHxWxC, np.full(20, label, np.int32))
+        found = outliers(
+            model, variables, sets, mesh=sharding.make_mesh(), batch_size=8,
+            key=jax.random.key(0), noise_std=noise_std,
+        )
+        bits.append(found['sets'][1]['bits_per_dim'])
+    assert bits[0] == bits[1] != bits[2]
+
+
 @pytest.mark.parametrize('width', [13, 22])
 @pytest.mark.parametrize('kind', module.CORRUPTIONS)
 def test_corruptions(kind, width):

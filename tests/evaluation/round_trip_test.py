@@ -6,14 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_flow import apply, batch, perturbed, tiny
+from tiny_flow import CONDITIONED, apply, batch, condition_for, perturbed, tiny
 
 import tarflow_jax as tfj
 from tarflow_jax.evaluation.round_trip import IMAGE_LIMIT, _error, round_trip
-from tarflow_jax.training import sharding
 
 MODEL = tiny((1, 1))
-MESH = sharding.make_mesh(devices=jax.devices()[:1])  # compiles in half of the time
 
 
 @functools.cache
@@ -21,7 +19,7 @@ def certified(guided=False, **fields):
     model = tiny((1, 1), **fields)
     images, labels = batch(model, count=8)
     return round_trip(
-        model, perturbed(model), images, labels, key=jax.random.key(3), mesh=MESH,
+        model, perturbed(model), images, labels, key=jax.random.key(3),
         guidance=tfj.Guidance(weight=1.0) if guided else None,
     )
 
@@ -64,6 +62,25 @@ def test_whole_errors_are_those_of_the_public_functions():
                                rtol=0.3)
 
 
+def test_flow_with_every_condition():
+    model = tiny((1, 1), **CONDITIONED)
+    images, _ = batch(model, count=8)
+    condition = condition_for(model, 8, per_token=False)
+    variables = perturbed(model)
+    found = round_trip(
+        model, variables, images, condition, key=jax.random.key(3),
+        guidance=tfj.Guidance(weight=1.0), dtypes=('float32',),
+    )
+    exact = found['float32']
+    assert exact['image_z_image']['max'] < 2e-5 and exact['z_image_z']['max'] < 2e-5
+    assert exact['guided_not_finite'] == 0 and exact['logdet_sum'] < 1e-6
+    noise = jax.random.normal(jax.random.key(3), (8, *model.token_shape))
+    again, _ = apply(model, variables, tfj.sample(model, variables, noise, condition), condition)
+    assert 0 < exact['z_image_z']['rms'] == pytest.approx(
+        float(np.sqrt(np.square(again - noise).mean())), rel=0.5
+    )
+
+
 def test_guided_samples_are_counted():
     found = certified(guided=True)
     assert found['float32']['guided_not_finite'] == 0
@@ -76,9 +93,7 @@ def test_flow_that_overflows():
     half = out['bias'].shape[0] // 2
     out['bias'] = out['bias'].at[:half].set(90.0)  # exp(90) in the inverse; exp(-90) in the forward
     images, labels = batch(MODEL, count=8)
-    found = round_trip(
-        MODEL, variables, images, labels, key=jax.random.key(3), mesh=MESH
-    )
+    found = round_trip(MODEL, variables, images, labels, key=jax.random.key(3))
     assert found['float32']['not_finite'] == 1
     assert found['float32']['z_image_z']['not_finite'] == 1
     assert not found['trusted']['float32']['sampling']
@@ -100,8 +115,6 @@ def test_error_is_measured_in_the_units_of_images():
         half = out['bias'].shape[0] // 2
         out['bias'] = out['bias'].at[:half].set(scale)
     images, labels = batch(MODEL, count=8)
-    found = round_trip(
-        MODEL, variables, images, labels, key=jax.random.key(3), mesh=MESH
-    )
+    found = round_trip(MODEL, variables, images, labels, key=jax.random.key(3))
     assert found['bfloat16']['image_z_image']['rms'] > IMAGE_LIMIT
     assert not found['trusted']['bfloat16']['sampling']

@@ -6,18 +6,17 @@ import jax
 import numpy as np
 import pytest
 from tiny_flow import tiny
+from tiny_plan import plan_of
 from tiny_state import random_variables
 
 import tarflow_jax as tfj
-from tarflow_jax.config import Plan
 from tarflow_jax.evaluation import bulk, schedules
-from tarflow_jax.flow.schedule import BlockSchedule, made_for
+from tarflow_jax.sampling.schedule import BlockSchedule, made_for
 from tarflow_jax.training import sharding
-from tarflow_jax.training.step import Recipe
 
 MODEL = tiny((1, 1), image_channels=1)
 VARIABLES = random_variables(MODEL)
-PLAN = Plan(MODEL, Recipe(noise_std=0.1), tfj.Guidance(weight=0.5))
+PLAN = plan_of(MODEL, strength=0.5, weight=0.5)
 
 
 @pytest.fixture
@@ -25,8 +24,9 @@ def calibrated(monkeypatch):
     """Counts calibrations, which find Jacobi for block 0 with a limit that no image keeps."""
     calls = []
 
-    def calibrate(model, variables, labels, *, batch_size, guidance, tolerance):
-        calls.append((np.asarray(labels).tolist(), batch_size, guidance, tolerance))
+    def calibrate(model, variables, condition, *, batch_size, guidance, tolerance):
+        assert condition.noise_std is condition.features is None
+        calls.append((np.asarray(condition.labels).tolist(), batch_size, guidance, tolerance))
         blocks = (BlockSchedule(1, tolerance, max_iterations=1), BlockSchedule(2, tolerance))
         return tfj.Schedule(blocks, tolerance, made_for(model, guidance), batch_size, 1e-5)
 
@@ -36,7 +36,7 @@ def calibrated(monkeypatch):
 
 def schedule_of(path, plan=PLAN, **fields):
     mesh = sharding.make_mesh()
-    given = dict(batch_size=6, label=-1, tolerance=1e-4, mesh=mesh) | fields
+    given = dict(batch_size=6, tolerance=1e-4, mesh=mesh) | fields
     return schedules.schedule_of(path, plan, VARIABLES, **given)
 
 
@@ -69,7 +69,7 @@ def test_sets_drawn_by_a_schedule_are_those_drawn_sequentially(calibrated, tmp_p
     mesh = sharding.make_mesh()
     plan = PLAN.on(sharding.Layout(mesh))
     variables = jax.device_put(VARIABLES, sharding.shardings(VARIABLES, mesh))
-    how = dict(label=-1, seed=3, denoise_strength=0.5)
+    how = dict(seed=3)
     sets = {}
     for tolerance in (None, 1e-4):
         known = bulk.fingerprint(plan, variables, 'step_0000012', tolerance=tolerance, **how)

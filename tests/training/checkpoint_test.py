@@ -155,6 +155,8 @@ def test_config_and_model_are_saved_beside_the_state(tmp_path):
     assert about['model'] == {
         'image_size': 8, 'image_channels': 2, 'patch_size': 2, 'width': 32, 'head_dim': 16,
         'layers_per_block': [1], 'num_classes': 3, 'volume_preserving': False,
+        'num_features': 0, 'noise_conditioned': False, 'orders': 'alternate', 'scale': 'exp',
+        'scale_limit': None, 'first_token': 'identity',
     }
 
 
@@ -174,16 +176,29 @@ def test_no_checkpoint(tmp_path):
 
 @pytest.mark.parametrize('field, value', [
     ('width', 64), ('layers_per_block', (2,)), ('num_classes', 4), ('volume_preserving', True),
-    ('head_dim', 32), ('patch_size', 4),
+    ('head_dim', 32), ('patch_size', 4), ('patch_size', (4, 2)), ('num_features', 2),
+    ('noise_conditioned', True), ('scale', 'softplus'), ('scale_limit', 3.0),
+    ('first_token', 'start'), ('orders', (tuple(range(15, -1, -1)),)),
 ])
 def test_another_model_is_refused(tmp_path, field, value):
     save(tmp_path, 2)
     with pytest.raises(ValueError) as error:
         Checkpoints(tmp_path, MODEL.clone(**{field: value}))
     message = one_sentence(error)
-    assert f'model.{field} is {json.loads(json.dumps(getattr(MODEL, field)))} there' in message
+    here, there = (json.loads(json.dumps(x)) for x in (value, getattr(MODEL, field)))
+    assert f'model.{field} is {there} there and {here} in this config' in message
     assert 'choose another --workdir' in message
     assert folders(tmp_path) == ['2']
+
+
+def test_flow_of_every_field_comes_back(tmp_path):
+    model = tiny(
+        (1, 1), image_size=(4, 8), patch_size=(2, 4), num_features=2, noise_conditioned=True,
+        orders=((1, 0, 3, 2), (3, 0, 1, 2)), scale='softplus', scale_limit=3.0, first_token='start',
+    )
+    save(tmp_path, 3, model=model)
+    with Checkpoints(tmp_path, model) as checkpoints:
+        assert_identical(checkpoints.restore(abstract(model)), state_at(3, model))
 
 
 def test_fields_of_the_computation_may_change(tmp_path):

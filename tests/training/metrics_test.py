@@ -118,7 +118,10 @@ def test_scalars_are_logged(tmp_path, caplog):
 @pytest.mark.parametrize('volume_preserving, outputs', [(False, 8), (True, 4)])
 def test_model_flops_by_hand(volume_preserving, outputs):
     # 6x6x1, patches of 2x2: 9 positions of 4 numbers; width 64; blocks of 2 and 1 layers.
-    model = tfj.TarFlow(6, 1, 2, 64, (2, 1), volume_preserving=volume_preserving)
+    model = tfj.TarFlow(
+        image_size=6, image_channels=1, patch_size=2, width=64, layers_per_block=(2, 1),
+        volume_preserving=volume_preserving,
+    )
     per_position = 64 * 192 + 64 * 64 + 64 * 256 + 256 * 64  # qkv, projection, MLP
     # Causal: position t sees t + 1 keys; half of the square is what the count keeps of them.
     attention = 9 * 9 / 2 * 64 * 2  # logits, values

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from tiny_flow import tiny
+from tiny_plan import plan_of
 from tiny_state import random_variables
 
 import tarflow_jax as tfj
-from tarflow_jax.config import Plan
 from tarflow_jax.training import pictures, sharding
-from tarflow_jax.training.step import Recipe
 
 MODEL = tiny((1,))
 KEY = jax.random.key(0)
@@ -66,21 +65,12 @@ def test_save_png_replaces_whole_files_only(tmp_path, monkeypatch):
     assert path.read_bytes() == before
 
 
-def test_class_labels():
-    np.testing.assert_array_equal(pictures.class_labels(MODEL, 7), [0, 1, 2, 0, 1, 2, 0])
-    np.testing.assert_array_equal(pictures.class_labels(MODEL, 3, label=2), [2, 2, 2])
-    assert pictures.class_labels(MODEL, 3).dtype == np.int32
-    assert pictures.class_labels(tiny((1,), num_classes=0), 3) is None
-
-
 def test_draw_is_the_sampler_and_the_denoiser():
     count = 5  # drawn by 8 devices
     variables = random_variables(MODEL)
-    labels = pictures.class_labels(MODEL, count)
+    labels = np.arange(count, dtype=np.int32) % 3
     mesh = sharding.make_mesh()
-    images = pictures.draw(
-        MODEL, variables, KEY, labels, count, mesh=mesh, noise_std=0.1, denoise_strength=0.5
-    )
+    images = pictures.draw(plan_of(MODEL, strength=0.5), variables, KEY, count, mesh=mesh)
     shape = (count, 8, 8, 2)
     assert {name: image.shape for name, image in images.items()} == {
         'noise': shape, 'raw': shape, 'denoised': shape, 'redraws': (count,)
@@ -94,14 +84,28 @@ def test_draw_is_the_sampler_and_the_denoiser():
     assert not np.asarray(images['redraws']).any()
 
 
+def test_pictures_of_a_flow_with_every_condition():
+    model = tiny((1,), num_features=2, noise_conditioned=True, image_size=(8, 4))
+    variables = random_variables(model)
+    features = np.random.default_rng(0).standard_normal((3, 2)).astype(np.float32)
+    plan = plan_of(model, noise='levels', noise_std=0.3, features=features, label=1)
+    images = pictures.draw(plan, variables, KEY, 5, mesh=sharding.make_mesh())
+    assert images['denoised'].shape == (5, 8, 4, 2)
+    condition = tfj.Condition(np.full(5, 1, np.int32), np.float32(0.3), features[[0, 1, 2, 0, 1]])
+    noise = jax.random.normal(KEY, (8, 8, 8))[:5]
+    raw = tfj.sample(model, variables, noise, condition)
+    np.testing.assert_allclose(images['raw'], raw, atol=1e-4)
+    clean = tfj.iterative_denoise(
+        model, variables, raw, condition, levels=plan.denoising.levels
+    )
+    np.testing.assert_allclose(images['denoised'], clean, atol=1e-4)
+
+
 def test_sheets():
     def names(noise_std=0.1, strength=1.0, **guidance):
-        recipe = Recipe(noise_std=noise_std)
-        plan = Plan(MODEL, recipe, tfj.Guidance(**guidance))
-        variables = random_variables(MODEL)
-        labels = pictures.class_labels(MODEL, 8)
+        plan = plan_of(MODEL, noise_std=noise_std, strength=strength, **guidance)
         found, redraws = pictures.sheets(
-            plan, variables, KEY, labels, 8, sharding.make_mesh(), strength, columns=4
+            plan, random_variables(MODEL), KEY, 8, sharding.make_mesh(), columns=4
         )
         assert redraws == 0
         assert all(sheet.shape == (18, 38, 2) for sheet in found.values())

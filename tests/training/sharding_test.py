@@ -14,7 +14,8 @@ from tiny_flow import perturbed, tiny
 
 import tarflow_jax as tfj
 from tarflow_jax.flow.attention import causal_attention
-from tarflow_jax.flow.schedule import BlockSchedule
+from tarflow_jax.flow.parameters import Parameter
+from tarflow_jax.sampling.schedule import BlockSchedule
 from tarflow_jax.training import sharding
 from tarflow_jax.training.optimizer import adamw
 from tarflow_jax.training.state import abstract_state
@@ -37,10 +38,10 @@ def test_mesh_sizes(given, sizes):
 
 
 @pytest.mark.parametrize('given, says', [
-    (dict(data=3), 'mesh.data 3, mesh.fsdp 1, mesh.tensor 1 cannot share 8 device'),
-    (dict(fsdp=3), 'mesh.fsdp 3, mesh.tensor 1 cannot share 8 device'),
+    (dict(data=3), '^data 3, fsdp 1, tensor 1 cannot share 8 device'),
+    (dict(fsdp=3), 'fsdp 3, tensor 1 cannot share 8 device'),
     (dict(fsdp=-1), 'for one of them -1'),
-    (dict(tensor=0), 'mesh.tensor 0: each must be at least 1'),
+    (dict(tensor=0), 'tensor 0: each must be at least 1'),
     (dict(fsdp=16), 'the product must be 8'),
 ])
 def test_mesh_refuses(given, says):
@@ -64,43 +65,67 @@ def test_slices_are_joined_by_the_data_axis(monkeypatch):
         slices = np.vectorize(lambda d: d.slice_index)(mesh.devices)
         assert mesh.devices.shape == (8 // fsdp, fsdp, 1)
         assert (slices[: 4 // fsdp] == 0).all() and (slices[4 // fsdp :] == 1).all()
-    with pytest.raises(ValueError, match='mesh.data is 1 on 2 slices; choose a multiple of 2'):
+    with pytest.raises(ValueError, match='^data 1 does not go across 2 slices; choose a multiple of 2'):
         sharding.make_mesh(data=1, fsdp=8, devices=devices)
 
 
 def test_every_leaf_of_a_train_state_has_a_rule():
     mesh = sharding.make_mesh(2, 2, 2)
-    for fields in (dict(), dict(num_classes=0), dict(volume_preserving=True)):
+    everything = dict(num_features=3, noise_conditioned=True, first_token='start')
+    for fields in (dict(), dict(num_classes=0), dict(volume_preserving=True), everything):
         found = sharding.shardings(state_of(**fields), mesh)
         params, layer = found.params['block_0'], found.params['block_1']['layers']
-        assert layer['qkv']['kernel'].spec == P(None, 'fsdp', None, 'tensor')
-        assert layer['mlp_out']['kernel'].spec == P(None, ('tensor', 'fsdp'))
-        assert params['proj_out']['kernel'].spec == P(('fsdp', 'tensor'))
+        assert layer['qkv']['kernel'].spec == P(None, 'fsdp', None, 'tensor', None)
+        assert layer['mlp_out']['kernel'].spec == P(None, ('tensor', 'fsdp'), None)
+        assert params['proj_out']['kernel'].spec == P(('fsdp', 'tensor'), None)
         # Averages and moments are split as their parameters.
         assert found.ema_params == found.params
         assert found.opt_state[1][0].mu == found.opt_state[1][0].nu == found.params
         assert found.step.spec == found.opt_state[1][0].count.spec == P()
 
 
-def test_no_rule_and_two_rules_are_errors(monkeypatch):
+def test_arrays_that_no_flow_has_are_refused():
     mesh = sharding.make_mesh(2, 2, 2)
     x = jax.ShapeDtypeStruct((8, 8), jnp.float32)
-    with pytest.raises(ValueError, match='block_0/lora/kernel matches 0 of the rules'):
-        sharding.shardings({'block_0': {'lora': {'kernel': x}}}, mesh)
-    monkeypatch.setattr(
-        sharding, 'PARAMETERS', (*sharding.PARAMETERS, (r'proj_\w+/kernel', P()))
-    )
-    with pytest.raises(ValueError, match='proj_in/kernel matches 2 of the rules'):
-        sharding.shardings({'proj_in': {'kernel': x}}, mesh)
+    for path in ('lora/kernel', 'proj_in/kernels', 'xproj_in/kernel', 'layers/proj/kernel', 'kernel'):
+        tree = x
+        for word in reversed(path.split('/')):
+            tree = {word: tree}
+        with pytest.raises(ValueError, match=f'block_0/{path} is no parameter of a flow'):
+            sharding.shardings({'block_0': tree}, mesh)
+    assert sharding.shardings({'proj_in': {'kernel': x}}, mesh)
+
+
+@pytest.mark.parametrize('axis', sharding.PARAMETER_AXES)
+def test_every_axis_needs_a_line_in_the_table(monkeypatch, axis):
+    fields = dict(num_features=3, noise_conditioned=True, first_token='start')
+    state = state_of(**fields)  # before the table changes
+    fewer = {name: axes for name, axes in sharding.PARAMETER_AXES.items() if name != axis}
+    monkeypatch.setattr(sharding, 'PARAMETER_AXES', fewer)
+    says = f"axis '{axis}' is not in sharding.PARAMETER_AXES; add it"
+    with pytest.raises(ValueError, match=says):
+        sharding.shardings(state.params, sharding.make_mesh(2, 2, 2))
+    with pytest.raises(ValueError, match=says):
+        layout = sharding.Layout(sharding.make_mesh(2, 2, 2))
+        layout.gather(jnp.zeros((2, 2)), (axis, 'other'))
+
+
+def test_all_axes_of_a_flow_are_in_the_tables():
+    flow = tiny(num_features=3, noise_conditioned=True, first_token='start')
+    axes = {
+        axis for p in jax.tree.leaves(flow.parameters(), is_leaf=lambda x: isinstance(x, Parameter))
+        for axis in p.axes
+    }
+    assert axes == set(sharding.PARAMETER_AXES)
 
 
 def test_what_cannot_be_split_is_named():
-    says = r'class_embedding \(8, 256\): its axis of 256 cannot be split by mesh.fsdp 3 x mesh.tensor 1'
+    says = r'class_embedding \(8, 256\): its axis of 256 cannot be split by fsdp 3 x tensor 1 of'
     mesh = sharding.make_mesh(1, 3, 1, devices=jax.devices()[:3])
     with pytest.raises(ValueError, match=says):
         sharding.shardings(state_of().params, mesh)
     mesh = sharding.make_mesh(1, 1, 8)
-    with pytest.raises(ValueError, match=r'attention_proj/kernel .* its axis of 4 cannot .* mesh.tensor 8'):
+    with pytest.raises(ValueError, match=r'attention_proj/kernel .* its axis of 4 cannot .* tensor 8 of the mesh'):
         sharding.shardings(state_of(head_dim=64).params, mesh)
 
 
@@ -121,11 +146,23 @@ def test_state_per_device_falls_by_fsdp_times_tensor(sizes):
 
 
 def test_gathered_parameters_keep_the_tensor_axis():
+    model = tiny((2, 1), width=256, head_dim=32, num_classes=8)
+    params, axes = state_of().params['block_0'], model.parameters()['block_0']
     mesh = sharding.make_mesh(2, 2, 2)
-    found = sharding.shardings(state_of().params['block_0'], mesh, gathered=True)
-    assert found['layers']['qkv']['kernel'].spec == P(None, None, None, 'tensor')
-    assert found['layers']['mlp_out']['kernel'].spec == P(None, 'tensor')
-    assert found['proj_in']['kernel'].spec == P(None, None)
+    layout = sharding.Layout(mesh)
+
+    def is_gathered_to(spec, *names):
+        array, parameter = params, axes
+        for name in names:
+            array, parameter = array[name], parameter[name]
+        gather = jax.jit(lambda x: layout.gather(x, parameter.axes))
+        found = gather(jnp.zeros(array.shape)).sharding
+        return found.is_equivalent_to(jax.sharding.NamedSharding(mesh, spec), len(array.shape))
+
+    assert is_gathered_to(P(None, None, None, 'tensor'), 'layers', 'qkv', 'kernel')
+    assert is_gathered_to(P(None, 'tensor'), 'layers', 'mlp_out', 'kernel')
+    assert is_gathered_to(P(None, None), 'proj_in', 'kernel')
+    assert not is_gathered_to(P(None, 'fsdp'), 'layers', 'mlp_out', 'kernel')
 
 
 @pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 2, 2), (1, 1, 8), (1, 4, 2)])
@@ -140,6 +177,17 @@ def test_batches_are_split_over_data_and_fsdp(sizes):
     for i, device in enumerate(mesh.devices.reshape(-1)):
         first = i // sizes[2] * size
         assert shards[device] == list(range(first, first + size))
+
+
+def test_a_tree_of_host_arrays_is_split_and_numbers_stay():
+    mesh = sharding.make_mesh(2, 2, 2)
+    condition = tfj.Condition(np.arange(8, dtype=np.int32), np.float32(0.3), np.ones((8, 5), 'f4'))
+    found = sharding.split(condition, mesh)
+    for x in (found.labels, found.features):
+        assert x.sharding == sharding.batch_sharding(mesh)
+        assert x.addressable_shards[0].data.shape[0] == 2
+    np.testing.assert_array_equal(found.labels, condition.labels)
+    assert found.noise_std is condition.noise_std
 
 
 def test_a_process_gets_the_rows_of_its_devices(monkeypatch):
@@ -220,7 +268,7 @@ def test_number_of_devices_divides_the_batch(cores, batch_size, flags, count):
 def test_the_one_image_of_a_mesh_that_does_not_converge_is_drawn_sequentially():
     model = tiny((1, 1))
     variables = perturbed(model)
-    noise = jax.random.normal(jax.random.key(0), (8, 16, 8))
+    noise = jax.random.normal(jax.random.key(1), (8, 16, 8))
     labels = np.arange(8, dtype=np.int32) % 3
     _, info = tfj.sample(
         model, variables, noise, labels, method='gs_jacobi', segments=2, return_info=True

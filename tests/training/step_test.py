@@ -12,10 +12,11 @@ from tiny_flow import tiny
 from tiny_state import random_variables
 
 import tarflow_jax as tfj
-from tarflow_jax.training import sharding, step
+from tarflow_jax.training import corruption, sharding, step
+from tarflow_jax.training.corruption import WEIGHTS, Recipe
 from tarflow_jax.training.optimizer import adamw, learning_rate_schedule
 from tarflow_jax.training.state import from_variables
-from tarflow_jax.training.step import Recipe, train_step, update
+from tarflow_jax.training.step import train_step, update
 
 PLAIN = Recipe(noise_std=0.1, label_dropout=0.1, ema_decay=0.0)
 KEY = jax.random.key(3)
@@ -29,12 +30,12 @@ def sgd_state(model=MODEL, ema=False):
 
 
 def images_and_labels(model=MODEL, count=8):
-    shape = (count, model.image_size, model.image_size, model.image_channels)
+    shape = (count, *model.image_shape)
     return jax.random.normal(jax.random.key(5), shape), jnp.arange(count) % 4 - 1
 
 
 def pixels_and_labels(count=16, model=MODEL):
-    shape = (count, model.image_size, model.image_size, model.image_channels)
+    shape = (count, *model.image_shape)
     rng = np.random.default_rng(0)
     return {'image': rng.integers(0, 256, shape, np.uint8), 'label': np.arange(count) % 3}
 
@@ -45,9 +46,9 @@ def largest_difference(tree, other):
     )
 
 
-def recorded_trajectory():
-    """Losses over the recorded steps, final parameters, and the case."""
-    case = Case('trajectory', 'initial.pth')
+def recorded_trajectory(name):
+    """Losses and gradient norms over the recorded steps, final parameters, and the case."""
+    case = Case(name, 'initial.pth')
     schedule = learning_rate_schedule(
         peak=float(case['peak_lr']),
         floor=float(case['min_lr']),
@@ -59,16 +60,21 @@ def recorded_trajectory():
     step_fn = jax.jit(
         functools.partial(update, model=case.model, optimizer=optimizer, recipe=PLAIN)
     )
-    losses = []
-    for images, labels in zip(case.images('x'), case.labels('y')):
-        state, metrics = step_fn(state, images, labels)
+    losses, norms = [], []
+    for k, (images, labels) in enumerate(zip(case.images('x'), case.labels('y'))):
+        condition, weight = labels, None
+        if case.model.noise_conditioned:
+            condition = tfj.Condition(labels, noise_std=case['t'][k])
+            weight = WEIGHTS['level'](case['t'][k], None, None)
+        state, metrics = step_fn(state, images, condition, weight)
         losses.append(float(metrics['loss']))
+        norms.append(float(metrics['gradient_norm']))
         assert metrics['block_mean_square'].shape == (2,)
-    return np.array(losses), state.params, case
+    return np.array(losses), np.array(norms), state.params, case
 
 
 def test_trajectory_of_the_official_code(record_property):
-    losses, params, case = recorded_trajectory()
+    losses, _, params, case = recorded_trajectory('trajectory')
     deviation = np.abs(losses / case['loss'] - 1).max()
     record_property('largest relative deviation of the loss', float(deviation))
     assert deviation < 1e-4
@@ -91,6 +97,23 @@ def test_trajectory_of_the_official_code(record_property):
     assert max(of_changes) < 1e-3
 
 
+def test_trajectory_of_the_official_noise_conditioned_code(record_property):
+    losses, norms, params, case = recorded_trajectory('itarflow_trajectory')
+    # Over the largest loss, as the losses pass through zero.
+    deviation = relative_error(losses, case['loss'])
+    record_property('largest deviation of the loss', deviation)
+    assert deviation < 1e-4
+    deviation = np.abs(norms / case['gradient_norm'] - 1).max()
+    record_property('largest relative deviation of the gradient norm', float(deviation))
+    assert deviation < 1e-4
+    final = Case('itarflow_trajectory', 'final.pth').variables['params']
+    deviation = max(jax.tree.leaves(jax.tree.map(relative_error, params, final)))
+    record_property('largest deviation of a parameter over its tensor', deviation)
+    assert deviation < 1e-3
+    assert relative_error(case.variables['params']['block_0']['noise_embedding']['mlp_in']['kernel'],
+                          final['block_0']['noise_embedding']['mlp_in']['kernel']) > 1e-2
+
+
 @functools.cache
 def after_update(parts=1):
     """State and metrics after an update by SGD of rate 1, which subtracts the gradient."""
@@ -107,17 +130,19 @@ def test_accumulation_changes_nothing(parts):
     assert largest_difference(after_update(1)[0].params, sgd_state().params) > 1e-2
 
 
-def given_to_update(monkeypatch, batch, recipe, key=KEY, number=0):
-    """What train_step makes of a batch: images with noise, labels with some dropped."""
-    monkeypatch.setattr(step, 'update', lambda state, images, labels, **_: (images, labels))
+def given_to_update(monkeypatch, batch, recipe, key=KEY, number=0, model=MODEL):
+    """What train_step makes of a batch: images with noise, condition with parts dropped, weight."""
+    monkeypatch.setattr(step, 'update', lambda state, *given, **_: given)
     state = sgd_state()._replace(step=jnp.asarray(number, jnp.int32))
-    return train_step(state, batch, key, model=MODEL, optimizer=None, recipe=recipe)
+    return train_step(state, batch, key, model=model, optimizer=None, recipe=recipe)
 
 
 @pytest.mark.parametrize('rate', [0.0, 0.1, 0.6])
 def test_label_dropout_rate(monkeypatch, rate):
     batch = pixels_and_labels(4000)
-    _, labels = given_to_update(monkeypatch, batch, Recipe(label_dropout=rate))
+    _, condition, weight = given_to_update(monkeypatch, batch, Recipe(label_dropout=rate))
+    assert condition.features is condition.noise_std is weight is None
+    labels = condition.labels
     dropped = np.asarray(labels) == -1
     # Four standard deviations of a fraction of 4000.
     assert abs(dropped.mean() - rate) <= 4 * np.sqrt(rate * (1 - rate) / 4000)
@@ -126,7 +151,7 @@ def test_label_dropout_rate(monkeypatch, rate):
 
 def test_gaussian_noise(monkeypatch):
     batch = pixels_and_labels(500)
-    images, _ = given_to_update(monkeypatch, batch, Recipe(noise_std=0.2))
+    images, *_ = given_to_update(monkeypatch, batch, Recipe(noise_std=0.2))
     noise = np.asarray(images) - (batch['image'] / 127.5 - 1)
     assert abs(noise.mean()) < 4 * 0.2 / np.sqrt(noise.size)
     assert abs(noise.std() - 0.2) < 0.2 * 4 / np.sqrt(2 * noise.size)
@@ -136,25 +161,45 @@ def test_gaussian_noise(monkeypatch):
 
 def test_uniform_noise_stays_inside_of_its_pixel_value(monkeypatch):
     batch = pixels_and_labels(500)
-    images, _ = given_to_update(monkeypatch, batch, Recipe(noise='uniform'))
+    images, *_ = given_to_update(monkeypatch, batch, Recipe(noise='uniform'))
     u = (np.asarray(images, np.float64) + 1) * 128 - batch['image']
     assert -1e-4 <= u.min() < 0.01 and 0.99 < u.max() <= 1 + 1e-4
     assert abs(u.mean() - 0.5) < 4 * np.sqrt(1 / 12 / u.size)
     assert abs(u.std() - np.sqrt(1 / 12)) < 0.005
 
 
-@pytest.mark.parametrize('noise', step.NOISES)
+def test_features_are_dropped_with_the_labels_and_noise_levels_never(monkeypatch):
+    model = MODEL.clone(num_features=2, noise_conditioned=True)
+    batch = pixels_and_labels(300)
+    batch['features'] = np.random.default_rng(1).standard_normal((300, 2)).astype(np.float32)
+    recipe = Recipe(noise='levels', noise_std=0.5, label_dropout=0.3)
+    images, condition, weight = given_to_update(monkeypatch, batch, recipe, model=model)
+    dropped = np.asarray(condition.labels) == -1
+    assert 0 < dropped.sum() < 300
+    np.testing.assert_array_equal(np.isnan(condition.features), dropped[:, None].repeat(2, 1))
+    np.testing.assert_array_equal(condition.features[~dropped], batch['features'][~dropped])
+    levels = np.asarray(condition.noise_std)
+    assert np.isfinite(levels).all() and np.unique(levels).size == 300
+    np.testing.assert_array_equal(weight, levels)
+    found = (np.asarray(images) - (batch['image'] / 127.5 - 1)).reshape(300, -1).std(1)
+    np.testing.assert_allclose(found / levels, 1, atol=5 / np.sqrt(2 * 128))
+
+
+@pytest.mark.parametrize('noise', corruption.NOISES)
 def test_noise_is_a_function_of_key_and_step(monkeypatch, noise):
     batch = pixels_and_labels()
     recipe = Recipe(noise=noise, label_dropout=0.5)
     make = functools.partial(given_to_update, monkeypatch, batch, recipe)
-    images, labels = make(number=4)
-    again, labels_again = make(number=4)
+    images, condition, weight = make(number=4)
+    labels = condition.labels
+    again, condition_again, weight_again = make(number=4)
     np.testing.assert_array_equal(images, again)
-    np.testing.assert_array_equal(labels, labels_again)
+    np.testing.assert_array_equal(labels, condition_again.labels)
+    assert (weight is None) == (noise != 'levels')
+    jax.tree.map(np.testing.assert_array_equal, weight, weight_again)
     assert np.abs(images - make(number=5)[0]).max() > 1e-3
     assert np.abs(images - make(number=4, key=jax.random.key(4))[0]).max() > 1e-3
-    assert any((labels != make(number=n)[1]).any() for n in range(5, 8))
+    assert any((labels != make(number=n)[1].labels).any() for n in range(5, 8))
 
 
 def test_average_of_the_parameters():
@@ -231,6 +276,23 @@ def test_a_gradient_that_is_not_finite_changes_nothing(parts):
     assert largest_difference(after.params, good.params) > 1e-3
 
 
+def test_the_loss_of_an_example_counts_by_its_weight():
+    images, labels = images_and_labels()
+    weight = np.linspace(0.1, 2.0, 8).astype(np.float32)
+    step_fn = functools.partial(
+        update, model=MODEL, optimizer=optax.sgd(1.0), recipe=Recipe(ema_decay=0.0)
+    )
+    nats = tfj.log_prob(MODEL, sgd_state().variables(), images, labels) / MODEL.num_dims
+    wanted = (weight * (-np.asarray(nats, np.float64) - 0.5 * np.log(2 * np.pi))).mean()
+    state, metrics = jax.jit(step_fn)(sgd_state(), images, labels, weight)
+    np.testing.assert_allclose(metrics['loss'], wanted, rtol=1e-5, atol=1e-6)
+    # The terms are not weighted, and an example of weight 0 has no part in the gradient.
+    np.testing.assert_allclose(metrics['logdet'], after_update()[1]['logdet'], rtol=1e-5)
+    alone = jax.jit(step_fn)(sgd_state(), images[:4], labels[:4])[0]
+    twice = jax.jit(step_fn)(sgd_state(), images, labels, jnp.float32([2.0] * 4 + [0.0] * 4))[0]
+    assert largest_difference(alone.params, twice.params) < 1e-5
+
+
 def test_loss_is_that_of_the_likelihood():
     images, labels = images_and_labels()
     nats = tfj.log_prob(MODEL, sgd_state().variables(), images, labels).mean() / MODEL.num_dims
@@ -278,16 +340,3 @@ def test_eight_devices_compute_what_one_does(parts, alone):
     assert len(jax.devices()) == 8
     assert largest_difference(results[0], results[1]) < 1e-5
     assert largest_difference(results[0][0].params, random_variables(model)['params']) > 1e-3
-
-
-@pytest.mark.parametrize('fields, says', [
-    ({'noise': 'pink'}, "train.noise 'pink' is none of gaussian, uniform"),
-    ({'noise_std': -0.1}, 'train.noise_std -0.1 must be at least 0.0 and below 1'),
-    ({'noise_std': float('nan')}, 'train.noise_std nan'),
-    ({'label_dropout': 1.0}, 'train.label_dropout 1.0'),
-    ({'ema_decay': 1.0}, 'train.ema_decay 1.0'),
-    ({'accumulation': 0}, 'train.accumulation 0 must be at least 1'),
-])
-def test_recipe_refuses(fields, says):
-    with pytest.raises(ValueError, match=says):
-        Recipe(**fields)

@@ -11,10 +11,10 @@ import dataclasses
 import jax
 import numpy as np
 
+from tarflow_jax.flow.condition import rows as rows_of
 from tarflow_jax.flow.guidance import Guidance
-from tarflow_jax.flow.likelihood import denoise
-from tarflow_jax.flow.model import unpatchify
-from tarflow_jax.flow.sampling import sample, sample_trajectory
+from tarflow_jax.sampling.generate import denoised
+from tarflow_jax.sampling.sample import sample, sample_trajectory
 from tarflow_jax.training import sharding
 
 # Of flows without classes where the config names none: the one that the guidance suggests.
@@ -28,54 +28,44 @@ class Drawer:
     Args:
       plan: a `config.Plan`; its flow is laid out over `mesh`.
       batch_size: of unguided images; all are drawn in batches of it, so that one program serves.
-      strength: of denoising; 0, or a flow without Gaussian noise, leaves it out.
     """
 
     plan: object
     variables: object
     mesh: jax.sharding.Mesh
     batch_size: int
-    strength: float
 
-    @property
-    def denoises(self) -> bool:
-        return bool(self.plan.gaussian_noise_std and self.strength)
-
-    def trajectory(self, noise, labels, guidance: Guidance | None = None) -> list[np.ndarray]:
+    def trajectory(self, noise, condition, guidance: Guidance | None = None) -> list[np.ndarray]:
         """The noise and what each block makes of it, as sampling goes: pictures [B, H, W, C]."""
         model = self.plan.model
         size = self.batch_size if guidance is None else min(len(noise), self.batch_size)
 
-        def way(noise, labels):
-            return sample_trajectory(model, self.variables, noise, labels, guidance=guidance)
+        def way(noise, condition):
+            return sample_trajectory(model, self.variables, noise, condition, guidance=guidance)
 
-        found = self._batched(way, size, noise, labels)
-        return [unpatchify(x, model.patch_size, model.image_size) for x in found]
+        return [model.from_tokens(x) for x in self._batched(way, size, noise, condition)]
 
-    def clean(self, images, labels) -> np.ndarray:
-        """The images [B, H, W, C] denoised, where the flow denoises."""
-        if not self.denoises:
+    def clean(self, images, condition) -> np.ndarray:
+        """The images [B, H, W, C] denoised, where the plan denoises."""
+        plan = self.plan
+        if not plan.denoising:
             return images
 
-        def step(images, labels):
-            return denoise(
-                self.plan.model, self.variables, images, labels,
-                noise_std=self.plan.gaussian_noise_std, strength=self.strength,
-            )
+        def step(images, condition):
+            return denoised(plan.model, self.variables, images, condition, plan.denoising)
 
-        return self._batched(step, self.batch_size, images, labels)
+        return self._batched(step, self.batch_size, images, condition)
 
-    def iterations(self, noise, labels) -> dict[str, np.ndarray]:
-        """How parallel decoding gets on with this noise; see `flow.sampling.SampleInfo`.
+    def iterations(self, noise, condition) -> dict[str, np.ndarray]:
+        """How parallel decoding gets on with this noise; see `sampling.sample.SampleInfo`.
 
         Returns:
           'calls' int [blocks, B], 'residual' [blocks, B], 'round_trip' [B], 'sequential' bool [B].
         """
-        count, multiple = len(noise), sharding.batch_multiple(self.mesh)
-        size = -(-count // multiple) * multiple
-        noise, labels = self._place(noise, size), self._place(labels, size)
+        count, size = len(noise), sharding.round_up(len(noise), self.mesh)
+        noise, condition = self._split(noise, size), self._split(condition, size)
         _, info = sample(
-            self.plan.model, self.variables, noise, labels, method='jacobi', return_info=True
+            self.plan.model, self.variables, noise, condition, method='jacobi', return_info=True
         )
         info = jax.tree.map(lambda x: np.asarray(sharding.to_host(x))[..., :count], info)
         return {
@@ -83,24 +73,22 @@ class Drawer:
             'sequential': info.sequential,
         }
 
-    def _batched(self, function, size, first, labels):
-        multiple = sharding.batch_multiple(self.mesh)
-        size = -(-size // multiple) * multiple
+    def _batched(self, function, size, first, condition):
+        size = sharding.round_up(size, self.mesh)
         parts = []
         for start in range(0, len(first), size):
             rows = slice(start, start + size)
-            own = None if labels is None else labels[rows]
-            found = function(self._place(first[rows], size), self._place(own, size))
+            own = rows_of(condition, rows)
+            found = function(self._split(first[rows], size), self._split(own, size))
             parts.append(jax.tree.map(lambda x: sharding.to_host(x), found))
         return jax.tree.map(lambda *x: np.concatenate(x)[: len(first)], *parts)
 
-    def _place(self, array, size: int):
-        """[B, ...] filled up to `size` with its own rows, split over the mesh."""
-        if array is None:
-            return None
-        array = np.asarray(array)[np.arange(size) % len(array)]
-        split = sharding.batch_sharding(self.mesh)
-        return jax.make_array_from_callback(array.shape, split, array.__getitem__)
+    def _split(self, tree, size: int):
+        """Arrays [B, ...], filled up to `size` with their own rows, split over the mesh."""
+        def filled(x):
+            return np.asarray(x)[np.arange(size) % len(x)] if np.ndim(x) else x
+
+        return sharding.split(jax.tree.map(filled, tree), self.mesh)
 
 
 def row_labels(num_classes: int, rows: int) -> np.ndarray | None:
@@ -113,7 +101,7 @@ def row_labels(num_classes: int, rows: int) -> np.ndarray | None:
 
 def noise_of(key, rows: int, columns: int, model) -> np.ndarray:
     """Standard normal noise [R * N, T, D], row by row."""
-    shape = (rows * columns, model.num_patches, model.patch_dim)
+    shape = (rows * columns, *model.token_shape)
     return np.asarray(jax.random.normal(key, shape))
 
 
@@ -137,9 +125,9 @@ def between(start_BxTxD, end_BxTxD, steps: int) -> np.ndarray:
     return np.stack(points).astype(np.float32)
 
 
-def sweep_guidance(guidance: Guidance, has_labels: bool) -> Guidance:
+def sweep_guidance(guidance: Guidance, conditional: bool) -> Guidance:
     """The guidance whose weight the sweep varies: the config's, or one that does something."""
-    if has_labels or guidance.temperature != 1:
+    if conditional or guidance.temperature != 1:
         return guidance
     return dataclasses.replace(guidance, weight=0.0, temperature=TEMPERATURE)
 
@@ -163,7 +151,13 @@ def draw(drawer: Drawer, key, *, rows: int, columns: int, weights, steps: int) -
     labels = row_labels(model.num_classes, rows)
     rows = rows if labels is None else len(labels)
     noise = noise_of(key, rows, columns, model)
-    each = None if labels is None else labels.repeat(columns)
+
+    def condition_of(count: int, repeats: int):
+        """Of the first `count` rows, `repeats` times each."""
+        own = None if labels is None else labels[:count].repeat(repeats)
+        return drawer.plan.conditions.of(np.arange(count).repeat(repeats), own)
+
+    each, first = condition_of(rows, columns), condition_of(rows, 1)
     way = [x.reshape(rows, columns, *x.shape[1:]) for x in drawer.trajectory(noise, each)]
     grid = way[-1]
     found = {
@@ -172,22 +166,22 @@ def draw(drawer: Drawer, key, *, rows: int, columns: int, weights, steps: int) -
         'trajectory': np.stack([x[:, 0] for x in way]),
         'not_finite': int((~np.isfinite(grid).all((2, 3, 4))).sum()),
     }
-    if drawer.denoises:
+    if drawer.plan.denoising:
         clean = drawer.clean(grid.reshape(-1, *grid.shape[2:]), each)
         found['denoised'] = clean.reshape(grid.shape)
     noise = noise.reshape(rows, columns, *noise.shape[1:])
-    guidance = sweep_guidance(drawer.plan.guidance, labels is not None)
+    guidance = sweep_guidance(drawer.plan.guidance, model.conditional)
     found['guidance'], found['guided'] = guidance, {0.0: found.get('denoised', grid)[:, 0]}
     for weight in sweep_weights(drawer.plan.guidance, weights):
         guided = dataclasses.replace(guidance, weight=weight)
-        images = drawer.trajectory(noise[:, 0], labels, guided)[-1]
-        found['guided'][weight] = drawer.clean(images, labels)
+        images = drawer.trajectory(noise[:, 0], first, guided)[-1]
+        found['guided'][weight] = drawer.clean(images, first)
     found['between'] = np.zeros((0, steps, *grid.shape[2:]), np.float32)
     if columns > 1:
         few = min(rows, 4)
         arc = between(noise[:few, 0], noise[:few, 1], steps).swapaxes(0, 1)
-        own = None if labels is None else labels[:few].repeat(steps)
+        own = condition_of(few, steps)
         images = drawer.trajectory(arc.reshape(-1, *arc.shape[2:]), own)[-1]
         found['between'] = drawer.clean(images, own).reshape(few, steps, *grid.shape[2:])
-    found['iterations'] = drawer.iterations(noise[:, 0], labels)
+    found['iterations'] = drawer.iterations(noise[:, 0], first)
     return found

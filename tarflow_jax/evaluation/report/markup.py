@@ -100,8 +100,9 @@ def _shrunk(picture: np.ndarray) -> np.ndarray:
     if side <= LARGEST_SIDE:
         return picture
     image = Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
-    image = image.resize((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.BOX)
-    return np.asarray(image).reshape(LARGEST_SIDE, LARGEST_SIDE, -1)
+    height, width = (max(1, round(s * LARGEST_SIDE / side)) for s in picture.shape[:2])
+    image = image.resize((width, height), Image.Resampling.BOX)
+    return np.asarray(image).reshape(height, width, -1)
 
 
 def _png(sheet: np.ndarray) -> str:

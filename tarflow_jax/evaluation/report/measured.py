@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tarflow_jax.evaluation.bits_per_dim import dequantised_log_prob
+from tarflow_jax.evaluation.bits_per_dim import dequantized_log_prob
 from tarflow_jax.evaluation.over_set import batches, evenly_spaced, images_of, over_set
 from tarflow_jax.flow import likelihood
-from tarflow_jax.flow.model import flip_if, patchify
-from tarflow_jax.training.step import add_noise
+from tarflow_jax.flow.order import reorder, restore
+from tarflow_jax.training.corruption import condition_of, corrupt
 
 CHUNK = 256  # images compared at a time
 
@@ -41,12 +41,14 @@ def nearest(pixels, source, keep: int, mirrored: bool = False) -> tuple[np.ndarr
     return order, np.sqrt(np.maximum(found, 0))
 
 
-def likelihoods(model, variables, source, *, key, mesh, batch_size) -> np.ndarray:
+def likelihoods(
+    model, variables, source, *, key, mesh, batch_size, noise_std: float | None = None
+) -> np.ndarray:
     """Bits per dimension of each image of a source, as the score of that name has them: [N]."""
     model = model.clone(dtype=jnp.float32)
     nats = over_set(
-        functools.partial(dequantised_log_prob, model, variables), source, mesh=mesh,
-        batch_size=batch_size, key=key, what='likelihoods of the report',
+        functools.partial(dequantized_log_prob, model, variables, noise_std=noise_std), source,
+        mesh=mesh, batch_size=batch_size, key=key, what='likelihoods of the report',
     )
     return np.asarray(likelihood.bits_per_dim(nats[0].astype(np.float64), model.num_dims))
 
@@ -67,29 +69,30 @@ def blocks(plan, variables, source, *, key, mesh, count: int) -> list[dict[str, 
     """
     few = evenly_spaced(source, count)
     _, batch, mask = next(batches(few, mesh=mesh, batch_size=len(few), what='blocks of the report'))
-    images = jax.jit(add_noise, static_argnums=2)(key, batch['image'], plan.recipe)
-    x, found = patchify(images, plan.model.patch_size), []
+    images, noise_std, _ = jax.jit(corrupt, static_argnums=2)(key, batch['image'], plan.recipe)
+    condition = condition_of(plan.model, batch, noise_std)
+    x, found = plan.model.to_tokens(images), []
     for b in range(len(plan.model.layers_per_block)):
         x, numbers = _block(
-            plan.model.block_module(b), variables['params'][f'block_{b}'], x, batch['label'],
-            np.bool_(b % 2), mask,
+            plan.model.block(b), variables['params'][f'block_{b}'], x, condition,
+            plan.model.block_orders()[b], mask,
         )
         found.append({name: float(value) for name, value in numbers.items()})
     return found
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _block(block, params, x_BxTxD, labels, reverse, mask):
+def _block(block, params, x_BxTxD, condition, order, mask):
     """One block forwards, in raster order; one program for all of the same depth."""
-    x = flip_if(reverse, x_BxTxD, 1)
-    log_scale, shift = block.apply({'params': params}, x, labels, reverse)
-    z = (x - shift) * jnp.exp(-log_scale)
+    x = reorder(x_BxTxD, order)
+    affine = block.affine(params, x, condition, order)
+    z, log_scale = affine.forward(x), affine.log_scale
     kept = mask[:, None, None]
-    own = log_scale[:, 1:]
+    own = log_scale[:, block.length - block.calls :]
     numbers = {
         'mean_square': jnp.mean(jnp.square(z), where=kept),
         'smallest': jnp.min(own, where=kept, initial=jnp.inf),
         'mean': jnp.mean(own, where=kept),
         'largest': jnp.max(own, where=kept, initial=-jnp.inf),
     }
-    return flip_if(reverse, z, 1), numbers
+    return restore(z, order), numbers

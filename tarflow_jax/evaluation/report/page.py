@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tarflow_jax.data import sizes
 from tarflow_jax.evaluation.report import charts
 from tarflow_jax.evaluation.report.markup import (
     figure,
@@ -43,6 +44,11 @@ def page(found: dict) -> str:
     )
 
 
+def _sides(size) -> str:
+    """Such as '64x64', of what `flow.architecture` says of a size."""
+    return 'x'.join(map(str, sizes.pair(size)))
+
+
 def _summary(found) -> str:
     m = found['model']
     depths = ' + '.join(map(str, m['layers_per_block']))
@@ -55,8 +61,8 @@ def _summary(found) -> str:
         'Checkpoint': found['origin']['name'],
         'Trained on': _set_name(found['data']['train']),
         'Flow': (
-            f'{m["image_size"]}x{m["image_size"]} pixels, {m["image_channels"]} channel(s), patches of '
-            f'{m["patch_size"]}x{m["patch_size"]}, {len(m["layers_per_block"])} blocks of {depths} '
+            f'{_sides(m["image_size"])} pixels, {m["image_channels"]} channel(s), patches of '
+            f'{_sides(m["patch_size"])}, {len(m["layers_per_block"])} blocks of {depths} '
             f'layers, width {m["width"]}, {classes}, {found["parameters"]:,} parameters'
         ),
         'Noise in training': noise,

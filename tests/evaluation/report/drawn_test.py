@@ -5,22 +5,18 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from tiny_flow import perturbed, tiny
+from tiny_flow import CONDITIONED, perturbed, tiny
+from tiny_plan import plan_of
 
 import tarflow_jax as tfj
-from tarflow_jax.config import Plan
 from tarflow_jax.evaluation.report import drawn
 from tarflow_jax.flow.guidance import Guidance
 from tarflow_jax.training import sharding
-from tarflow_jax.training.step import Recipe
-
-UNGUIDED = Guidance()
 
 
-def drawer(model, variables=None, *, noise='gaussian', guidance=UNGUIDED, batch_size=8):
-    plan = Plan(model, Recipe(noise, 0.1), guidance)
+def drawer(model, variables=None, *, batch_size=8, **fields):
     variables = perturbed(model) if variables is None else variables
-    return drawn.Drawer(plan, variables, sharding.make_mesh(), batch_size, 1.0)
+    return drawn.Drawer(plan_of(model, **fields), variables, sharding.make_mesh(), batch_size)
 
 
 def test_pictures_and_their_noise():
@@ -54,6 +50,27 @@ def test_pictures_and_their_noise():
     # The ways between samples begin at the first of a row and end at the second.
     np.testing.assert_allclose(found['between'][:, 0], found['denoised'][:, 0], **close)
     np.testing.assert_allclose(found['between'][:, -1], found['denoised'][:, 1], **close)
+
+
+def test_rows_with_features_and_a_noise_level():
+    model = tiny((1, 1), **CONDITIONED)
+    features = np.random.default_rng(0).standard_normal((2, 2)).astype(np.float32)
+    flow = drawer(model, noise='levels', noise_std=0.3, features=features)
+    key = jax.random.key(5)
+    found = drawn.draw(flow, key, rows=3, columns=2, weights=(1.0,), steps=3)
+    # A row has one class and one feature vector.
+    condition = tfj.Condition(
+        np.arange(3).repeat(2).astype(np.int32), np.float32(0.3), features[[0, 0, 1, 1, 0, 0]]
+    )
+    images = tfj.sample(model, flow.variables, drawn.noise_of(key, 3, 2, model), condition)
+    clean = tfj.iterative_denoise(
+        model, flow.variables, images, condition, levels=flow.plan.denoising.levels
+    )
+    close = dict(rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found['raw'].reshape(images.shape), images, **close)
+    np.testing.assert_allclose(found['denoised'].reshape(images.shape), clean, **close)
+    np.testing.assert_allclose(found['between'][:, -1], found['denoised'][:, 1], **close)
+    assert np.abs(found['guided'][1.0] - found['guided'][0.0]).max() > 1e-4
 
 
 def test_unconditional_without_gaussian_noise():
@@ -108,6 +125,8 @@ def test_arc_keeps_the_length_of_noise():
 def test_sweep(guidance, has_labels, temperature):
     found = drawn.sweep_guidance(guidance, has_labels)
     assert found.temperature == temperature
-    dataclasses.replace(found, weight=1.0).check(has_labels)
+    model = tiny((1,), num_classes=3 if has_labels else 0)
+    labels = np.arange(2) if has_labels else None
+    dataclasses.replace(found, weight=1.0).check(model, labels)
     weights = drawn.sweep_weights(guidance, (4.0, 1.0, 0.0))
     assert weights == sorted({1.0, 4.0, guidance.weight} - {0.0})

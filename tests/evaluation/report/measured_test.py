@@ -5,14 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_flow import perturbed, tiny
+from tiny_plan import plan_of
 
-from tarflow_jax.config import Plan
 from tarflow_jax.data.sources import InMemory
 from tarflow_jax.evaluation.report import measured
 from tarflow_jax.flow import likelihood
-from tarflow_jax.flow.guidance import Guidance
 from tarflow_jax.training import sharding
-from tarflow_jax.training.step import Recipe, add_noise
+from tarflow_jax.training.corruption import corrupt
 
 
 def source(count, size=8, channels=2, seed=0):
@@ -69,11 +68,11 @@ def test_extremes_are_apart_and_what_is_not_finite_is_unlikely():
 def test_blocks_are_those_of_the_forward_pass():
     model = tiny((1, 2, 1))
     variables, mesh = perturbed(model), sharding.make_mesh()
-    plan = Plan(model, Recipe(noise='uniform'), Guidance())
+    plan = plan_of(model, noise='uniform')
     images, key = source(5), jax.random.key(3)  # eight devices, so that three are filled up
     found = measured.blocks(plan, variables, images, key=key, mesh=mesh, count=5)
     padded = np.concatenate([images.image_NxHxWxC, np.zeros((3, 8, 8, 2), np.uint8)])
-    noisy = add_noise(key, jnp.asarray(padded), plan.recipe)[:5]
+    noisy = corrupt(key, jnp.asarray(padded), plan.recipe).images[:5]
     sequences, logdet = model.apply(variables, noisy, images.label_N, method='trajectory')
     assert [one['mean_square'] for one in found] == pytest.approx(
         [float(jnp.square(z).mean()) for z in sequences], rel=1e-4

@@ -1,0 +1,203 @@
+"""What a flow is conditioned on: classes, a noise level and features, in any combination.
+
+Nothing else looks into a condition: the flow embeds it (`Block.context`), guidance and training
+drop parts of it, and everything between passes it on.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+R = TypeVar('R')
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """What a batch is conditioned on; a pytree.
+
+    Args:
+      labels: int32 [B], classes; -1 is "no class". None is no class for all.
+      noise_std: float32 [B] or a number, the standard deviation of the Gaussian noise in the data,
+        above 0. Flows with `noise_conditioned=True` need it, others refuse it.
+      features: float32, a vector for each example [B, F] or for each token [B, T, F]. A vector of
+        NaN is "no features", as label -1 is "no class". None is no features for all.
+    """
+
+    labels: Any = None
+    noise_std: Any = None
+    features: Any = None
+
+
+def as_condition(condition) -> Condition:
+    """The condition itself, or one of labels alone (int32 [B] or None)."""
+    return condition if isinstance(condition, Condition) else Condition(labels=condition)
+
+
+def labels_keyword(function: Callable[..., R]) -> Callable[..., R]:
+    """Lets a function that takes a condition be called with `labels=` in its place."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        if 'labels' in kwargs:
+            kwargs['condition'] = kwargs.pop('labels')
+        return function(*args, **kwargs)
+
+    return call
+
+
+def batch_size_of(condition) -> int | None:
+    """The number of examples that a condition is for; None if it is for any number."""
+    arrays = [x for x in jax.tree.leaves(as_condition(condition)) if np.ndim(x)]
+    return np.shape(arrays[0])[0] if arrays else None
+
+
+def informative(flow, condition) -> bool:
+    """Whether the condition has classes or features that the flow looks at."""
+    c = as_condition(condition)
+    return bool(
+        (flow.num_classes and c.labels is not None)
+        or (flow.num_features and c.features is not None)
+    )
+
+
+def at_noise_level(condition, noise_std) -> Condition:
+    """The condition at another noise level, float32 [B] or a number."""
+    return dataclasses.replace(as_condition(condition), noise_std=noise_std)
+
+
+def per_example(condition, batch: int) -> Condition:
+    """The condition with a noise level for each example, where it has one for all."""
+    c = as_condition(condition)
+    if c.noise_std is None:
+        return c
+    return at_noise_level(c, jnp.broadcast_to(jnp.asarray(c.noise_std), (batch,)))
+
+
+def drop(condition, dropped_B: Array) -> Condition:
+    """Drops classes and features, never the noise level, of the examples that are True."""
+    c = as_condition(condition)
+    labels, features = c.labels, c.features
+    if labels is not None:
+        labels = jnp.where(dropped_B, -1, labels)
+    if features is not None:
+        mask = dropped_B.reshape(-1, *[1] * (features.ndim - 1))
+        features = jnp.where(mask, jnp.nan, features)
+    return Condition(labels, c.noise_std, features)
+
+
+def both_branches(condition, batch: int) -> Condition:
+    """The conditions of 2 * `batch` rows: each example's own, then without classes and features."""
+    def double(x):
+        x = jnp.asarray(x)
+        return x if x.ndim == 0 else jnp.repeat(x, 2, axis=0)
+
+    doubled = jax.tree.map(double, as_condition(condition))
+    return drop(doubled, jnp.arange(2 * batch) % 2 == 1)
+
+
+def rows(condition, index) -> Condition:
+    """The conditions of some examples of the batch."""
+    def take(x):
+        return x[index] if np.ndim(x) else x
+
+    return jax.tree.map(take, as_condition(condition))
+
+
+def check_condition(flow, condition, batch: int) -> Condition:
+    """Checks a condition against a flow; values only outside of `jax.jit`.
+
+    Args:
+      flow: with `num_classes`, `num_features`, `noise_conditioned` and `token_shape`.
+      condition: see `as_condition`.
+    Returns:
+      the condition, as a `Condition`.
+    Raises:
+      ValueError: if shapes, types or values do not fit.
+    """
+    c = as_condition(condition)
+    if c.labels is not None:
+        _check_labels(flow.num_classes, c.labels, batch)
+    if flow.noise_conditioned and c.noise_std is None:
+        raise ValueError(
+            'noise_std is missing, and this flow is conditioned on a noise level; pass '
+            'Condition(noise_std=...).'
+        )
+    if c.noise_std is not None:
+        if not flow.noise_conditioned:
+            raise ValueError(
+                'noise_std is given, and this flow is not conditioned on a noise level; leave it '
+                'out, or build the flow with noise_conditioned=True.'
+            )
+        if np.shape(c.noise_std) not in ((), (batch,)):
+            raise ValueError(
+                f'noise_std has shape {np.shape(c.noise_std)}; pass a number or shape ({batch},), '
+                'one level for each example.'
+            )
+        level = _concrete(c.noise_std)
+        if level is not None and not (np.isfinite(level) & (level > 0)).all():
+            raise ValueError(f'noise_std {level} must be finite and above 0.')
+    if c.features is not None:
+        _check_features(flow, c.features, batch)
+    return c
+
+
+def _check_labels(num_classes: int, labels, batch: int) -> None:
+    if jnp.shape(labels) != (batch,):
+        raise ValueError(
+            f'labels have shape {jnp.shape(labels)}, a batch of {batch} needs ({batch},).'
+        )
+    if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
+        raise ValueError(
+            f'labels are {jnp.result_type(labels)}; pass int32 class numbers, or '
+            'Condition(features=...) for numbers that are not classes.'
+        )
+    values = _concrete(labels) if num_classes else None
+    if values is None:
+        return
+    wrong = values[(values < -1) | (values >= num_classes)]
+    if wrong.size:
+        raise ValueError(
+            f'label {wrong[0]} is outside 0..{num_classes - 1}, the classes of this flow '
+            '(-1 stands for no class).'
+        )
+
+
+def _check_features(flow, features, batch: int) -> None:
+    F, (T, _) = flow.num_features, flow.token_shape
+    if F == 0:
+        raise ValueError(
+            'features are given, and this flow takes none; leave them out, or build the flow with '
+            'num_features.'
+        )
+    if jnp.shape(features) not in ((batch, F), (batch, T, F)):
+        raise ValueError(
+            f'features have shape {jnp.shape(features)}; this flow takes [{batch}, {F}] or '
+            f'[{batch}, {T}, {F}].'
+        )
+    if not jnp.issubdtype(jnp.result_type(features), jnp.floating):
+        raise ValueError(f'features are {jnp.result_type(features)}; pass float32.')
+    values = _concrete(features)
+    if values is None:
+        return
+    missing = np.isnan(values)
+    if np.isinf(values).any() or (missing.any(-1) != missing.all(-1)).any():
+        raise ValueError(
+            'features hold numbers that are not finite; a vector is finite throughout, or NaN '
+            'throughout for "no features".'
+        )
+
+
+def _concrete(x) -> np.ndarray | None:
+    """The values, where they can be looked at."""
+    if isinstance(x, jax.core.Tracer):
+        return None
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return None
+    return np.asarray(x)

@@ -1,0 +1,129 @@
+"""Denoising by the flow's exact score: one step (Tweedie), or many down to noise level 0."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tarflow_jax.flow.attention import Array
+from tarflow_jax.flow.condition import (
+    Condition,
+    as_condition,
+    at_noise_level,
+    check_condition,
+    labels_keyword,
+)
+from tarflow_jax.flow.flow import Flow, Variables
+from tarflow_jax.flow.likelihood import score
+
+SOLVERS = ('ode', 'sde')
+
+
+@labels_keyword
+def denoise(
+    model: Flow,
+    variables: Variables,
+    examples: Array,
+    condition: Condition | Array | None = None,
+    *,
+    noise_std: float | Array,
+    strength: float = 1.0,
+) -> Array:
+    """One step of score-based denoising (Tweedie; TarFlow, section 3.3, eq. 9).
+
+        x + strength * noise_std^2 * d/dx log p(x)
+
+    Args:
+      examples: [B, ...], samples of a flow trained with Gaussian noise of `noise_std`.
+      condition: that the samples were drawn with.
+      noise_std: a number, or [B], a level for each example.
+      strength: 1 is the theoretical optimum.
+    Returns:
+      examples [B, ...].
+    Raises:
+      ValueError: if examples or condition do not fit the model.
+    """
+    model.check_examples(examples)
+    condition = check_condition(model, condition, jnp.shape(examples)[0])
+    step = jnp.reshape(strength * jnp.square(noise_std), (-1, *[1] * (jnp.ndim(examples) - 1)))
+    return _denoise(model, variables, examples, condition, step)
+
+
+@partial(jax.jit, static_argnums=0)
+def _denoise(model: Flow, variables, examples: Array, condition, step) -> Array:
+    return examples + step * score(model, variables, examples, condition)
+
+
+def iterative_denoise(
+    model: Flow,
+    variables: Variables,
+    images: Array,
+    condition: Condition | Array | None = None,
+    *,
+    levels,
+    solver: str = 'ode',
+    clip: bool = False,
+    key: Array | None = None,
+) -> Array:
+    """Follows the score of a noise-conditioned flow from the first noise level to 0 (iTARFlow).
+
+    With the estimate x0 = x + t^2 d/dx log p(x | t) at each level t, and r = t' / t for the next,
+
+        ode   x <- x0 + r (x - x0)
+        sde   x <- x0 + t' (r (x - x0) / t + sqrt(1 - r^2) n),  n standard normal
+
+    The step from the last level goes to 0 and returns x0. A step costs a forward and a backward
+    pass.
+
+    Args:
+      images: [B, ...], samples drawn at the first level.
+      condition: that the samples were drawn with; `levels` take the place of its noise_std.
+      levels: [N], falling and above 0.
+      clip: whether each estimate is clipped to [-1, 1].
+      key: of the noise of 'sde'.
+    Returns:
+      examples [B, ...].
+    Raises:
+      ValueError: if the arguments do not fit the model or each other.
+    """
+    if not model.noise_conditioned:
+        raise ValueError(
+            'iterative_denoise needs a flow with noise_conditioned=True; use denoise for others.'
+        )
+    if solver not in SOLVERS:
+        raise ValueError(f'solver {solver!r} is none of {", ".join(SOLVERS)}.')
+    if (key is not None) != (solver == 'sde'):
+        raise ValueError("solver 'sde' needs a key, and 'ode' takes none.")
+    levels = np.asarray(levels, np.float32)
+    if levels.ndim != 1 or not levels.size or not (np.diff(levels, append=0.0) < 0).all():
+        raise ValueError(f'levels {levels} must be a falling sequence of numbers above 0.')
+    model.check_examples(images)
+    condition = check_condition(
+        model, at_noise_level(condition, levels[0]), jnp.shape(images)[0]
+    )
+    return _iterate(model, variables, images, condition, jnp.asarray(levels), clip, key)
+
+
+@partial(jax.jit, static_argnums=(0, 5))
+def _iterate(model: Flow, variables, examples, condition, levels, clip: bool, key) -> Array:
+    def step(x, inputs):
+        i, level, following = inputs
+        at_level = at_noise_level(as_condition(condition), level)
+        clean = x + level**2 * score(model, variables, x, at_level)
+        clean = jnp.clip(clean, -1, 1) if clip else clean
+        noise = None
+        if key is not None:
+            noise = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
+        return next_examples(x, clean, level, following, noise), None
+
+    steps = (jnp.arange(levels.size), levels, jnp.append(levels[1:], 0.0))
+    return jax.lax.scan(step, examples, steps)[0]
+
+
+def next_examples(x, clean, level, following, noise: Array | None) -> Array:
+    """The examples at the next level; with noise the step of 'sde', else that of 'ode'."""
+    ratio = following / level
+    if noise is None:
+        return clean + ratio * (x - clean)
+    return clean + following * (ratio * (x - clean) / level + jnp.sqrt(1 - ratio**2) * noise)

@@ -1,0 +1,272 @@
+"""The Transformer layer, written once: training, the likelihood and both decoders call it.
+
+Training has whole sequences with the channels last. Decoding has a few positions at a time, a cache
+of the keys and values before them, and the channels first: a matrix product of few columns then has
+the kernel, transposed once, as its left operand, which XLA multiplies a third faster on a CPU and
+may lay out as it likes on TPU and GPU. `ChannelsLast` and `ChannelsFirst` say where the channels
+are; the layer does not know.
+
+Shape suffixes: N sequences, S positions of a call, T of the cache, C width, H heads, K head_dim.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+
+from tarflow_jax.flow.attention import (
+    Array,
+    at_least_float32,
+    attention,
+    causal_attention,
+    kernel_for,
+)
+from tarflow_jax.flow.parameters import Parameter, linear
+
+
+@dataclasses.dataclass(frozen=True)
+class OneDevice:
+    """Where arrays live if nothing is split: the default `layout` of a flow.
+
+    `tarflow_jax.training.sharding.Layout` has the same methods for a mesh of devices.
+    """
+
+    devices_alone: ClassVar[bool] = False
+
+    def constrain(self, x: Array, *axes: str) -> Array:
+        """Splits an activation or a cache over the mesh by the logical names of its axes."""
+        return x
+
+    def gather(self, kernel: Array, axes: tuple[str, ...]) -> Array:
+        """Gathers a parameter over the `fsdp` axis of the mesh."""
+        return kernel
+
+    def to_host(self, x: Array) -> np.ndarray:
+        return np.asarray(x)
+
+    def causal_attention(self, q: Array, k: Array, v: Array, scale) -> Array:
+        """See `attention.causal_attention`, with the kernel for the default backend."""
+        kernel = kernel_for(jax.default_backend(), q.dtype, q.shape[2])
+        return causal_attention(kernel, q, k, v, scale)
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer at the positions seen so far, both [N, H, T, K]."""
+
+    key: Array
+    value: Array
+
+
+def layer_parameters(width: int, head_dim: int) -> dict[str, dict[str, Parameter]]:
+    """The arrays of one `layer`."""
+    C, hidden = width, 4 * width
+    heads, qkv = {'heads': C // head_dim, 'head_dim': head_dim}, {'qkv': 3}
+    norm = {
+        'scale': Parameter((C,), ('width',), 'ones'),
+        'bias': Parameter((C,), ('width',), 'zeros'),
+    }
+    # Contracted axes have names of their own: the mesh splits them in another way.
+    return {
+        'attention_norm': norm,
+        'qkv': linear({'inputs': C}, qkv | heads),
+        'attention_proj': linear(
+            {'heads': C // head_dim, 'head_inputs': head_dim}, {'outputs': C}, bias='width'
+        ),
+        'mlp_norm': norm,
+        'mlp_in': linear({'inputs': C}, {'hidden': hidden}, bias='width'),
+        'mlp_out': linear({'hidden_inputs': hidden}, {'outputs': C}, bias='width'),
+    }
+
+
+# Logical axes of the kernels, which `OneDevice.gather` and its like on a mesh go by.
+_KERNEL_AXES = {
+    name: tree['kernel'].axes
+    for name, tree in layer_parameters(1, 1).items() if 'kernel' in tree
+} | {'proj_in': ('token', 'width'), 'proj_out': ('width', 'prediction')}
+
+
+@dataclasses.dataclass(frozen=True)
+class ChannelsLast:
+    """Activations [N, S, C], kernels [*inputs, *outputs]: the form of training."""
+
+    axis: ClassVar[int] = 2  # of the channels
+
+    dtype: DTypeLike
+    layout: Any
+
+    def positions(self, h: Array) -> int:
+        return h.shape[1]
+
+    def constrain(self, h: Array, channels: str) -> Array:
+        return self.layout.constrain(h, 'batch', 'length', channels)
+
+    def normalize(self, h: Array, params) -> Array:
+        return normalize(h, params, self.axis)
+
+    def linear(self, params, x: Array, name: str, output_dtype: DTypeLike | None = None) -> Array:
+        """x @ kernel + bias over the trailing axes of x that the kernel called `name` contracts."""
+        return self._affine(x, self._gathered(params, name), params['bias'], output_dtype)
+
+    def qkv(self, params, x: Array, head_dim: int, whole: bool) -> Sequence[Array]:
+        """Queries, keys and values, [N, H, S, K] each."""
+        kernel = self._gathered(params, 'qkv')
+        # One product for each: cutting up a large one would copy it, padding and all, on TPU.
+        return [
+            self._affine(x, kernel[:, i], params['bias'][i]).transpose(0, 2, 1, 3)
+            for i in range(3)
+        ]
+
+    def attention_proj(self, params, x_NxHxSxK: Array) -> Array:
+        N, H, S, K = x_NxHxSxK.shape
+        # Merged: kept for the backward pass, a last axis of head_dim would be padded to 128.
+        x = x_NxHxSxK.transpose(0, 2, 1, 3).reshape(N, S, H * K)
+        return self.linear(params, checkpoint_name(x, 'attention'), 'attention_proj')
+
+    def _gathered(self, params, name: str) -> Array:
+        # Cast first: half the bytes to gather.
+        return self.layout.gather(params['kernel'].astype(self.dtype), _KERNEL_AXES[name])
+
+    def _affine(self, x: Array, kernel: Array, bias: Array, output_dtype=None) -> Array:
+        # Matrices, nothing else: XLA's CPU backend has a slow path for the gradient of a product
+        # with two token axes, and on TPU heads as an axis of their own are copied to be one.
+        leading, inputs = x.shape[:2], math.prod(x.shape[2:])
+        y = product(
+            x.reshape(-1, inputs).astype(self.dtype), kernel.reshape(inputs, -1),
+            (((1,), (0,)), ((), ())),
+        )
+        y = (y + bias.reshape(-1)).astype(output_dtype or self.dtype)
+        return y.reshape(*leading, *bias.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChannelsFirst:
+    """Activations [C, N, S], kernels [*outputs, *inputs]: the form of decoding; see `prepare`."""
+
+    axis: ClassVar[int] = 0
+
+    dtype: DTypeLike
+    layout: Any
+
+    def prepare(self, params, name: str):
+        """Parameters of a linear map, kernel transposed once, outside the loop over positions."""
+        kernel = params['kernel'].astype(self.dtype)
+        inputs = 2 if name == 'attention_proj' else 1
+        axes = (*range(inputs, kernel.ndim), *range(inputs))
+        return {'kernel': kernel.transpose(axes), 'bias': params['bias'][..., None, None]}
+
+    def positions(self, h: Array) -> int:
+        return h.shape[2]
+
+    def constrain(self, h: Array, channels: str) -> Array:
+        return self.layout.constrain(h, channels, 'batch', 'length')
+
+    def normalize(self, h: Array, params) -> Array:
+        return normalize(h, params, self.axis)
+
+    def linear(self, params, x: Array, name: str, output_dtype: DTypeLike | None = None) -> Array:
+        """kernel @ x + bias over the leading axes of x; `name` is what `ChannelsLast` asks for."""
+        kernel, inputs = params['kernel'], x.ndim - 2
+        last = tuple(range(kernel.ndim - inputs, kernel.ndim))
+        y = product(kernel, x.astype(self.dtype), ((last, tuple(range(inputs))), ((), ())))
+        return (y + params['bias']).astype(output_dtype or self.dtype)
+
+    def qkv(self, params, x: Array, head_dim: int, whole: bool) -> Sequence[Array]:
+        """Queries, keys and values, [N, H, S, K] each."""
+        def heads(y):
+            return jnp.einsum('...hkns->...nhsk', y)
+
+        # On TPU one product is faster where it is small, and else costs a copy to cut up.
+        if not whole:
+            return heads(self.linear(params, x, 'qkv'))
+        parts = [jax.tree.map(lambda a, i=i: a[i], params) for i in range(3)]
+        return [heads(self.linear(part, x, 'qkv')) for part in parts]
+
+    def attention_proj(self, params, x_NxHxSxK: Array) -> Array:
+        return self.linear(params, x_NxHxSxK.transpose(1, 3, 0, 2), 'attention_proj')
+
+
+def product(a: Array, b: Array, dimensions) -> Array:
+    """`dot_general` that accumulates, and returns, float32 at least."""
+    # A float32 model means float32: TPUs (bfloat16) and GPUs (tf32) round the operands of a
+    # default-precision product, which would cost the likelihood its digits.
+    return jax.lax.dot_general(
+        a, b, dimensions,
+        precision=None if a.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST,
+        preferred_element_type=at_least_float32(a.dtype),
+    )
+
+
+def layer(
+    form: 'ChannelsLast | ChannelsFirst',
+    params,
+    h: Array,
+    *,
+    head_dim: int,
+    cache: LayerCache | None = None,
+    start=0,
+    temperature: Any = 1.0,
+) -> tuple[Array, LayerCache | None]:
+    """One pre-norm Transformer layer: h += proj(attention(norm(h))), h += mlp(norm(h)).
+
+    Args:
+      form: where the channels of h are; `params` are prepared for it.
+      h: S positions, [N, S, C] or [C, N, S].
+      cache: keys and values of the positions before `start`, with room for these. None, or room
+        for these alone, is causal attention among them, by the attention kernel of the chip.
+      start: the first of the positions, a number that may be traced.
+      temperature: divides the attention logits; a number or [N, 1, 1, 1].
+    Returns:
+      h, and the cache with these positions filled in (None if there was none).
+    """
+    layout = form.layout
+    whole = cache is None or cache.key.shape[2] == form.positions(h)
+    x = form.normalize(h, params['attention_norm'])
+    q, k, v = (
+        layout.constrain(part, 'batch', 'heads', 'length', 'head_dim')
+        for part in form.qkv(params['qkv'], x, head_dim, whole)
+    )
+    scale = head_dim**-0.5 / temperature
+    if cache is not None and whole:
+        cache = LayerCache(k.astype(cache.key.dtype), v.astype(cache.value.dtype))
+    if cache is None or whole:
+        x = layout.causal_attention(q, k, v, scale)
+    else:
+        at = (0, 0, start, 0)
+        cache = LayerCache(*(
+            layout.constrain(
+                jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at),
+                'batch', 'heads', 'length', 'head_dim',
+            )
+            for old, new in zip(cache, (k, v))
+        ))
+        mask = jnp.arange(cache.key.shape[2]) <= start + jnp.arange(q.shape[2])[:, None]
+        x = attention(q, *cache, mask, scale)
+    x = layout.constrain(x, 'batch', 'heads', 'length', 'head_dim')
+    h = form.constrain(h + form.attention_proj(params['attention_proj'], x), 'width')
+    x = form.normalize(h, params['mlp_norm'])
+    x = gelu(form.constrain(form.linear(params['mlp_in'], x, 'mlp_in'), 'hidden'))
+    return form.constrain(h + form.linear(params['mlp_out'], x, 'mlp_out'), 'width'), cache
+
+
+def normalize(x: Array, params, axis: int) -> Array:
+    """Layer normalization over an axis, epsilon 1e-5, in float32."""
+    wide = x.astype(at_least_float32(x.dtype))
+    scale, bias = (
+        jnp.expand_dims(params[name], [i for i in range(x.ndim) if i != axis])
+        for name in ('scale', 'bias')
+    )
+    centred = wide - wide.mean(axis, keepdims=True)
+    variance = jnp.square(centred).mean(axis, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + 1e-5) * scale + bias).astype(x.dtype)
+
+
+def gelu(x: Array) -> Array:
+    """x * Phi(x) with the exact normal distribution function."""
+    wide = x.astype(at_least_float32(x.dtype))
+    return (0.5 * wide * (1.0 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)

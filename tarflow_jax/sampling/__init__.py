@@ -1,0 +1,1 @@
+"""From noise to samples: decoding by schedule, and the samples' densities."""

@@ -1,0 +1,128 @@
+"""From noise to finished samples: what pictures, bulk sampling, the report and benchmarks call."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from tarflow_jax.flow.attention import Array
+from tarflow_jax.flow.condition import Condition
+from tarflow_jax.flow.denoising import denoise, iterative_denoise
+from tarflow_jax.flow.flow import Flow, Variables
+from tarflow_jax.flow.guidance import Guidance
+from tarflow_jax.sampling.sample import SampleInfo, sample
+from tarflow_jax.sampling.schedule import Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoising:
+    """How the noise of training is removed from samples.
+
+    Args:
+      noise_std: of a flow trained at one noise level: one step from it.
+      strength: of that step; 1 is the theoretical optimum.
+      levels: of a noise-conditioned flow: `iterative_denoise` through these, from the first.
+      solver, clip: of `iterative_denoise`.
+    """
+
+    noise_std: float = 0.0
+    strength: float = 1.0
+    levels: tuple[float, ...] = ()
+    solver: str = 'ode'
+    clip: bool = False
+
+
+class Generated(NamedTuple):
+    """Finished `samples`, and the `raw` ones before denoising; `info` if it was asked for."""
+
+    samples: Array
+    raw: Array
+    info: SampleInfo | None
+
+
+def generate(
+    model: Flow,
+    variables: Variables,
+    noise: Array,
+    condition: Condition | Array | None = None,
+    *,
+    guidance: Guidance | None = None,
+    denoising: Denoising | None = None,
+    schedule: Schedule | None = None,
+    key: Array | None = None,
+    return_info: bool = False,
+) -> Generated:
+    """Draws samples and denoises them.
+
+    Args:
+      noise, condition, guidance, key: as for `sample`.
+      denoising: None leaves the samples as they are drawn.
+      schedule: how the blocks are decoded; None is sequentially.
+    """
+    found = sample(
+        model, variables, noise, condition, guidance=guidance,
+        method='sequential' if schedule is None else 'auto', schedule=schedule, key=key,
+        return_info=return_info,
+    )
+    raw, info = found if return_info else (found, None)
+    return Generated(denoised(model, variables, raw, condition, denoising, key), raw, info)
+
+
+def denoised(
+    model: Flow, variables: Variables, samples: Array, condition, denoising: Denoising | None,
+    key: Array | None = None,
+) -> Array:
+    """The samples [B, ...] after denoising, or as they are."""
+    if denoising is None:
+        return samples
+    if not denoising.levels:
+        return denoise(
+            model, variables, samples, condition, noise_std=denoising.noise_std,
+            strength=denoising.strength,
+        )
+    sde = denoising.solver == 'sde'
+    return iterative_denoise(
+        model, variables, samples, condition, levels=denoising.levels, solver=denoising.solver,
+        clip=denoising.clip, key=(jax.random.key(0) if key is None else key) if sde else None,
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Conditions:
+    """What numbered samples are conditioned on, so that any of them can be drawn by itself.
+
+    Args:
+      num_classes: of the flow.
+      label: of all samples; -1 goes through the classes in turn.
+      noise_std: of a noise-conditioned flow, the level that samples are drawn at.
+      features: float32 [M, F], taken in turn; None without.
+    """
+
+    num_classes: int = 0
+    label: int = -1
+    noise_std: float | None = None
+    features: np.ndarray | None = None
+
+    def labels(self, numbers) -> np.ndarray | None:
+        """int32 [n]; None without classes."""
+        if self.num_classes == 0:
+            return None
+        numbers = np.asarray(numbers)
+        if self.label >= 0:
+            return np.full(numbers.shape, self.label, np.int32)
+        return (numbers % self.num_classes).astype(np.int32)
+
+    def of(self, numbers, labels: np.ndarray | None = None) -> Condition:
+        """The condition of the samples with these numbers [n], as host arrays.
+
+        Args:
+          labels: in place of those that the numbers have.
+        """
+        numbers = np.asarray(numbers)
+        features = self.features
+        return Condition(
+            labels=self.labels(numbers) if labels is None else labels,
+            noise_std=None if self.noise_std is None else np.float32(self.noise_std),
+            features=None if features is None else features[numbers % len(features)],
+        )

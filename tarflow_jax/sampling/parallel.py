@@ -1,0 +1,156 @@
+"""Parallel decoding: the inverse of a block as a fixed point over a window of positions.
+
+The inverse solves x = z * exp(a(x)) + m(x), where a and m at a position depend on the positions
+before it only. One iteration evaluates the right-hand side at all positions of a window at once;
+the first of them that is not final becomes exact, and in a trained flow many behind it are nearly
+so. Iterations go on, over the key/value cache of what is final, and the window moves along with
+the first position that is not:
+
+- one window as long as the sequence is Jacobi iteration;
+- `segments` windows, each over the cache of those before it, are Gauss-Seidel-Jacobi iteration
+  (arXiv 2505.12849). There a segment waits until all of the one before it is done; here the window
+  moves on at once with every position that is, which takes no more iterations, and fewer mostly.
+
+Shape suffixes: B images, T patches, D numbers in a patch. W is the positions of a window.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tarflow_jax.flow.attention import Array
+from tarflow_jax.flow.block import Block
+from tarflow_jax.flow.decoder import Decoder, begin
+from tarflow_jax.flow.guidance import GuidanceParams
+from tarflow_jax.flow.order import reorder, restore
+from tarflow_jax.flow.transformer import LayerCache
+
+# Guesses behind the exact positions may overflow where the solution does not; one infinite key
+# would reach all positions of its image. No solution that is of use lies beyond this.
+LARGEST_GUESS = 1e4
+
+
+class _State(NamedTuple):
+    """Of the loop. Entries are those of `decoder.begin`, and one more that nobody reads.
+
+    Args:
+      x_DxBxE: E = T + 1 entries, final up to `final`, guesses from there on.
+      log_scale_BxE: of each entry, summed over d.
+      final: [B], how many entries are final.
+      iterations: [B], how many each example took.
+      calls: how many the batch took.
+    """
+
+    x_DxBxE: Array
+    log_scale_BxE: Array
+    final: Array
+    caches: list[LayerCache]
+    iterations: Array
+    calls: Array  # not `count`, which tuples have
+
+
+class Solution(NamedTuple):
+    """Of a block: x [B, T, D] and the inverse's logdet [B] in nats, iterations [B] and converged
+    [B] of each example, network calls."""
+
+    x: Array
+    logdet: Array
+    iterations: Array | np.ndarray
+    converged: Array | np.ndarray
+    calls: Array | np.integer
+
+
+def window_sizes(num_patches: int, segments: int) -> list[int]:
+    """The window, and smaller ones for the tail of the sequence.
+
+    The whole sequence has an attention kernel of its own, which no part of it is faster than.
+    """
+    if segments == 1:
+        return [num_patches]
+    window = -(-num_patches // segments)
+    return [window >> i for i in range(3) if i == 0 or window >> i >= 8]
+
+
+@partial(jax.jit, static_argnums=(0, 1), static_argnames='cache_dtype')
+def solve_block(
+    block: Block,
+    segments: int,
+    z_BxTxD,
+    params,
+    condition,
+    order,
+    guidance: GuidanceParams,
+    tolerance,
+    max_iterations,
+    *,
+    cache_dtype=None,
+) -> Solution:
+    """The inverse of one block as `Block.inverse`, iterated over windows of positions.
+
+    An entry is final when it is exact, or when no entry before it changed by more than the
+    tolerance in the iteration that made it. Final entries stay as they are, so that an example's
+    result does not depend on the others of its batch.
+
+    Args:
+      segments: the window has a `segments`-th of the positions; 1 iterates over all of them.
+      tolerance: in units of x.
+      max_iterations: where to stop, converged or not; `Block.calls` are always enough.
+    """
+    B, T, _ = z_BxTxD.shape
+    z = begin(block, params, reorder(z_BxTxD, order).transpose(1, 2, 0)).transpose(1, 2, 0)
+    entries = z.shape[2]
+    z = jnp.pad(z, ((0, 0), (0, 0), (0, T + 1 - entries)))
+    decoder = Decoder.of(block, params, condition, order, guidance, B, cache_dtype)
+    sizes = window_sizes(T, segments)
+
+    def iterate(W: int, state: _State) -> _State:
+        x, log_scale, final, caches, iterations, calls = state
+        # The last final entry is the first whose prediction has not been made.
+        start = jnp.clip(final.min() - 1, 0, T - W)
+
+        def window(a, first):
+            return jax.lax.dynamic_slice_in_dim(a, first, W, a.ndim - 1)
+
+        affine, caches = decoder.step(window(x, start), start, caches)
+        old, new = window(x, start + 1), affine.inverse(window(z, start + 1))
+        position = start + 1 + jnp.arange(W)
+
+        known = position < final[:, None]
+        same = known | (abs(new - old).max(0) <= tolerance)
+        first_changed = start + 1 + jnp.cumprod(same, 1).sum(1)
+        # The first changed entry is final for all that: those before it are.
+        reached = jnp.minimum(jnp.maximum(first_changed, final) + 1, start + 1 + W)
+        reached = jnp.clip(reached, final, entries)
+        guess = jnp.clip(jnp.nan_to_num(new), -LARGEST_GUESS, LARGEST_GUESS)
+        settled = position < reached[:, None]
+        new = jnp.where(known, old, jnp.where(settled, new, guess))
+        # An example that is not finite stays so, and would make its own guesses NaN to the end.
+        lost = ~jnp.where(settled, jnp.isfinite(new), True).all((0, 2))
+        x = jax.lax.dynamic_update_slice_in_dim(x, new, start + 1, 2)
+        own = jnp.where(known, window(log_scale, start + 1), affine.log_scale.sum(0))
+        log_scale = jax.lax.dynamic_update_slice_in_dim(log_scale, own, start + 1, 1)
+        iterations = iterations + (final < entries)
+        final = jnp.where(lost, entries, reached)
+        return _State(x, log_scale, final, caches, iterations, calls + 1)
+
+    def body(state: _State) -> _State:
+        left = T - jnp.clip(state.final.min() - 1, 0, T)
+        smaller = sum((left <= size).astype(jnp.int32) for size in sizes[1:])
+        return jax.lax.switch(smaller, [partial(iterate, size) for size in sizes], state)
+
+    def unfinished(state: _State):
+        return (state.final < entries).any() & (state.calls < max_iterations)
+
+    zeros = jnp.zeros(B, jnp.int32)
+    state = _State(
+        z, jnp.zeros((B, T + 1), z.dtype), zeros + 1, decoder.pad_caches(None, T), zeros,
+        jnp.int32(0),
+    )
+    state = jax.lax.while_loop(unfinished, body, state)
+    x_BxTxD = state.x_DxBxE[:, :, entries - T : entries].transpose(1, 2, 0)
+    x = block.layout.constrain(restore(x_BxTxD, order), 'batch', 'length', 'token')
+    logdet = state.log_scale_BxE[:, :entries].sum(1)
+    return Solution(x, logdet, state.iterations, state.final == entries, state.calls)
