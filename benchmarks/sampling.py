@@ -1,7 +1,9 @@
 """Times the sequential sampler, and the official one beside it: `python benchmarks/sampling.py --official=PATH`.
 
 float32 on a CPU, from the same noise and labels. Prints one line of JSON with three cases: 100
-images without guidance, 100 with guidance of weight 2, one image without.
+images without guidance, 100 with guidance of weight 2, one image without. Each core is a device of
+its own, as the command line has it; with `--plain` there is one device, as in a program that only
+imports the package.
 """
 
 import json
@@ -43,8 +45,11 @@ def official_sampler(theirs, model, noise, labels, weight: float):
 
 
 def main():
-    args = comparison.arguments(__doc__, repeats=10).parse_args()
-    sharding.use_cores_as_devices(100)
+    parser = comparison.arguments(__doc__, repeats=10)
+    parser.add_argument('--plain', action='store_true', help='one device, whatever the cores')
+    args = parser.parse_args()
+    if not args.plain:
+        sharding.use_cores_as_devices(100)
     model = comparison.our_model(args.size)
     variables = comparison.random_variables(model)
     rng = np.random.default_rng(1)

@@ -170,6 +170,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
     c.model.layers_per_block = (1, 1)
     c.mesh.update(data=-1, fsdp=1, tensor=1)
     c.model.num_classes = 10 if c.model.num_classes else 0
+    c.model.update(num_features=0, orders='alternate')
     c.train.update(batch_size=8, epochs=0.008, warmup_epochs=0.004)
     c.train.update(log_every=2, sample_every=1000, checkpoint_every=1000)
     c.sample.update(count=20, batch_size=10, method='sequential')

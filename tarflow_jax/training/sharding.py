@@ -87,8 +87,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     slices = len({getattr(d, 'slice_index', 0) for d in devices})
     if sizes[0] % slices:
         raise ValueError(
-            f'data {sizes[0]} does not go across {slices} slices; choose a multiple of {slices}, as '
-            'only the data axis can.'
+            f'data {sizes[0]} does not go across {slices} slices; choose a multiple of {slices}, '
+            'as only the data axis can.'
         )
     if devices[0].platform != 'tpu':
         arranged = np.array(devices).reshape(sizes)  # in the order of the processes

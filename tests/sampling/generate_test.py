@@ -1,0 +1,70 @@
+"""Drawing and denoising in one call, and what numbered samples are conditioned on."""
+
+import jax
+import numpy as np
+import pytest
+from tiny_flow import CONDITIONED, condition_for, noise_for, perturbed, tiny
+
+import tarflow_jax as tfj
+from tarflow_jax.sampling.generate import Conditions, Denoising, generate
+
+LEVELS = (0.3, 0.2, 0.05)
+
+
+def test_labels_of_numbered_samples():
+    of = Conditions(num_classes=3)
+    np.testing.assert_array_equal(of.labels(np.arange(7)), [0, 1, 2, 0, 1, 2, 0])
+    np.testing.assert_array_equal(Conditions(3, label=2).labels(np.arange(3)), [2, 2, 2])
+    assert of.labels([1]).dtype == Conditions(3, label=2).labels([1]).dtype == np.int32
+    assert Conditions().labels(np.arange(3)) is None
+
+
+def test_conditions_of_numbered_samples():
+    features = np.arange(6, dtype=np.float32).reshape(3, 2)
+    of = Conditions(num_classes=2, noise_std=0.4, features=features).of
+    found = of([5, 0, 4])
+    np.testing.assert_array_equal(found.labels, [1, 0, 0])
+    np.testing.assert_array_equal(found.features, features[[2, 0, 1]])
+    assert found.noise_std == np.float32(0.4)
+    np.testing.assert_array_equal(of([5, 0, 4], np.array([1, 1, 1])).labels, [1, 1, 1])
+    nothing = Conditions().of([1, 2])
+    assert nothing.labels is nothing.noise_std is nothing.features is None
+
+
+def test_one_step_of_denoising():
+    model = tiny((1,))
+    variables, noise, labels = perturbed(model), noise_for(model), np.array([0, -1, 2])
+    guidance = tfj.Guidance(weight=0.5)
+    found = generate(
+        model, variables, noise, labels, guidance=guidance, denoising=Denoising(0.1, 0.5),
+        return_info=True,
+    )
+    raw = tfj.sample(model, variables, noise, labels, guidance=guidance)
+    np.testing.assert_allclose(found.raw, raw, atol=1e-6)
+    clean = tfj.denoise(model, variables, raw, labels, noise_std=0.1, strength=0.5)
+    np.testing.assert_allclose(found.samples, clean, atol=1e-6)
+    assert np.abs(found.samples - found.raw).max() > 1e-3
+    assert found.info.iterations.shape == (1, 3)
+
+
+@pytest.mark.parametrize('solver', ['ode', 'sde'])
+def test_iterative_denoising(solver):
+    model = tiny((1,), **CONDITIONED)
+    variables, noise = perturbed(model), noise_for(model)
+    condition, key = condition_for(model, per_token=False), jax.random.key(4)
+    denoising = Denoising(levels=LEVELS, solver=solver, clip=True)
+    found = generate(model, variables, noise, condition, denoising=denoising, key=key)
+    raw = tfj.sample(model, variables, noise, condition)
+    np.testing.assert_allclose(found.raw, raw, atol=1e-6)
+    clean = tfj.iterative_denoise(
+        model, variables, raw, condition, levels=LEVELS, solver=solver, clip=True,
+        key=key if solver == 'sde' else None,
+    )
+    np.testing.assert_allclose(found.samples, clean, atol=1e-5)
+    assert found.info is None
+
+
+def test_without_denoising_samples_are_raw():
+    model = tiny((1,))
+    found = generate(model, perturbed(model), noise_for(model))
+    assert found.samples is found.raw and found.info is None
