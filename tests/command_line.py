@@ -95,8 +95,7 @@ def start_processes(count, program, *arguments, devices=1) -> list[subprocess.Po
     started = []
     for i in range(count):
         many = dict(
-            JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(count), JAX_PROCESS_ID=str(i),
-            JAX_SHARE_BINARY_BETWEEN_HOSTS='true',  # one compiles for all
+            JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(count), JAX_PROCESS_ID=str(i)
         )
         environment = os.environ | (many if count > 1 else {}) | dict(
             PYTHONPATH=path, JAX_PLATFORMS='cpu',
