@@ -72,6 +72,7 @@ def _collect(s: Subject, train, variables, origin) -> dict:
         'model': architecture(plan.model),
         'positions': plan.model.token_shape[0],
         'noise_std': plan.recipe.gaussian_noise_std,
+        'lowest_noise_std': plan.recipe.scored_noise_std or plan.recipe.gaussian_noise_std,
         'parameters': sum(x.size for x in jax.tree.leaves(variables['params'])),
         'data': {
             name: source.about | {'images': len(source)}

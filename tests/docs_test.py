@@ -62,7 +62,7 @@ def _readme(folder):
 # page: (what is small in place of large, what is there before)
 PYTHON = {
     'README.md': (
-        {'width=128': 'width=64', '(4, 4, 4, 4)': '(1, 1)', "'model.pth'": "'model.safetensors'"},
+        {'width=128': 'width=64', '(4, 4, 4, 4)': '(1, 1)', 'range(200)': 'range(2)', "'model.pth'": "'model.safetensors'"},
         _readme,
     ),
     'docs/sampling.md': ({'(4, 4, 4, 4)': '(1, 1)'}, lambda folder: {}),

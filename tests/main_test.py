@@ -102,7 +102,7 @@ def refused(capfd):
     # Training.
     (['--config.seed=-1'], ['seed -1']),
     (['--config.seed=4294967296'], ['seed 4294967296']),
-    (['--config.train.epochs=0'], ['0 training steps', 'train.epochs']),
+    (['--config.train.epochs=0'], ['leave none of 0 for the rest', 'train.epochs']),
     (['--config.train.epochs=-1'], ['train.epochs']),
     (['--config.train.epochs=nan'], ['train.epochs nan']),
     (['--config.train.epochs=inf'], ['train.epochs inf']),

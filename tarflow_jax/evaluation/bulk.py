@@ -29,7 +29,7 @@ from tarflow_jax.evaluation.over_set import images_of
 from tarflow_jax.evaluation.versions import versions
 from tarflow_jax.flow.flow import architecture
 from tarflow_jax.sampling.generate import generate
-from tarflow_jax.sampling.noise import noise_of_examples
+from tarflow_jax.sampling.noise import keys_of_examples, noise_of_examples
 from tarflow_jax.sampling.sample import MAX_REDRAWS
 from tarflow_jax.sampling.schedule import Schedule
 from tarflow_jax.training import pictures, sharding
@@ -221,7 +221,7 @@ def _draw(plan, variables, key, mesh, batch_size, schedule, numbers) -> dict:
             model, variables, noise_of_examples(model, key, numbers, attempt),
             sharding.split(plan.conditions.of(numbers), mesh), guidance=plan.guidance,
             denoising=plan.denoising, schedule=schedule,
-            key=jax.random.fold_in(key, int(numbers[0])),
+            denoising_key=keys_of_examples(jax.random.fold_in(key, 1), numbers, attempt),
         )
         return sharding.to_host(drawn.samples)[:given]
 

@@ -81,7 +81,8 @@ def iterative_denoise(
       condition: that the samples were drawn with; `levels` take the place of its noise_std.
       levels: [N], falling and above 0.
       clip: whether each estimate is clipped to [-1, 1].
-      key: of the noise of 'sde'.
+      key: of the noise of 'sde': one, or one for each example [B], whose noise then does not depend
+        on the rest of the batch.
     Returns:
       examples [B, ...].
     Raises:
@@ -102,19 +103,23 @@ def iterative_denoise(
     condition = check_condition(
         model, at_noise_level(condition, levels[0]), jnp.shape(images)[0]
     )
+    if key is not None and key.shape == ():
+        key = jax.random.split(key, jnp.shape(images)[0])
     return _iterate(model, variables, images, condition, jnp.asarray(levels), clip, key)
 
 
 @partial(jax.jit, static_argnums=(0, 5))
-def _iterate(model: Flow, variables, examples, condition, levels, clip: bool, key) -> Array:
+def _iterate(model: Flow, variables, examples, condition, levels, clip: bool, keys) -> Array:
     def step(x, inputs):
         i, level, following = inputs
         at_level = at_noise_level(as_condition(condition), level)
         clean = x + level**2 * score(model, variables, x, at_level)
         clean = jnp.clip(clean, -1, 1) if clip else clean
         noise = None
-        if key is not None:
-            noise = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
+        if keys is not None:
+            noise = jax.vmap(
+                lambda key: jax.random.normal(jax.random.fold_in(key, i), x.shape[1:], x.dtype)
+            )(keys)
         return next_examples(x, clean, level, following, noise), None
 
     steps = (jnp.arange(levels.size), levels, jnp.append(levels[1:], 0.0))

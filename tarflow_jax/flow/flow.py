@@ -9,7 +9,7 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -66,8 +66,9 @@ class Flow(nn.Module, kw_only=True):
       ValueError: if the fields do not fit together.
     """
 
-    width: int
-    layers_per_block: tuple[int, ...]
+    if TYPE_CHECKING:  # fields of both, after their own
+        width: int
+        layers_per_block: tuple[int, ...]
     head_dim: int = 64
     num_classes: int = 0
     num_features: int = 0
@@ -262,6 +263,8 @@ class SequenceFlow(Flow):
 
     length: int
     token_dim: int
+    width: int
+    layers_per_block: tuple[int, ...]
 
     @property
     def token_shape(self) -> tuple[int, int]:
@@ -292,6 +295,8 @@ class TarFlow(Flow):
     image_size: int | tuple[int, int]
     image_channels: int
     patch_size: int | tuple[int, int]
+    width: int
+    layers_per_block: tuple[int, ...]
 
     _float_remedy = 'scale them to float32 in [-1, 1], such as images / 127.5 - 1.'
 

@@ -51,6 +51,7 @@ def generate(
     denoising: Denoising | None = None,
     schedule: Schedule | None = None,
     key: Array | None = None,
+    denoising_key: Array | None = None,
     return_info: bool = False,
 ) -> Generated:
     """Draws samples and denoises them.
@@ -59,6 +60,7 @@ def generate(
       noise, condition, guidance, key: as for `sample`.
       denoising: None leaves the samples as they are drawn.
       schedule: how the blocks are decoded; None is sequentially.
+      denoising_key: of denoising by 'sde', as for `iterative_denoise`; None is a fixed one.
     """
     found = sample(
         model, variables, noise, condition, guidance=guidance,
@@ -66,7 +68,8 @@ def generate(
         return_info=return_info,
     )
     raw, info = found if return_info else (found, None)
-    return Generated(denoised(model, variables, raw, condition, denoising, key), raw, info)
+    samples = denoised(model, variables, raw, condition, denoising, denoising_key)
+    return Generated(samples, raw, info)
 
 
 def denoised(

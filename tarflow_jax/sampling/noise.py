@@ -15,12 +15,15 @@ def standard_noise(model: Flow, key: Array, count: int) -> Array:
     return model.layout.constrain(noise, 'batch', 'length', 'token')
 
 
+@jax.jit
+def keys_of_examples(key: Array, numbers: Array, attempt) -> Array:
+    """A key for each example [n], from its number and the attempt alone."""
+    return jax.vmap(lambda n: jax.random.fold_in(jax.random.fold_in(key, n), attempt))(numbers)
+
+
 @partial(jax.jit, static_argnums=0)
 def noise_of_examples(model: Flow, key: Array, numbers: Array, attempt) -> Array:
     """Standard normal noise [n, T, D], each example's from its number and the attempt alone."""
-
-    def one(number):
-        own = jax.random.fold_in(jax.random.fold_in(key, number), attempt)
-        return jax.random.normal(own, model.token_shape)
-
-    return model.layout.constrain(jax.vmap(one)(numbers), 'batch', 'length', 'token')
+    keys = keys_of_examples(key, numbers, attempt)
+    noise = jax.vmap(lambda own: jax.random.normal(own, model.token_shape))(keys)
+    return model.layout.constrain(noise, 'batch', 'length', 'token')

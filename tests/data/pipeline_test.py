@@ -223,7 +223,7 @@ def test_steps_per_epoch(source):
     assert pipeline.steps_per_epoch(source, 8) == 4
     assert pipeline.steps_per_epoch(source, COUNT) == 1
     for batch_size in (0, COUNT + 1):
-        with pytest.raises(ValueError, match=f'train.batch_size is {batch_size} .*from 1 to 37'):
+        with pytest.raises(ValueError, match=f'^batch_size is {batch_size} .*from 1 to 37'):
             pipeline.steps_per_epoch(source, batch_size)
 
 

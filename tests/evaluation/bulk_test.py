@@ -375,6 +375,21 @@ def test_features_and_levels_of_samples(tmp_path):
         assert np.abs(found - pictures.to_pixels(images)).max() <= 1
 
 
+def test_the_noise_of_denoising_is_each_images_own(tmp_path):
+    model = tiny((1,), image_channels=1, noise_conditioned=True)
+    variables, mesh = random_variables(model), sharding.make_mesh()
+    plan = plan_of(model, noise='levels', noise_std=0.3)
+    plan = dataclasses.replace(plan, denoising=dataclasses.replace(plan.denoising, solver='sde'))
+    known = bulk.fingerprint(plan, variables, 'a', **HOW)
+    for folder, batch_size in (('eight', 8), ('sixteen', 16)):
+        bulk.draw_set(
+            tmp_path / folder, plan, variables, count=11, batch_size=batch_size, mesh=mesh,
+            fingerprint=known, **HOW,
+        )
+    found, wanted = (pixels(tmp_path / folder).astype(int) for folder in ('eight', 'sixteen'))
+    assert np.abs(found - wanted).max() <= 1
+
+
 def test_fingerprint():
     of = functools.partial(bulk.fingerprint, PLAN, VARIABLES, 'step_0000012')
     assert bulk.folder_name(KNOWN) == bulk.folder_name(of(**HOW))

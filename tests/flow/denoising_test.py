@@ -10,6 +10,7 @@ from tiny_flow import batch, condition_for, noise_for, perturbed, sequence_flow,
 import tarflow_jax as tfj
 from tarflow_jax.flow import denoising
 from tarflow_jax.flow.condition import at_noise_level
+from tarflow_jax.flow.condition import rows as rows_of
 
 
 @pytest.mark.parametrize('name', CASES)
@@ -113,7 +114,10 @@ def by_hand(x, condition, key=None):
         if key is None:
             x = clean + r * (x - clean)
         else:
-            n = jax.random.normal(jax.random.fold_in(key, i), x.shape)
+            keys = jax.random.split(key, len(x))  # one for each example
+            n = jnp.stack([
+                jax.random.normal(jax.random.fold_in(own, i), x.shape[1:]) for own in keys
+            ])
             x = clean + following * (r * (x - clean) / t + np.sqrt(1 - r**2) * n)
     return x
 
@@ -128,6 +132,19 @@ def test_iterative_denoising_is_its_recursion(key):
     )
     np.testing.assert_allclose(found, by_hand(noise_for(MODEL), condition, key), atol=1e-5)
     assert abs(found - noise_for(MODEL)).max() > 0.05
+
+
+def test_an_example_with_a_key_of_its_own_does_not_depend_on_the_rest():
+    keys, noise = jax.random.split(jax.random.key(5), len(noise_for(MODEL))), noise_for(MODEL)
+
+    def denoised(rows):
+        return tfj.iterative_denoise(
+            MODEL, perturbed(MODEL), noise[rows], rows_of(condition_for(MODEL), rows),
+            levels=LEVELS, solver='sde', key=keys[rows],
+        )
+
+    some = jnp.array([2, 0])
+    np.testing.assert_allclose(denoised(some), denoised(jnp.arange(len(noise)))[some], atol=1e-5)
 
 
 def test_one_level_is_one_step():

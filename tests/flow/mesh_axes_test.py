@@ -31,7 +31,9 @@ def case():
     return model, variables, images, labels, guidance, wanted
 
 
-@pytest.mark.parametrize('current', [False, True], ids=['arrays only', 'set_mesh'])
+@pytest.mark.parametrize(
+    'current', [pytest.param(False, marks=pytest.mark.slow), True], ids=['arrays only', 'set_mesh']
+)
 def test_everything_works_on_explicit_axes(case, current):
     model, variables, images, labels, guidance, wanted = case
     mesh = jax.make_mesh((jax.device_count(),), ('data',))

@@ -53,7 +53,7 @@ def test_iterative_denoising(solver):
     variables, noise = perturbed(model), noise_for(model)
     condition, key = condition_for(model, per_token=False), jax.random.key(4)
     denoising = Denoising(levels=LEVELS, solver=solver, clip=True)
-    found = generate(model, variables, noise, condition, denoising=denoising, key=key)
+    found = generate(model, variables, noise, condition, denoising=denoising, denoising_key=key)
     raw = tfj.sample(model, variables, noise, condition)
     np.testing.assert_allclose(found.raw, raw, atol=1e-6)
     clean = tfj.iterative_denoise(

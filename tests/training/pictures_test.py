@@ -56,7 +56,7 @@ def test_save_png_replaces_whole_files_only(tmp_path, monkeypatch):
     before = path.read_bytes()
 
     def half(self, file, format):
-        file.write_bytes(b'half')
+        file.write(b'half')
         raise OSError('no room')
 
     monkeypatch.setattr(Image.Image, 'save', half)

@@ -53,10 +53,11 @@ def _summary(found) -> str:
     m = found['model']
     depths = ' + '.join(map(str, m['layers_per_block']))
     classes = f'{m["num_classes"]} classes' if m['num_classes'] else 'no classes'
+    low, high = found['lowest_noise_std'], found['noise_std']
     noise = (
-        f'Gaussian, standard deviation {found["noise_std"]:g} where images span -1 to 1'
-        if found['noise_std'] else 'uniform, within the step between two grey levels'
-    )
+        f'Gaussian, standard deviation {high:g} where images span -1 to 1' if low == high
+        else f'Gaussian, standard deviations {low:g} to {high:g} where images span -1 to 1'
+    ) if high else 'uniform, within the step between two grey levels'
     facts = {
         'Checkpoint': found['origin']['name'],
         'Trained on': _set_name(found['data']['train']),

@@ -78,7 +78,7 @@ def collected(classes=3, channels=3, noise_std=0.1, rows=3, columns=2, blocks=2,
         found['denoised'] = images(rows, columns)
     return {
         'title': 'Report of <run> & co', 'date': '2000-01-01 00:00 UTC', 'positions': 16,
-        'origin': {'name': 'step 12 of run', 'step': 12}, 'noise_std': noise_std,
+        'origin': {'name': 'step 12 of run', 'step': 12}, 'noise_std': noise_std, 'lowest_noise_std': noise_std,
         'model': dict(image_size=size, image_channels=channels, patch_size=2, num_classes=classes,
                       layers_per_block=[1] * blocks, width=32),
         'parameters': 12345, 'metrics': [], 'evaluation': None, 'drawn': found,
