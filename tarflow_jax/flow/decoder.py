@@ -165,11 +165,11 @@ def invert(
         return (x_next_DxB, caches), (x_next_DxB, affine.log_scale.sum(0))
 
     outputs, log_scales = [entries[:1]], []
-    x, caches = entries[0], None
+    carry: Any = (entries[0], None)
     for first, last in prefixes(steps):
         inputs = (jnp.arange(first, last), entries[first + 1 : last + 1])
-        carry = (x, decoder.pad_caches(caches, last))
-        (x, caches), (rest, log_scale) = jax.lax.scan(step, carry, inputs)
+        carry = (carry[0], decoder.pad_caches(carry[1], last))
+        carry, (rest, log_scale) = jax.lax.scan(step, carry, inputs)
         outputs.append(rest)
         log_scales.append(log_scale)
     x_TxDxB = jnp.concatenate(outputs)[: calls + 1][-T:]
