@@ -24,6 +24,7 @@ from tarflow_jax.flow.block import FIRST_TOKENS, REMAT_POLICIES, Block
 from tarflow_jax.flow.condition import at_noise_level, check_condition, labels_keyword
 from tarflow_jax.flow.mesh_axes import with_auto_axes
 from tarflow_jax.flow.parameters import abstract, initialize
+from tarflow_jax.flow.patches import pair, patchify, unpatchify
 from tarflow_jax.flow.transformer import OneDevice
 
 Variables = Mapping[str, Any]  # what `init` returns
@@ -321,12 +322,12 @@ class TarFlow(Flow):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C)."""
-        return (*_pair(self.image_size), self.image_channels)
+        return (*pair(self.image_size), self.image_channels)
 
     @property
     def patch_shape(self) -> tuple[int, int]:
         """Height and width of a patch."""
-        return _pair(self.patch_size)
+        return pair(self.patch_size)
 
     @property
     def num_patches(self) -> int:
@@ -366,28 +367,6 @@ class TarFlow(Flow):
                 f'images reach {largest:g}, far outside [-1, 1]; scale them, such as '
                 'images / 127.5 - 1 for pixels 0 to 255.', stacklevel=3,
             )
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size
-
-
-def patchify(images_BxHxWxC: Array, patch_size: int | tuple[int, int]) -> Array:
-    """Images [B, H, W, C] to patches [B, T, D], raster order; in a patch (row, column, channel)."""
-    B, H, W, C = images_BxHxWxC.shape
-    h, w = _pair(patch_size)
-    x = images_BxHxWxC.reshape(B, H // h, h, W // w, w, C)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, (H // h) * (W // w), h * w * C)
-
-
-def unpatchify(
-    x_BxTxD: Array, patch_size: int | tuple[int, int], image_size: int | tuple[int, int]
-) -> Array:
-    """Patches [B, T, D] to images [B, H, W, C]: the inverse of `patchify`."""
-    B, _, D = x_BxTxD.shape
-    (h, w), (H, W) = _pair(patch_size), _pair(image_size)
-    x = x_BxTxD.reshape(B, H // h, W // w, h, w, D // (h * w))
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, H, W, D // (h * w))
 
 
 _COMPUTE_FIELDS = ('dtype', 'remat', 'unroll', 'layout', 'parent', 'name')

@@ -26,7 +26,8 @@ from tiny_flow import (
 import tarflow_jax as tfj
 from tarflow_jax.flow import likelihood
 from tarflow_jax.flow.condition import drop
-from tarflow_jax.flow.flow import architecture, field_defaults, patchify, unpatchify
+from tarflow_jax.flow.flow import architecture, field_defaults
+from tarflow_jax.flow.patches import patchify, unpatchify
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from tiny_flow import apply, batch, noise_for, perturbed, sequence_flow, tiny
 import tarflow_jax as tfj
 from tarflow_jax.flow import decoder
 from tarflow_jax.flow.affine import Affine
-from tarflow_jax.flow.flow import patchify
+from tarflow_jax.flow.patches import patchify
 from tarflow_jax.sampling import sample as sampling
 
 TAGS = ('g_ab', 'g_a', 'g_b', 'g_anneal', 'g_temp', 'g_temp_anneal')
