@@ -58,6 +58,7 @@ def default() -> ConfigDict:
     m.first_token = 'identity'  # or 'start'
     m.volume_preserving = False
     m.dtype = 'float32'  # or 'bfloat16'
+    m.residual_dtype = 'bfloat16'  # of the residual stream, where dtype is no wider; or 'float32'
     m.remat = 'none'  # or 'layer', 'dots', 'attention'
     m.unroll = 1  # layers per loop iteration
     m.attention = 'auto'  # the kernel of the chip; or one of flow.attention.KERNELS
@@ -219,7 +220,7 @@ def plan(config: ConfigDict) -> Plan:
       ValueError: one sentence that names the field, its value and the remedy.
     """
     for field, choices in (
-        ('model.dtype', DTYPES), ('model.attention', ('auto', *KERNELS)),
+        ('model.dtype', DTYPES), ('model.residual_dtype', DTYPES), ('model.attention', ('auto', *KERNELS)),
         ('sample.method', SAMPLE_METHODS), ('sample.format', SAMPLE_FORMATS),
         ('sample.denoise_solver', SOLVERS),
     ):
@@ -227,7 +228,8 @@ def plan(config: ConfigDict) -> Plan:
         if value not in choices:
             raise ValueError(f'{field} {value!r} is none of {", ".join(choices)}.')
     fields = config.model.to_dict()
-    fields['dtype'] = DTYPES[fields['dtype']]
+    for field in ('dtype', 'residual_dtype'):
+        fields[field] = DTYPES[fields[field]]
     del fields['attention']  # a field of the layout
     fields['layers_per_block'] = tuple(fields['layers_per_block'])
     if not all(isinstance(layers, int) for layers in fields['layers_per_block']):

@@ -69,6 +69,7 @@ class Block:
     first_token: str = 'identity'
     volume_preserving: bool = False
     dtype: DTypeLike = jnp.float32
+    residual_dtype: DTypeLike | None = None
     remat: str = 'none'
     unroll: int = 1
     layout: Any = OneDevice()
@@ -104,6 +105,11 @@ class Block:
             tree['feature_embedding'] = linear({'feature': F}, {'width': C})
             tree['next_feature_embedding'] = linear({'feature': F}, {'width': C})
         return tree
+
+    @property
+    def stream_dtype(self) -> DTypeLike:
+        """Of the residual stream, to which the layers add."""
+        return jnp.promote_types(self.dtype, self.residual_dtype or self.dtype)
 
     @property
     def calls(self) -> int:
@@ -156,7 +162,7 @@ class Block:
         if self.first_token == 'start':
             start = jnp.broadcast_to(params['start'].astype(x_BxTxD.dtype), x_BxTxD[:, :1].shape)
             inputs = jnp.concatenate([start, x_BxTxD[:, :-1]], axis=1)
-        positions = reorder(params['position_embedding'], order, axis=0).astype(self.dtype)
+        positions = reorder(params['position_embedding'], order, axis=0).astype(self.stream_dtype)
         context = self.context(params, condition, order)
         affine, _ = self.network(
             form, params, inputs, context + positions, temperature=temperature
@@ -216,7 +222,7 @@ class Block:
         and those of the features.
         """
         c = as_condition(condition)
-        context = jnp.zeros((1, 1, self.width), self.dtype)
+        context = jnp.zeros((1, 1, self.width), self.stream_dtype)
         if self.num_classes:
             embedding = params['class_embedding']
             mean = embedding.mean(0)
@@ -226,11 +232,11 @@ class Block:
                 # A label past the last class gives NaN (take's fill mode), never another class.
                 known = jnp.take(embedding, jnp.maximum(c.labels, 0), axis=0)
                 classes = jnp.where(c.labels[:, None] < 0, mean, known)[:, None]
-            context = context + classes.astype(self.dtype)
+            context = context + classes.astype(self.stream_dtype)
         if self.noise_conditioned:
             level = jnp.atleast_1d(jnp.asarray(c.noise_std, at_least_float32(self.dtype)))
             noise = noise_embedding(params['noise_embedding'], level)
-            context = context + noise[:, None].astype(self.dtype)
+            context = context + noise[:, None].astype(self.stream_dtype)
         if self.num_features and c.features is not None:
             context = context + self._feature_context(params, c.features, order)
         return context
@@ -247,7 +253,7 @@ class Block:
             kernel, bias = params[name]['kernel'], params[name]['bias']
             contract = (((features.ndim - 1,), (0,)), ((), ()))
             e = product(features.astype(kernel.dtype), kernel, contract) + bias
-            return jnp.where(present, e, 0.0).astype(self.dtype)
+            return jnp.where(present, e, 0.0).astype(self.stream_dtype)
 
         own, upcoming = embed('feature_embedding'), embed('next_feature_embedding')
         if features.ndim == 2:  # the same for all tokens

@@ -57,7 +57,7 @@ class Decoder(NamedTuple):
             is_leaf=is_parameter,
         )
         condition, temperature = guidance.branch(condition, batch)
-        positions = reorder(params['position_embedding'], order, axis=0).astype(block.dtype)
+        positions = reorder(params['position_embedding'], order, axis=0).astype(block.stream_dtype)
         context = block.context(params, condition, order).transpose(1, 2, 0)
         return cls(
             block, form, prepare(block, form, params), positions[..., None], context, guidance,

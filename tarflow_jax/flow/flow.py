@@ -57,6 +57,8 @@ class Flow(nn.Module, kw_only=True):
       volume_preserving: the ablation of TarFlow without log-scales.
       dtype: of the Transformers' matrix products and activations. Parameters, normalizations,
         softmax, log-scales and log-determinants are float32 whatever it is.
+      residual_dtype: of the residual stream, to which the layers add, if it is wider than `dtype`.
+        The official code's autocast to bfloat16 keeps it in float32.
       remat: what the backward pass recomputes: 'none', every 'layer', all but the 'dots', or all
         but the 'attention', whose outputs are small for what they cost.
       unroll: layers per iteration of the loop over layers; more compile longer, run faster on CPU.
@@ -80,6 +82,7 @@ class Flow(nn.Module, kw_only=True):
     first_token: str = 'identity'
     volume_preserving: bool = False
     dtype: DTypeLike = jnp.float32
+    residual_dtype: DTypeLike | None = None
     remat: str = 'none'
     unroll: int = 1
     layout: Any = OneDevice()
@@ -369,7 +372,7 @@ class TarFlow(Flow):
             )
 
 
-_COMPUTE_FIELDS = ('dtype', 'remat', 'unroll', 'layout', 'parent', 'name')
+_COMPUTE_FIELDS = ('dtype', 'residual_dtype', 'remat', 'unroll', 'layout', 'parent', 'name')
 
 
 def architecture(model: Flow) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class ChannelsLast:
         return self.layout.constrain(h, 'batch', 'length', channels)
 
     def normalize(self, h: Array, params) -> Array:
-        return normalize(h, params, self.axis)
+        return normalize(h, params, self.axis, self.dtype)
 
     def linear(self, params, x: Array, name: str, output_dtype: DTypeLike | None = None) -> Array:
         """x @ kernel + bias over the trailing axes of x that the kernel called `name` contracts."""
@@ -167,7 +167,7 @@ class ChannelsFirst:
         return self.layout.constrain(h, channels, 'batch', 'length')
 
     def normalize(self, h: Array, params) -> Array:
-        return normalize(h, params, self.axis)
+        return normalize(h, params, self.axis, self.dtype)
 
     def linear(self, params, x: Array, name: str, output_dtype: DTypeLike | None = None) -> Array:
         """kernel @ x + bias over the leading axes of x; `name` is what `ChannelsLast` asks for."""
@@ -216,7 +216,7 @@ def layer(
 
     Args:
       form: where the channels of h are; `params` are prepared for it.
-      h: S positions, [N, S, C] or [C, N, S].
+      h: S positions, [N, S, C] or [C, N, S]: the residual stream, whose dtype stays.
       cache: keys and values of the positions before `start`, with room for these. None, or room
         for these alone, is causal attention among them, by the attention kernel of the chip.
       start: the first of the positions, a number that may be traced.
@@ -254,8 +254,8 @@ def layer(
     return form.constrain(h + form.linear(params['mlp_out'], x, 'mlp_out'), 'width'), cache
 
 
-def normalize(x: Array, params, axis: int) -> Array:
-    """Layer normalization over an axis, epsilon 1e-5, in float32."""
+def normalize(x: Array, params, axis: int, dtype: DTypeLike) -> Array:
+    """Layer normalization over an axis, epsilon 1e-5, in float32; the result is `dtype`."""
     wide = x.astype(at_least_float32(x.dtype))
     scale, bias = (
         jnp.expand_dims(params[name], [i for i in range(x.ndim) if i != axis])
@@ -263,7 +263,7 @@ def normalize(x: Array, params, axis: int) -> Array:
     )
     centred = wide - wide.mean(axis, keepdims=True)
     variance = jnp.square(centred).mean(axis, keepdims=True)
-    return (centred * jax.lax.rsqrt(variance + 1e-5) * scale + bias).astype(x.dtype)
+    return (centred * jax.lax.rsqrt(variance + 1e-5) * scale + bias).astype(dtype)
 
 
 def gelu(x: Array) -> Array:

@@ -216,6 +216,23 @@ def test_bfloat16_computes_narrow_and_accounts_wide():
     assert dots and all('bf16' in line.split(':')[-1].split('->')[0] for line in dots)
 
 
+def test_a_float32_residual_stream_rounds_less():
+    images, labels = batch(tiny((6,)))
+    variables = perturbed(tiny((6,)))
+    wanted, _ = apply(tiny((6,)), variables, images, labels)
+
+    def error(residual_dtype, dtype=jnp.bfloat16):
+        model = tiny((6,), dtype=dtype, residual_dtype=residual_dtype)
+        z, _ = apply(model, variables, images, labels)
+        again = tfj.sample(model, variables, z, labels)
+        assert np.abs(again - images).max() < 0.2
+        return relative_error(z, wanted)
+
+    assert error(None) == error(jnp.bfloat16)
+    assert 1e-4 < error(jnp.float32) < 0.7 * error(jnp.bfloat16)
+    assert error(jnp.bfloat16, dtype=jnp.float32) == 0  # no narrower than the products
+
+
 def test_parameters_are_float32_whatever_the_dtype():
     model = tiny((1,), dtype=jnp.bfloat16)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 2)))

@@ -75,7 +75,7 @@ def test_normalize(axis):
     scale, bias = normal(1, 8), normal(2, 8)
 
     def function(x, scale, bias):
-        return transformer.normalize(x, {'scale': scale, 'bias': bias}, axis)
+        return transformer.normalize(x, {'scale': scale, 'bias': bias}, axis, x.dtype)
 
     def reference(x, scale, bias):
         x = jnp.moveaxis(x, axis, -1)
