@@ -88,16 +88,17 @@ def bits_at_levels(
 
 def rows(r: dict) -> list[tuple[str, str]]:
     """The rows of the printed table, from what `bits_at_levels` returns."""
-    found = [(
-        'bits/dim at noise level', f'of noisy images; of the noise alone; difference, what is '
-        f'left of the image  ({r["images"]} images, {r["draws"]} draws of the noise; float32)',
+    columns = zip(
+        r['levels'], r['bits_per_dim'], r['standard_error_over_images'], r['noise_bits_per_dim'],
+        r['image_bits_per_dim'], r['image_standard_error_over_images'],
+    )
+    found = [
+        (f'bits/dim at noise level {level:.3g}',
+         f'{bits:.4f}  (standard error {error:.4f}); noise alone {noise:.4f}, more than that '
+         f'{image:.4f} ({image_error:.4f})')
+        for level, bits, error, noise, image, image_error in columns
+    ]
+    return [*found, (
+        'more than noise alone', 'an upper bound on what is left of the image  '
+        f'({r["images"]} images, {r["draws"]} draws of the noise; float32)',
     )]
-    for i, level in enumerate(r['levels']):
-        found.append((
-            f'  {level:.4g}',
-            f'{r["bits_per_dim"][i]:.4f}  (standard error '
-            f'{r["standard_error_over_images"][i]:.4f}); {r["noise_bits_per_dim"][i]:.4f}; '
-            f'{r["image_bits_per_dim"][i]:.4f} '
-            f'({r["image_standard_error_over_images"][i]:.4f})',
-        ))
-    return found
