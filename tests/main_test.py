@@ -18,7 +18,6 @@ from command_line import (
     saved,
     start,
 )
-
 from parity_cases import FOLDER
 
 from tarflow_jax import commands
