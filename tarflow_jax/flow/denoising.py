@@ -128,9 +128,6 @@ def _iterate(
     model: Flow, variables, examples, condition, levels, clip: bool, keys, return_path: bool,
     progress: Callable | None,
 ) -> Array:
-    def report(i, _):
-        progress(int(i) + 1, levels.size)
-
     def step(x, inputs):
         i, level, following = inputs
         at_level = at_noise_level(as_condition(condition), level)
@@ -144,12 +141,16 @@ def _iterate(
         x = next_examples(x, clean, level, following, noise)
         if progress is not None:
             # The sum has the call wait until the step is done.
-            jax.debug.callback(report, i, x.sum())
+            jax.debug.callback(partial(_report, progress, levels.size), i, x.sum())
         return x, x if return_path else None
 
     steps = (jnp.arange(levels.size), levels, jnp.append(levels[1:], 0.0))
     last, way = jax.lax.scan(step, examples, steps)
     return jnp.concatenate([examples[None], way]) if return_path else last
+
+
+def _report(progress: Callable, steps: int, i, _) -> None:
+    progress(int(i) + 1, steps)
 
 
 def next_examples(x, clean, level, following, noise: Array | None) -> Array:

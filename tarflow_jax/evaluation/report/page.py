@@ -189,7 +189,7 @@ def _film(found) -> str:
     rows = ', '.join(_class(drawn['labels'], row) for row in range(len(film)))
     alt = f'{len(film)} samples ({rows}), each at {len(levels)} noise levels from {levels[0]} to 0'
     return text + pictures_of(
-        'noise levels', film.reshape(-1, *film.shape[2:]), alt, ', '.join(levels), len(levels)
+        'Noise levels', film.reshape(-1, *film.shape[2:]), alt, ', '.join(levels), len(levels)
     )
 
 
