@@ -125,6 +125,7 @@ def default() -> ConfigDict:
     e.metrics = ('bits_per_dim',)  # any of evaluation.scores.SCORES
     e.batch_size = 200
     e.draws = 1  # noise draws per image
+    e.levels = ()  # noise levels of the score 'levels'; () is five from the lowest to the highest
     e.round_trip_images = 32
     e.outliers = o = ConfigDict()
     o.images = 1000  # of each set
@@ -265,6 +266,8 @@ def plan(config: ConfigDict) -> Plan:
         value = operator.attrgetter(field)(config)
         if value < 1:
             raise ValueError(f'{field} {value} must be at least 1.')
+    if recipe.noise == 'levels':
+        _check_levels(config.evaluate.levels, recipe)
     for weight in config.report.guidance_weights:
         if not (isinstance(weight, int | float) and math.isfinite(weight) and weight >= 0):
             raise ValueError(
@@ -289,6 +292,20 @@ def named(section: str, function: Callable, *args, **kwargs):
         return function(*args, **kwargs)
     except ValueError as error:
         raise ValueError(f'{section}.{error}') from error
+
+
+def _check_levels(levels, recipe: Recipe) -> None:
+    """ValueError unless these are noise levels that the flow has seen in training."""
+    low, high = recipe.lowest_noise_std, recipe.noise_std
+    if recipe.levels == 'log_normal':
+        low, high = 0.0, math.inf
+    for level in levels:
+        if not (isinstance(level, int | float) and 0 < level < math.inf and low <= level <= high):
+            raise ValueError(
+                f'evaluate.levels {tuple(levels)} must hold numbers from train.lowest_noise_std '
+                f'{recipe.lowest_noise_std} to train.noise_std {recipe.noise_std}, the levels of '
+                'training.'
+            )
 
 
 def _denoising(recipe: Recipe, s: ConfigDict) -> Denoising | None:

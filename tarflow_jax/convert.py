@@ -197,10 +197,10 @@ def _check_kind(path: Path, model: TarFlow, tensors: Mapping[str, np.ndarray]) -
     """ValueError if a TarFlow's checkpoint is given for an iTARFlow, or the reverse."""
     conditioned = any('.time_embed.' in name for name in tensors)
     if tensors and conditioned != model.noise_conditioned:
-        there = 'an iTARFlow' if conditioned else 'a TarFlow'
+        there, noise = ('an iTARFlow', 'levels') if conditioned else ('a TarFlow', 'gaussian')
         raise ValueError(
             f'{path} holds {there}, and the model has noise_conditioned {model.noise_conditioned}; '
-            f'pass a model with noise_conditioned={conditioned}.'
+            f"set it to {conditioned}, and in a config train.noise to '{noise}' with it."
         )
 
 

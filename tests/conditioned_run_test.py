@@ -62,11 +62,10 @@ def prepared(tmp_path_factory):
 @pytest.fixture(scope='module')
 def command(prepared):
     def of(workdir, **fields):
-        fields = dict(
-            FIELDS, data__source='prepared', data__path=str(prepared),
-            data__test_split='validation', **fields,
+        prepared_set = dict(
+            data__source='prepared', data__path=str(prepared), data__test_split='validation'
         )
-        return flags(workdir, **fields)
+        return flags(workdir, **FIELDS | prepared_set | fields)
 
     return of
 
@@ -125,10 +124,14 @@ def test_samples_have_the_features_of_the_test_set_in_turn(workdir, command, pre
 
 
 def test_scores(workdir, command):
-    fields = dict(evaluate__metrics='("bits_per_dim","classification","round_trip")')
+    fields = dict(evaluate__metrics='("bits_per_dim","classification","levels","round_trip")')
     assert call(*command(workdir, **fields), '--mode=evaluate') == 0
     scores = json.loads((workdir / 'evaluation.json').read_text())['scores']
     bits, classes = scores['bits_per_dim'], scores['classification']
+    levels = scores['levels']
+    np.testing.assert_allclose(levels['levels'], np.geomspace(0.05, 0.5, 5))
+    np.testing.assert_allclose(np.diff(levels['noise_bits_per_dim']), np.log2(10) / 4)
+    assert levels['images'] == 3 and (np.diff(levels['bits_per_dim']) > 0).all()
     assert bits['images'] == classes['images'] == 3
     # Random pixels have 8 bits, and the flow is near the identity.
     assert 8.0 < bits['bits_per_dim'] < 9.0
@@ -142,7 +145,15 @@ def test_report(workdir, command):
     assert call(*command(workdir), '--mode=report') == 0
     page = (workdir / 'report.html').read_text()
     assert 'as drawn, then denoised' in page and 'class 1' in page
+    assert '2 samples (class 0, class 1), each at 4 noise levels from 0.5 to 0' in page
     assert '16x8 pixels, 3 channel(s), patches of 4x4' in page
+
+
+def test_a_config_without_noise_levels_is_refused(workdir, command, capfd):
+    fields = dict(model__noise_conditioned=False, train__noise='gaussian')
+    assert call(*command(workdir, **fields), '--mode=sample') == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert 'model.noise_conditioned is True there and False in this config; choose another' in last
 
 
 def test_other_features_are_refused(workdir, command, capfd):

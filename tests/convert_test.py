@@ -349,6 +349,22 @@ def test_other_models(official, changes, found):
     assert all(f'{field}={value}' in text for field, value in changes.items())
 
 
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+@pytest.mark.parametrize('case, holds', [
+    ('itarflow_cond_rgb', 'holds an iTARFlow, and the model has noise_conditioned False; set it to True'),
+    ('cond_gray', 'holds a TarFlow, and the model has noise_conditioned True; set it to False'),
+])
+def test_checkpoints_of_the_other_kind_of_flow(tmp_path, case, holds, suffix):
+    model, path = model_of(case), PARITY / case / 'model.pth'
+    if suffix == '.safetensors':
+        variables = convert.load_official(path, model)
+        path = tmp_path / 'model.safetensors'
+        convert.save_official(variables, model, path)
+    other = model.clone(noise_conditioned=not model.noise_conditioned)
+    text = refusal(convert.load_official, path, other)
+    assert text.startswith(f'{path} {holds}, and in a config train.noise to ')
+
+
 def test_head_dim_is_recorded(tmp_path):
     path = tmp_path / 'a.safetensors'
     convert.save_official(random_variables(small(head_dim=16)), small(head_dim=16), path)

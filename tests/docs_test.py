@@ -38,7 +38,7 @@ def test_pages_are_found():
     assert {
         'README.md', 'launch/README.md', 'docs/mathematics.md', 'docs/your_images.md',
         'docs/cloud_tpu.md', 'docs/sampling.md', 'docs/from_the_official_code.md',
-        'docs/extending.md',
+        'docs/extending.md', 'docs/itarflow.md',
     } <= set(PAGES)
 
 
@@ -66,6 +66,11 @@ PYTHON = {
         _readme,
     ),
     'docs/sampling.md': ({'(4, 4, 4, 4)': '(1, 1)'}, lambda folder: {}),
+    'docs/itarflow.md': (
+        {'image_size=64': 'image_size=8', 'width=1280': 'width=64', '(4, 4, 4, 24)': '(1, 1)',
+         '1000': '10', '0.01, 30)': '0.01, 3)'},
+        lambda folder: {},
+    ),
     'docs/mathematics.md': ({}, lambda folder: {}),
     'docs/extending.md': ({'range(1500)': 'range(1)'}, lambda folder: {}),
 }
@@ -317,20 +322,38 @@ OFFICIAL = {
     'evaluate_bpd.py': ['data', *MODEL_FLAGS, 'ckpt_file', 'num_classes', 'batch_size'],
     'prepare_fid_stats.py': ['data', 'dataset', 'img_size', 'channel_size', 'batch_size'],
 }
-OFFICIAL_PAGE = 'docs/from_the_official_code.md'
+ITARFLOW_MODEL = (
+    'data logdir dataset img_size channel_size patch_sizes blocks channels layers_per_block nvp '
+    'input_scale shared_backbone_layers'
+).split()
+ITARFLOW = {
+    'train.py': ITARFLOW_MODEL + (
+        'attn_dropout cfg batch_size epochs lr drop_label sample_freq save_freq ckpts_to_keep '
+        'num_samples sample_batch_size denoising_batch_size ckpt_file exp_name tag debug fp16 t0 t1 '
+        'xflip reweight t_sample clip dyn compile loss_scaling dry_run'
+    ).split(),
+    'evaluate_fid.py': ITARFLOW_MODEL + (
+        'ckpt_file annealed_guidance cfg attn_temp num_samples sample_batch_size '
+        'denoising_batch_size img_dir edm_eval clip itr_steps dyn lerp_style t0 t1 dtype ts '
+        'guide_flows'
+    ).split(),
+    'prepare_fid_stats.py': 'data dataset img_size channel_size batch_size xflip'.split(),
+}
+OFFICIAL_PAGES = {'docs/from_the_official_code.md': OFFICIAL, 'docs/itarflow.md': ITARFLOW}
 
 
-@pytest.mark.parametrize('script', OFFICIAL)
-def test_every_official_flag_is_mapped(script):
-    sections = re.split(r'^## ', PAGES[OFFICIAL_PAGE].read_text(), flags=re.MULTILINE)
+@pytest.mark.parametrize('page, script', [(p, s) for p in OFFICIAL_PAGES for s in OFFICIAL_PAGES[p]])
+def test_every_official_flag_is_mapped(page, script):
+    sections = re.split(r'^## ', PAGES[page].read_text(), flags=re.MULTILINE)
     section, = [s for s in sections if s.startswith(script)]
     named = re.findall(r'`--([\w-]+)`', section)
-    assert set(OFFICIAL[script]) <= set(named)
+    assert set(OFFICIAL_PAGES[page][script]) <= set(named)
 
 
-def test_defaults_beside_the_official_ones():
+@pytest.mark.parametrize('page', OFFICIAL_PAGES)
+def test_defaults_beside_the_official_ones(page):
     compared = 0
-    for line in PAGES[OFFICIAL_PAGE].read_text().splitlines():
+    for line in PAGES[page].read_text().splitlines():
         cells = [cell.strip() for cell in line.strip('|').split(' | ')]
         if not line.startswith('| `') or len(cells) != 4:
             continue

@@ -18,6 +18,7 @@ from command_line import (
     saved,
     start,
 )
+from parity_cases import FOLDER
 
 from tarflow_jax import commands
 from tarflow_jax.training.metrics import MetricWriter
@@ -138,6 +139,11 @@ def refused(capfd):
     (['--config.sample.format=png'], ["sample.format 'png'", 'npz']),
     (['--config.evaluate.metrics=("fid",)'], ["'fid'", 'bits_per_dim, classification']),
     (['--config.evaluate.batch_size=0'], ['evaluate.batch_size 0']),
+    (['--config.evaluate.metrics=("levels",)'],
+     ['asks for levels', 'model.noise_conditioned=True', 'leave it out']),
+    (['--config.train.noise=levels', '--config.model.noise_conditioned=True',
+      '--config.evaluate.levels=(0.05,0.5)'],
+     ['evaluate.levels (0.05, 0.5)', 'train.lowest_noise_std 0.01 to train.noise_std 0.1']),
     (['--config.evaluate.draws=0'], ['evaluate.draws 0']),
     (['--config.report.rows=0'], ['report.rows 0 must be at least 1']),
     (['--config.report.guidance_weights=(1.0,-2.0)'],
@@ -268,6 +274,29 @@ def test_input_that_is_no_checkpoint(refused, images, tmp_path, mode):
     # A real one, of another model.
     refused([*common, f'--input={OFFICIAL}'], OFFICIAL, 'does not fit')
     assert not (tmp_path / 'run').exists()
+
+
+LEVELS = {'model__noise_conditioned': True, 'train__noise': 'levels'}
+
+
+@pytest.mark.parametrize('mode', ['sample', 'evaluate', 'convert'])
+def test_input_of_the_other_kind_of_flow(refused, images, tmp_path, mode):
+    theirs = FOLDER / 'itarflow_uncond_gray' / 'model.pth'
+    for path, fields, says in (
+        (OFFICIAL, LEVELS, 'holds a TarFlow, and the model has noise_conditioned True'),
+        (theirs, {}, 'holds an iTARFlow, and the model has noise_conditioned False'),
+    ):
+        given = flags(tmp_path / 'run', images, **fields)
+        refused([*given, f'--mode={mode}', f'--input={path}'], f'{path} {says}', 'train.noise')
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('mode', ['train', 'sample', 'report'])
+def test_workdir_of_the_other_kind_of_flow(refused, trained, images, mode):
+    refused(
+        [*flags(trained, images, **LEVELS), f'--mode={mode}'],
+        'model.noise_conditioned is False there and True in this config', 'choose another --workdir',
+    )
 
 
 def test_convert_wants_to_know_what(refused, trained, images, tmp_path):

@@ -14,6 +14,7 @@ import logging
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -146,11 +147,12 @@ def draw_set(
         stretches += sample_parts.parts(folder, shape)
         todo = sample_parts.missing(stretches, count, batch_size)
     todo = from_first(todo)
-    draw = functools.partial(
-        _draw, plan, variables, jax.random.key(seed), mesh, batch_size, schedule
-    )
     missing = sum(last - first for first, last in todo)
     progress = _Progress(count, count - missing)
+    draw = functools.partial(
+        _draw, plan, variables, jax.random.key(seed), mesh, batch_size, schedule,
+        progress.denoising,
+    )
     with logging_redirect_tqdm(), progress, Stop() as stop:
         for i, (first, last) in enumerate(todo, 1):
             part = draw(np.arange(first, last))
@@ -196,6 +198,18 @@ class _Progress:
     def __exit__(self, *_):
         self._bar.close()
 
+    @property
+    def denoising(self) -> Callable[[int, int], None] | None:
+        """Shows the steps of iterative denoising beside the bar, where there is one.
+
+        Elsewhere the program is better without: JAX's compilation cache then keeps it. Of several
+        processes all must compile the same, and only the first has a bar.
+        """
+        return None if self._bar.disable or jax.process_count() > 1 else self._step
+
+    def _step(self, done: int, steps: int) -> None:
+        self._bar.set_postfix_str(f'denoising step {done} of {steps}')
+
     def add(self, images: int) -> None:
         self.done += images
         self._bar.update(images)
@@ -210,7 +224,7 @@ class _Progress:
 # Drawing.
 
 
-def _draw(plan, variables, key, mesh, batch_size, schedule, numbers) -> dict:
+def _draw(plan, variables, key, mesh, batch_size, schedule, progress, numbers) -> dict:
     """The images with these numbers: 'pixels' uint8 [n, H, W, C], 'redraws' and 'finite' [n]."""
     model = plan.model
 
@@ -222,6 +236,7 @@ def _draw(plan, variables, key, mesh, batch_size, schedule, numbers) -> dict:
             sharding.split(plan.conditions.of(numbers), mesh), guidance=plan.guidance,
             denoising=plan.denoising, schedule=schedule,
             denoising_key=keys_of_examples(jax.random.fold_in(key, 1), numbers, attempt),
+            progress=progress,
         )
         return sharding.to_host(drawn.samples)[:given]
 

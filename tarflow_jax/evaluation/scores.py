@@ -9,13 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from tarflow_jax import config as configs
 from tarflow_jax.data import sources
-from tarflow_jax.evaluation import classification, frechet_score, outliers, round_trip
+from tarflow_jax.evaluation import classification, frechet_score, levels, outliers, round_trip
 from tarflow_jax.evaluation.bits_per_dim import bits_per_dim
 from tarflow_jax.evaluation.over_set import batches, evenly_spaced
 from tarflow_jax.training.corruption import condition_of, corrupt
+
+FEW_LEVELS = 5  # that the score `levels` asks at where the config names none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +49,13 @@ class Score:
         as JSON values; `draw_samples()` gives the config's samples as (source, summary).
       rows: of the printed table, (name, value) each, from the result.
       needs_classes: whether only class-conditional flows have it.
+      needs_levels: whether only noise-conditioned flows have it.
     """
 
     prepare: Callable[[Subject], Callable]
     rows: Callable[[dict], list[tuple[str, str]]]
     needs_classes: bool = False
+    needs_levels: bool = False
 
 
 def _of_test_set(score: Callable) -> Callable:
@@ -107,6 +112,15 @@ def _outliers(s: Subject) -> Callable:
     return work
 
 
+def _levels(s: Subject) -> Callable:
+    recipe, chosen = s.plan.recipe, tuple(s.config.evaluate.levels)
+    chosen = chosen or np.geomspace(recipe.lowest_noise_std, recipe.noise_std, FEW_LEVELS)
+    return lambda variables, _: levels.bits_at_levels(
+        s.plan.model, variables, s.test, levels=chosen, draws=s.config.evaluate.draws,
+        **s.options(),
+    )
+
+
 def _round_trip(s: Subject) -> Callable:
     few = evenly_spaced(s.test, s.config.evaluate.round_trip_images)
 
@@ -129,6 +143,7 @@ SCORES = {
     'classification': Score(
         _of_test_set(classification.classification), classification.rows, needs_classes=True
     ),
+    'levels': Score(_levels, levels.rows, needs_levels=True),
     'outliers': Score(_outliers, outliers.rows),
     'round_trip': Score(_round_trip, round_trip.rows),
     'frechet': Score(frechet_score.prepare, frechet_score.rows),
@@ -144,4 +159,9 @@ def check_names(metrics, model) -> None:
             raise ValueError(
                 f'evaluate.metrics asks for {metric}, which model.num_classes '
                 f'{model.num_classes} does not allow; leave it out.'
+            )
+        if SCORES[metric].needs_levels and not model.noise_conditioned:
+            raise ValueError(
+                f'evaluate.metrics asks for {metric}, which only flows with '
+                'model.noise_conditioned=True have; leave it out.'
             )

@@ -1,5 +1,6 @@
 """Denoising by the flow's exact score: one step (Tweedie), or many down to noise level 0."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -65,6 +66,8 @@ def iterative_denoise(
     solver: str = 'ode',
     clip: bool = False,
     key: Array | None = None,
+    return_path: bool = False,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Array:
     """Follows the score of a noise-conditioned flow from the first noise level to 0 (iTARFlow).
 
@@ -83,8 +86,14 @@ def iterative_denoise(
       clip: whether each estimate is clipped to [-1, 1].
       key: of the noise of 'sde': one, or one for each example [B], whose noise then does not depend
         on the rest of the batch.
+      return_path: also return the way there: the images at each level, and the result.
+      progress: called after each step with (steps done, steps in all), once whatever the number of
+        devices. It is compiled into the program, so pass the same function to all calls. A program
+        with `progress` is not kept in JAX's compilation cache, and all processes of a mesh must
+        compile the same: with several, leave it out.
     Returns:
-      examples [B, ...].
+      examples [B, ...]; with return_path [N + 1, B, ...], where entry i is at level i, the first
+      is `images` and the last is the result.
     Raises:
       ValueError: if the arguments do not fit the model or each other.
     """
@@ -105,11 +114,20 @@ def iterative_denoise(
     )
     if key is not None and key.shape == ():
         key = jax.random.split(key, jnp.shape(images)[0])
-    return _iterate(model, variables, images, condition, jnp.asarray(levels), clip, key)
+    if progress is not None and jax.process_count() > 1:
+        raise ValueError(
+            f'progress is for one process, and there are {jax.process_count()}; leave it out.'
+        )
+    return _iterate(
+        model, variables, images, condition, jnp.asarray(levels), clip, key, return_path, progress
+    )
 
 
-@partial(jax.jit, static_argnums=(0, 5))
-def _iterate(model: Flow, variables, examples, condition, levels, clip: bool, keys) -> Array:
+@partial(jax.jit, static_argnums=(0, 5, 7, 8))
+def _iterate(
+    model: Flow, variables, examples, condition, levels, clip: bool, keys, return_path: bool,
+    progress: Callable | None,
+) -> Array:
     def step(x, inputs):
         i, level, following = inputs
         at_level = at_noise_level(as_condition(condition), level)
@@ -120,10 +138,19 @@ def _iterate(model: Flow, variables, examples, condition, levels, clip: bool, ke
             noise = jax.vmap(
                 lambda key: jax.random.normal(jax.random.fold_in(key, i), x.shape[1:], x.dtype)
             )(keys)
-        return next_examples(x, clean, level, following, noise), None
+        x = next_examples(x, clean, level, following, noise)
+        if progress is not None:
+            # The sum has the call wait until the step is done.
+            jax.debug.callback(partial(_report, progress, levels.size), i, x.sum())
+        return x, x if return_path else None
 
     steps = (jnp.arange(levels.size), levels, jnp.append(levels[1:], 0.0))
-    return jax.lax.scan(step, examples, steps)[0]
+    last, way = jax.lax.scan(step, examples, steps)
+    return jnp.concatenate([examples[None], way]) if return_path else last
+
+
+def _report(progress: Callable, steps: int, i, _) -> None:
+    progress(int(i) + 1, steps)
 
 
 def next_examples(x, clean, level, following, noise: Array | None) -> Array:

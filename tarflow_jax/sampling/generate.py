@@ -1,6 +1,7 @@
 """From noise to finished samples: what pictures, bulk sampling, the report and benchmarks call."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -52,6 +53,7 @@ def generate(
     schedule: Schedule | None = None,
     key: Array | None = None,
     denoising_key: Array | None = None,
+    progress: Callable[[int, int], object] | None = None,
     return_info: bool = False,
 ) -> Generated:
     """Draws samples and denoises them.
@@ -61,6 +63,7 @@ def generate(
       denoising: None leaves the samples as they are drawn.
       schedule: how the blocks are decoded; None is sequentially.
       denoising_key: of denoising by 'sde', as for `iterative_denoise`; None is a fixed one.
+      progress: of `iterative_denoise`.
     """
     found = sample(
         model, variables, noise, condition, guidance=guidance,
@@ -68,15 +71,23 @@ def generate(
         return_info=return_info,
     )
     raw, info = found if return_info else (found, None)
-    samples = denoised(model, variables, raw, condition, denoising, denoising_key)
+    samples = denoised(
+        model, variables, raw, condition, denoising, denoising_key, progress=progress
+    )
     return Generated(samples, raw, info)
 
 
 def denoised(
     model: Flow, variables: Variables, samples: Array, condition, denoising: Denoising | None,
-    key: Array | None = None,
+    key: Array | None = None, *, return_path: bool = False,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Array:
-    """The samples [B, ...] after denoising, or as they are."""
+    """The samples [B, ...] after denoising, or as they are.
+
+    Args:
+      key: of denoising by 'sde'; None is a fixed one.
+      return_path, progress: of `iterative_denoise`; ignored by flows of one noise level.
+    """
     if denoising is None:
         return samples
     if not denoising.levels:
@@ -88,6 +99,7 @@ def denoised(
     return iterative_denoise(
         model, variables, samples, condition, levels=denoising.levels, solver=denoising.solver,
         clip=denoising.clip, key=(jax.random.key(0) if key is None else key) if sde else None,
+        return_path=return_path, progress=progress,
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import json
 import logging
 import os
@@ -373,6 +374,28 @@ def test_features_and_levels_of_samples(tmp_path):
     for folder in ('eight', 'sixteen'):
         found = pixels(tmp_path / folder).astype(int)
         assert np.abs(found - pictures.to_pixels(images)).max() <= 1
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_steps_of_denoising_beside_the_bar(tmp_path, monkeypatch):
+    model = tiny((1,), image_channels=1, noise_conditioned=True)
+    variables, plan = random_variables(model), plan_of(model, noise='levels', noise_std=0.3)
+    known = bulk.fingerprint(plan, variables, 'a', **HOW)
+    give = functools.partial(
+        bulk.draw_set, plan=plan, variables=variables, count=11, batch_size=8,
+        mesh=sharding.make_mesh(), fingerprint=known, **HOW,
+    )
+    give(tmp_path / 'without')
+    monkeypatch.setattr(sys, 'stderr', Terminal())
+    give(tmp_path / 'with')
+    shown = sys.stderr.getvalue()
+    for step in (1, 2, 3):
+        assert shown.count(f'denoising step {step} of 3') >= 2  # of two batches
+    assert contents(tmp_path / 'with') == contents(tmp_path / 'without')
 
 
 def test_the_noise_of_denoising_is_each_images_own(tmp_path):

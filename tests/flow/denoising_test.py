@@ -11,6 +11,7 @@ import tarflow_jax as tfj
 from tarflow_jax.flow import denoising
 from tarflow_jax.flow.condition import at_noise_level
 from tarflow_jax.flow.condition import rows as rows_of
+from tarflow_jax.training import sharding
 
 
 @pytest.mark.parametrize('name', CASES)
@@ -157,6 +158,46 @@ def test_one_level_is_one_step():
         MODEL, perturbed(MODEL), noise_for(MODEL), at_noise_level(condition, level), noise_std=level
     )
     np.testing.assert_allclose(found, one, atol=1e-6)
+
+
+def test_path_and_progress():
+    calls = []
+    given = dict(condition=condition_for(MODEL), levels=LEVELS, solver='sde', key=jax.random.key(3))
+    path = tfj.iterative_denoise(
+        MODEL, perturbed(MODEL), noise_for(MODEL), return_path=True,
+        progress=lambda *steps: calls.append(steps), **given,
+    )
+    jax.effects_barrier()
+    assert calls == [(1, 3), (2, 3), (3, 3)]
+    assert path.shape == (4, *noise_for(MODEL).shape)
+    np.testing.assert_array_equal(path[0], noise_for(MODEL))
+    last = tfj.iterative_denoise(MODEL, perturbed(MODEL), noise_for(MODEL), **given)
+    np.testing.assert_allclose(path[-1], last, atol=1e-6)
+    # Entry i is at level i, so that the rest of the way goes on from it.
+    rest = tfj.iterative_denoise(
+        MODEL, perturbed(MODEL), path[2], condition_for(MODEL), levels=LEVELS[2:]
+    )
+    np.testing.assert_allclose(rest, path[3], atol=1e-5)
+
+
+def test_progress_is_called_once_for_all_devices():
+    mesh, calls = sharding.make_mesh(), []
+    model = tiny((1,), noise_conditioned=True).clone(layout=sharding.Layout(mesh))
+    images = sharding.split(np.asarray(batch(model, 8)[0]), mesh)
+    tfj.iterative_denoise(
+        model, perturbed(model), images, levels=[0.3, 0.1],
+        progress=lambda *steps: calls.append(steps),
+    )
+    jax.effects_barrier()
+    assert mesh.size == 8 and calls == [(1, 2), (2, 2)]
+
+
+def test_progress_of_several_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    with pytest.raises(ValueError, match='progress is for one process, and there are 2'):
+        tfj.iterative_denoise(
+            MODEL, perturbed(MODEL), noise_for(MODEL), levels=LEVELS, progress=print
+        )
 
 
 def test_steps_of_the_solvers():

@@ -132,10 +132,10 @@ def test_arguments_that_do_not_fit(arguments, words):
 
 def test_conditions_of_any_kind():
     model = sequence_flow(first_token='start', **CONDITIONED)
-    schedule = tfj.calibrate(
-        model, perturbed(model), condition_for(model), guidance=tfj.Guidance(1.0, blocks=1)
-    )
+    guidance = tfj.Guidance(4.0, rule='linear_sigma', blocks=1)
+    variables, condition = perturbed(model), condition_for(model)
+    schedule = tfj.calibrate(model, variables, condition, guidance=guidance)
     assert schedule.batch_size == 3  # that of the condition
     assert schedule.made_for['guidance']['blocks'] == 1
     assert schedule.error <= 2.5e-5 and all(block.calls <= 4 for block in schedule.blocks)
-    schedule.check(model, tfj.Guidance(1.0, blocks=1))
+    schedule.check(model, guidance)

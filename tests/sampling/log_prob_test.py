@@ -66,6 +66,8 @@ def test_all_decoders_agree_on_samples_and_densities(name):
     else:  # it does something to each example that has what guidance drops
         plain, _ = draw('sequential')
         assert abs(x - plain).max((1, 2))[1:].min() > 0.05
+    if name == 'linear_sigma':  # scales below zero are followed, too
+        assert negative_scales(FLOW, VARIABLES, x, CONDITION, guidance)
 
 
 def test_guidance_of_fewer_blocks_is_another():

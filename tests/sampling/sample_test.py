@@ -15,6 +15,7 @@ from tarflow_jax.flow import decoder
 from tarflow_jax.flow.affine import Affine
 from tarflow_jax.flow.patches import patchify
 from tarflow_jax.sampling import sample as sampling
+from tarflow_jax.sampling.schedule import BlockSchedule
 
 TAGS = ('g_ab', 'g_a', 'g_b', 'g_anneal', 'g_temp', 'g_temp_anneal')
 ITARFLOW_TAGS = (
@@ -84,6 +85,24 @@ def test_guided_samples_agree_with_the_official_code(name, tag):
         guidance = None
     found = tfj.sample(c.model, c.variables, noise, condition, guidance=guidance)
     assert relative_error(found, c.images(f'sample_{tag}')) < 1e-4
+
+
+@pytest.mark.parametrize('tag', [
+    'g_strong', *(pytest.param(tag, marks=pytest.mark.slow) for tag in ('g_two', 'g_starflow_anneal')),
+])
+def test_parallel_methods_agree_with_the_official_code(tag):
+    c = case(ITARFLOW_CASES[0])
+    guidance, blocks = official_guidance(c, tag), len(c.model.layers_per_block)
+    mixed = tfj.Schedule(tuple(BlockSchedule(b % 2, 1e-6) for b in range(blocks)))
+    for given in (
+        {'method': 'jacobi'}, {'method': 'gs_jacobi', 'segments': 4},
+        {'method': 'auto', 'schedule': mixed},
+    ):
+        found = tfj.sample(
+            c.model, c.variables, c.sequence('noise'), official_condition(c), guidance=guidance,
+            tolerance=1e-6, **given,
+        )
+        assert relative_error(found, c.images(f'sample_{tag}')) < 1e-4
 
 
 def test_it_inverts_the_flow():

@@ -36,9 +36,12 @@ def losses(metrics: list[dict]) -> str:
 
 
 def loss_bits(metrics: list[dict]) -> tuple[list[int], np.ndarray]:
-    """Steps and the training loss there as bits per dimension of the noisy images."""
-    steps, values = series(metrics, 'loss')
-    nats = -np.array(values, float) - 0.5 * math.log(2 * math.pi)
+    """Steps and the bits per dimension of the noisy images there.
+
+    From the terms of the loss, which noise levels do not weight as they do the loss.
+    """
+    (steps, prior), (_, logdet) = series(metrics, 'prior'), series(metrics, 'logdet')
+    nats = np.array(logdet, float) - np.array(prior, float) - 0.5 * math.log(2 * math.pi)
     return steps, np.asarray(likelihood.bits_per_dim(nats, 1))
 
 
@@ -60,6 +63,17 @@ def mean_squares(metrics: list[dict], blocks: int) -> str:
     for b in range(blocks):
         _line(figure, *series(metrics, f'mean_square/block_{b}'), f'block {b}')
     return _html(figure, 'mean-squares', 'step', 'mean square of the output')
+
+
+def levels(found: dict) -> str:
+    """Bits per dimension of noisy images and of the noise alone over the noise level."""
+    figure = go.Figure()
+    for key, name in (
+        ('bits_per_dim', 'noisy test images'), ('noise_bits_per_dim', 'the noise alone'),
+    ):
+        _line(figure, found['levels'], found[key], name)
+    figure.update_xaxes(type='log')
+    return _html(figure, 'levels', 'noise level', 'bits per dimension')
 
 
 def histogram(bits_N) -> str:

@@ -19,6 +19,7 @@ from tarflow_jax.training import sharding
 
 # Of flows without classes where the config names none: the one that the guidance suggests.
 TEMPERATURE = 0.3
+FILM_ROWS, FILM_COLUMNS = 4, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,18 @@ class Drawer:
             return denoised(plan.model, self.variables, images, condition, plan.denoising)
 
         return self._batched(step, self.batch_size, images, condition)
+
+    def film(self, images, condition) -> np.ndarray:
+        """The images [B, H, W, C] on their way down the noise levels: [B, N + 1, H, W, C]."""
+        plan = self.plan
+
+        def way(images, condition):
+            path = denoised(
+                plan.model, self.variables, images, condition, plan.denoising, return_path=True
+            )
+            return path.swapaxes(0, 1)
+
+        return self._batched(way, len(images), images, condition)
 
     def iterations(self, noise, condition) -> dict[str, np.ndarray]:
         """How parallel decoding gets on with this noise; see `sampling.sample.SampleInfo`.
@@ -145,7 +158,9 @@ def draw(drawer: Drawer, key, *, rows: int, columns: int, weights, steps: int) -
       {weight: [R, ...]} of the first column's noise with 'guidance'; 'trajectory'
       [blocks + 1, R, ...] of the first column, noise first; 'between' [R, steps, ...] from the
       first column to the second (empty with one column); 'iterations', see
-      `Drawer.iterations`, of the first column; 'not_finite', images in 'raw' that are not finite.
+      `Drawer.iterations`, of the first column; 'not_finite', images in 'raw' that are not finite;
+      of noise-conditioned flows 'film' [R, levels, ...], the first column's first rows at some of
+      the 'film_levels' that denoising goes through, from the sample to the result at level 0.
     """
     model = drawer.plan.model
     labels = row_labels(model.num_classes, rows)
@@ -169,6 +184,13 @@ def draw(drawer: Drawer, key, *, rows: int, columns: int, weights, steps: int) -
     if drawer.plan.denoising:
         clean = drawer.clean(grid.reshape(-1, *grid.shape[2:]), each)
         found['denoised'] = clean.reshape(grid.shape)
+        if drawer.plan.denoising.levels:
+            few = min(rows, FILM_ROWS)
+            levels = np.append(drawer.plan.denoising.levels, 0.0)
+            shown = np.linspace(0, levels.size - 1, min(FILM_COLUMNS, levels.size)).round()
+            film = drawer.film(grid[:few, 0], condition_of(few, 1))
+            found['film'] = film[:, shown.astype(int)]
+            found['film_levels'] = levels[shown.astype(int)]
     noise = noise.reshape(rows, columns, *noise.shape[1:])
     guidance = sweep_guidance(drawer.plan.guidance, model.conditional)
     found['guidance'], found['guided'] = guidance, {0.0: found.get('denoised', grid)[:, 0]}

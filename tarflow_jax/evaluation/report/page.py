@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from tarflow_jax.data import sizes
+from tarflow_jax.evaluation.levels import MEANING
 from tarflow_jax.evaluation.report import charts
 from tarflow_jax.evaluation.report.markup import (
     figure,
@@ -30,6 +31,7 @@ EVALUATE = '--mode=evaluate'
 def page(found: dict) -> str:
     """The whole page; `found` is what `tarflow_jax.reporting` collects."""
     parts = [(name, title, write(found)) for name, title, write in SECTIONS]
+    parts = [part for part in parts if part[2]]
     template = string.Template((HERE / 'page.html').read_text(encoding='utf-8'))
     return template.substitute(
         title=html.escape(found['title']),
@@ -97,6 +99,11 @@ def _training(found) -> str:
         'log-determinant is charged for having squeezed the image to get there. A prior term near '
         '0.5 means latents of the right size.'
     )
+    if 'film' in found['drawn']:
+        text += paragraph(
+            'Here the loss of each image is multiplied by a weight that depends on its noise level. '
+            'The two terms, and the second chart, are without it.'
+        )
     noise = (
         'This flow was trained on images with Gaussian noise, so that the line is for noisy images; '
         'it compares runs of the same noise, and neither with published numbers nor with the test set.'
@@ -147,9 +154,10 @@ def _samples(found) -> str:
     text = 'Images that the flow made from noise, none of them chosen'
     text += f', {columns} for each class shown. ' if labels is not None else '. '
     if clean is not None:
+        steps = 'steps from noise level to noise level' if 'film' in drawn else 'one step'
         text += (
             'The flow learned from noisy images, so that its samples are noisy, too (first). The '
-            'gradient of its own likelihood points to where the clean image is, and one step along '
+            f'gradient of its own likelihood points to where the clean image is, and {steps} along '
             'it removes the noise (second).'
         )
     text = paragraph(text) + _warned(drawn['not_finite'], rows * columns, 'samples')
@@ -163,6 +171,26 @@ def _samples(found) -> str:
         both = strip(raw[row], f'{alt}, as drawn'), strip(clean[row], f'The same {alt}, denoised')
         figures.append(figure('as drawn, then denoised', *both, lead=name.capitalize()))
     return text + grid(figures)
+
+
+def _film(found) -> str:
+    drawn = found['drawn']
+    if 'film' not in drawn:
+        return ''
+    levels = [f'{level:.2g}' for level in drawn['film_levels']]
+    text = paragraph(
+        'This flow knows many noise levels. The first picture of each row is a sample as drawn, at the '
+        f'highest level, {levels[0]}; the others follow it down, step by step along the gradient of '
+        'the likelihood at each level, to the finished image. The sample settles what the picture '
+        'shows, and the way down clears its noise; noise that stays to the end points to a flow '
+        'that has not learned its levels yet.'
+    )
+    film = drawn['film']
+    rows = ', '.join(_class(drawn['labels'], row) for row in range(len(film)))
+    alt = f'{len(film)} samples ({rows}), each at {len(levels)} noise levels from {levels[0]} to 0'
+    return text + pictures_of(
+        'Noise levels', film.reshape(-1, *film.shape[2:]), alt, ', '.join(levels), len(levels)
+    )
 
 
 def _guidance(found) -> str:
@@ -335,6 +363,12 @@ def _scores(found) -> str:
     certificate = scores.pop('round_trip', None)
     for name, result in scores.items():
         text += table([], SCORES[name].rows(result), name.replace('_', ' '))
+        if name == 'levels':
+            text += paragraph(MEANING) + figure('Bits per dimension at noise levels',
+                                                charts.levels(result))
+    if 'film' in found['drawn'] and 'levels' not in scores:
+        text += missing('How the likelihood changes with the noise level is missing here; it comes '
+                        'with', f"{EVALUATE} --config.evaluate.metrics='(\"levels\",)'")
     text += '<h3>Certificate</h3>' + paragraph(
         'On paper a flow can be undone exactly; a computer rounds, and a flow that stretches much '
         'can lose all digits. The certificate measures what is lost in going through the flow and '
@@ -362,6 +396,7 @@ def _made(found) -> str:
 SECTIONS = (
     ('training', 'Training', _training),
     ('samples', 'Samples', _samples),
+    ('film', 'Down the noise levels', _film),
     ('guidance', 'Guidance', _guidance),
     ('trajectory', 'From noise to image', _trajectory),
     ('between', 'Between two samples', _between),

@@ -10,6 +10,7 @@ from tiny_plan import plan_of
 
 import tarflow_jax as tfj
 from tarflow_jax.evaluation.report import drawn
+from tarflow_jax.flow.condition import rows as condition_rows
 from tarflow_jax.flow.guidance import Guidance
 from tarflow_jax.training import sharding
 
@@ -71,6 +72,16 @@ def test_rows_with_features_and_a_noise_level():
     np.testing.assert_allclose(found['denoised'].reshape(images.shape), clean, **close)
     np.testing.assert_allclose(found['between'][:, -1], found['denoised'][:, 1], **close)
     assert np.abs(found['guided'][1.0] - found['guided'][0.0]).max() > 1e-4
+    # The film goes from the sample to the finished image.
+    np.testing.assert_allclose(found['film_levels'], [0.3, 0.2, 0.1, 0.0])
+    assert found['film'].shape == (3, 4, *images.shape[1:])
+    np.testing.assert_array_equal(found['film'][:, 0], found['raw'][:, 0])
+    np.testing.assert_allclose(found['film'][:, -1], found['denoised'][:, 0], **close)
+    first = tfj.iterative_denoise(
+        model, flow.variables, images[::2], condition_rows(condition, slice(None, None, 2)),
+        levels=flow.plan.denoising.levels, return_path=True,
+    )
+    np.testing.assert_allclose(found['film'], np.swapaxes(first, 0, 1), **close)
 
 
 def test_unconditional_without_gaussian_noise():

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 
+from tarflow_jax.evaluation.levels import MEANING
 from tarflow_jax.evaluation.report import charts, markup, page
 from tarflow_jax.flow.guidance import Guidance
 
@@ -52,13 +53,15 @@ def checked(text) -> Reader:
     assert 'url(' not in style and '@import' not in style
     headings = [tag for tag, _ in read.tags if re.fullmatch('h[1-6]', tag)]
     assert headings[0] == 'h1' and headings.count('h1') == 1
-    assert headings.count('h2') == len(page.SECTIONS)
     links = {attributes['href'] for tag, attributes in read.tags if tag == 'a'}
+    assert headings.count('h2') == len(links)
     assert {link[1:] for link in links} <= set(read.ids)
     return read
 
 
-def collected(classes=3, channels=3, noise_std=0.1, rows=3, columns=2, blocks=2, size=8):
+def collected(
+    classes=3, channels=3, noise_std=0.1, rows=3, columns=2, blocks=2, size=8, levels=(),
+):
     """What reporting collects, of numbers without a flow."""
     rng = np.random.default_rng(0)
     images = lambda *shape: rng.uniform(-1.2, 1.2, (*shape, size, size, channels))  # noqa: E731
@@ -76,6 +79,8 @@ def collected(classes=3, channels=3, noise_std=0.1, rows=3, columns=2, blocks=2,
     }
     if noise_std:
         found['denoised'] = images(rows, columns)
+    if levels:
+        found |= {'film': images(rows, len(levels)), 'film_levels': np.array(levels)}
     return {
         'title': 'Report of <run> & co', 'date': '2000-01-01 00:00 UTC', 'positions': 16,
         'origin': {'name': 'step 12 of run', 'step': 12}, 'noise_std': noise_std, 'lowest_noise_std': noise_std,
@@ -102,6 +107,11 @@ SIDE = dict(max=1e-6, rms=1e-7, not_finite=0.0)
 PASSED = dict(
     image_z_image=SIDE, z_image_z=SIDE, blocks=[dict(image_z_image=SIDE, z_image_z=SIDE)],
     logdet_sum=1e-6, bits_per_dim_error=0.0, not_finite=0.0,
+)
+LEVELS = dict(
+    levels=[0.01, 0.3], bits_per_dim=[3.5, 7.5], standard_error_over_images=[0.02, 0.01],
+    noise_bits_per_dim=[2.4, 7.3], image_bits_per_dim=[1.1, 0.2],
+    image_standard_error_over_images=[0.01, 0.005], images=20, draws=1,
 )
 EVALUATION = {
     'checkpoint': {'name': 'step 12 of run', 'step': 12},
@@ -149,6 +159,22 @@ def test_what_is_missing_is_named_with_its_command():
     assert 'not the checkpoint' in text
 
 
+def test_a_flow_of_many_noise_levels():
+    found = collected(levels=(0.3, 0.155, 0.01, 0.0))
+    read = checked(page.page(found))
+    titles = ' '.join(a['alt'] for tag, a in read.tags if tag == 'img')
+    assert '3 samples (class 0, class 1, class 2), each at 4 noise levels from 0.3 to 0' in titles
+    assert '0.3, 0.15, 0.01, 0' in read.text and 'steps from noise level to noise level' in read.text
+    assert 'Down the noise levels' not in checked(page.page(collected())).text
+    scores = EVALUATION['scores'] | {'levels': LEVELS}
+    found |= {'evaluation': EVALUATION | {'scores': scores}, 'metrics': METRICS}
+    text = page.page(found)
+    assert MEANING in text and 'multiplied by a weight' in text and 'missing' not in checked(text).text
+    assert 'chart-levels' in text and '"type":"log"' in text
+    found['evaluation'] = EVALUATION
+    assert 'metrics=\'("levels",)\'' in checked(page.page(found)).text
+
+
 def test_text_from_outside_is_escaped():
     text = page.page(collected())
     assert '<script>alert' not in text and '<b>' not in text
@@ -179,8 +205,9 @@ def test_copies_are_called_out():
 
 
 def test_losses_as_bits():
-    # A loss of 0 nats under a unit Gaussian whose constant was left out; 128 steps to a unit.
-    steps, bits = charts.loss_bits([{'step': 3, 'loss': 0.0}, {'step': 4, 'samples/redraws': 0}])
+    # 0 nats under a unit Gaussian whose constant was left out; 128 steps to a unit.
+    terms = {'step': 3, 'loss': 0.2, 'prior': 0.5, 'logdet': 0.5}  # a loss with weights
+    steps, bits = charts.loss_bits([terms, {'step': 4, 'samples/redraws': 0}])
     assert steps == [3]
     assert bits == pytest.approx([np.log2(128) + 0.5 * np.log2(2 * np.pi)], rel=1e-6)
 
