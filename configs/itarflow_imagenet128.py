@@ -29,5 +29,5 @@ def get_config(arg: str = 'cond'):
     c.train.update(log_every=100, sample_every=5000, checkpoint_every=2500)
     c.mesh.fsdp = 8
     c.guidance.update(weight=3.7, annealed=True, rule='linear_sigma')
-    c.sample.update(method='auto', tolerance=0.01)  # bfloat16 rounds by as much
+    c.sample.update(method='auto', tolerance=0.01, batch_size=1024)
     return configs.smoke(c) if smoke else c
