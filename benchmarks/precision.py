@@ -1,4 +1,4 @@
-"""What fewer passes cost in digits: `python benchmarks/precision.py --workdir=DIR` (or `--width=W`).
+"""What fewer passes cost in digits: `python benchmarks/precision.py --workdir=DIR`, or `--width=W`.
 
 A TPU multiplies bfloat16. A float32 product of a flow's `precision` is a sum of products of
 bfloat16 parts, x = hi + mid + lo:
