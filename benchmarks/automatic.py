@@ -46,15 +46,15 @@ class Images:
 
 
 def newest(workdir: str):
-    """The flow of a workdir, its averaged variables, and its training images."""
+    """The plan of a workdir, its averaged variables, and its training images."""
     about = next(Path(workdir).glob('checkpoints/*/about/metadata'))
     config = configs.default()
     config.update(json.loads(about.read_text())['config'])
-    model = configs.plan(config).model
+    plan = configs.plan(config)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    with Checkpoints(workdir, model) as checkpoints:
+    with Checkpoints(workdir, plan.model) as checkpoints:
         variables = checkpoints.restore_variables(functools.partial(sharding.placed, mesh=mesh))
-    return model, variables, configs.source(config, 'train', model)
+    return plan, variables, configs.source(config, 'train', plan.model)
 
 
 def untrained(width: int):
@@ -148,7 +148,11 @@ def main():
     parser.add_argument('--frechet', type=int, default=0, help='images, of the largest batch')
     args = parser.parse_args()
     sharding.use_cores_as_devices(64)
-    model, variables, source = untrained(args.width) if args.width else newest(args.workdir)
+    if args.width:
+        model, variables, source = untrained(args.width)
+    else:
+        plan, variables, source = newest(args.workdir)
+        model = plan.model
     batches = [int(b) for b in args.batches.split(',')]
     for weight in map(float, args.guidances.split(',')):
         for batch_size in batches:

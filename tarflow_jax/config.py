@@ -16,7 +16,7 @@ import optax
 from ml_collections import ConfigDict, FieldReference
 
 from tarflow_jax.data import pipeline, sources
-from tarflow_jax.flow.attention import KERNELS
+from tarflow_jax.flow.attention import KERNELS, PRECISIONS
 from tarflow_jax.flow.condition import Condition
 from tarflow_jax.flow.denoising import SOLVERS
 from tarflow_jax.flow.flow import TarFlow
@@ -59,6 +59,7 @@ def default() -> ConfigDict:
     m.volume_preserving = False
     m.dtype = 'float32'  # or 'bfloat16'
     m.residual_dtype = 'bfloat16'  # of the residual stream, where dtype is no wider; or 'float32'
+    m.precision = 'highest'  # of float32 products on TPU: or 'high', 'default'
     m.remat = 'none'  # or 'layer', 'dots', 'attention'
     m.unroll = 1  # layers per loop iteration
     m.attention = 'auto'  # the kernel of the chip; or one of flow.attention.KERNELS
@@ -109,6 +110,7 @@ def default() -> ConfigDict:
     s.denoise_steps = 0  # of noise-conditioned flows; 0 is one for each 0.01 of train.noise_std
     s.denoise_solver = 'ode'  # or 'sde'
     s.denoise_clip = False  # estimates to [-1, 1]
+    s.denoise_precision = 'highest'  # as model.precision; many steps are taken in float32
     s.method = 'sequential'  # or 'auto': as a schedule kept in the workdir says
     s.tolerance = 1e-4  # of 'auto': largest error of an image, in [-1, 1]
     s.format = 'npz'  # one of SAMPLE_FORMATS
@@ -221,9 +223,10 @@ def plan(config: ConfigDict) -> Plan:
       ValueError: one sentence that names the field, its value and the remedy.
     """
     for field, choices in (
-        ('model.dtype', DTYPES), ('model.residual_dtype', DTYPES), ('model.attention', ('auto', *KERNELS)),
+        ('model.dtype', DTYPES), ('model.residual_dtype', DTYPES),
+        ('model.attention', ('auto', *KERNELS)),
         ('sample.method', SAMPLE_METHODS), ('sample.format', SAMPLE_FORMATS),
-        ('sample.denoise_solver', SOLVERS),
+        ('sample.denoise_solver', SOLVERS), ('sample.denoise_precision', PRECISIONS),
     ):
         value = operator.attrgetter(field)(config)
         if value not in choices:
@@ -316,7 +319,9 @@ def _denoising(recipe: Recipe, s: ConfigDict) -> Denoising | None:
     highest, lowest = recipe.noise_std, recipe.lowest_noise_std
     steps = s.denoise_steps or max(1, int(highest / STEP_OF_LEVELS + 1e-6))
     levels = tuple(np.linspace(highest, lowest, steps).tolist())
-    return Denoising(levels=levels, solver=s.denoise_solver, clip=s.denoise_clip)
+    return Denoising(
+        levels=levels, solver=s.denoise_solver, clip=s.denoise_clip, precision=s.denoise_precision
+    )
 
 
 def source(config: ConfigDict, split: str, model: TarFlow):

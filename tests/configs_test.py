@@ -23,17 +23,28 @@ RECIPES = {
     'imagenet128:cond': (768, 320, 'gaussian', 0.15, 1.5, 1.0, True, 0.97),
     'afhq256:cond': (256, 4000, 'gaussian', 0.07, 3.4, 1.0, True, 1.4),
 }
-# Image size, patch size, width, classes, dtype, parameters; all have 8 blocks of 8 layers.
+# iTARFlow: highest level, epochs, label dropout, guidance weight, denoising steps.
+ITARFLOWS = {
+    'itarflow_imagenet64:cond': (0.3, 300, 0.1, 2.1, 30),
+    'itarflow_imagenet128:cond': (0.5, 450, 0.1, 3.7, 50),
+    'itarflow_imagenet256:cond': (0.7, 600, 0.0, 4.2, 70),
+}
+# Image size, patch size, width, classes, dtype, parameters; 8 blocks of 8 layers, of an iTARFlow 3
+# of 4 and one of 24.
 MODELS = {
     'imagenet64:bpd': (64, 2, 768, 0, jnp.float32, 460_142_784),
     'imagenet64:uncond': (64, 2, 768, 0, jnp.bfloat16, 460_142_784),
     'imagenet64:cond': (64, 2, 768, 1000, jnp.bfloat16, 466_286_784),
     'imagenet128:cond': (128, 4, 1024, 1000, jnp.bfloat16, 823_927_552),
     'afhq256:cond': (256, 8, 768, 3, jnp.bfloat16, 463_481_856),
+    'itarflow_imagenet64:cond': (64, 2, 1280, 1000, jnp.bfloat16, 771_394_656),
+    'itarflow_imagenet128:cond': (128, 4, 1600, 1000, jnp.bfloat16, 1_202_502_784),
+    'itarflow_imagenet256:cond': (256, 8, 2176, 1000, jnp.bfloat16, 2_220_731_392),
 }
 SMOKES = [
     'imagenet64:bpd,smoke', 'imagenet64:uncond,smoke', 'imagenet64:cond,smoke',
-    'imagenet128:smoke', 'afhq256:smoke', 'colour64:smoke',
+    'imagenet128:smoke', 'afhq256:smoke', 'colour64:smoke', 'itarflow_imagenet64:smoke',
+    'itarflow_imagenet128:smoke', 'itarflow_imagenet256:smoke',
 ]
 # Of each kind of flow one; the kinds are those of the first three.
 REPORTED = SMOKES[:3]
@@ -52,7 +63,7 @@ def get(name):
 
 
 def test_every_file_is_in_these_tables():
-    named = {name.partition(':')[0] for name in RECIPES} | {'fashion_mnist', 'colour64'}
+    named = {name.partition(':')[0] for name in MODELS} | {'fashion_mnist', 'colour64'}
     assert named == set(FILES)
 
 
@@ -72,19 +83,43 @@ def test_recipe(name):
     assert c.data.flip == (noise == 'gaussian')
 
 
+@pytest.mark.parametrize('name', ITARFLOWS)
+def test_recipe_of_an_itarflow(name):
+    c = get(name)
+    highest, epochs, dropout, weight, steps = ITARFLOWS[name]
+    plan, t, g = configs.plan(c), c.train, c.guidance
+    assert (t.batch_size, t.epochs, t.label_dropout) == (512, epochs, dropout)
+    assert (t.noise, t.noise_std, t.lowest_noise_std) == ('levels', highest, 0.01)
+    assert (t.levels, t.weight, t.ema_decay, t.clip_norm) == ('uniform', 'level', 0, 0)
+    assert (t.b1, t.b2, t.eps, t.weight_decay, t.accumulation) == (0.9, 0.95, 1e-8, 1e-4, 1)
+    assert (g.weight, g.rule, g.target) == (weight, 'linear_sigma', 'both')
+    assert (g.annealed, g.blocks, g.temperature) == (True, None, 1.0)
+    assert len(plan.denoising.levels) == steps and not plan.denoising.clip
+    assert plan.denoising.levels == pytest.approx(np.linspace(highest, 0.01, steps))
+    assert plan.denoising.solver == 'ode' and c.data.flip
+    schedule = configs.schedule(c, range(1_281_167))
+    assert (schedule.steps_per_epoch, schedule.total_steps) == (2502, epochs * 2502)
+    # The first update at 1e-5, linear over one epoch, and back down to 1e-5.
+    rates = [float(schedule.learning_rate(k)) for k in (0, 1251, 2502, epochs * 2502)]
+    assert rates == pytest.approx([1e-5, 5.5e-5, 1e-4, 1e-5], rel=1e-4)
+
+
 @pytest.mark.parametrize('name', MODELS)
 def test_model_and_state(name):
     plan = configs.plan(get(name))
     image_size, patch_size, width, num_classes, dtype, parameters = MODELS[name]
     model = plan.model
     assert (model.image_size, model.image_channels, model.patch_size) == (image_size, 3, patch_size)
-    assert (model.width, model.layers_per_block) == (width, (8,) * 8)
+    layers = (4, 4, 4, 24) if name in ITARFLOWS else (8,) * 8
+    assert (model.width, model.layers_per_block) == (width, layers)
+    assert model.noise_conditioned == (name in ITARFLOWS)
     assert (model.num_classes, model.dtype, model.head_dim) == (num_classes, dtype, 64)
-    state = abstract_state(model, configs.optimizer(get(name), lambda k: 1e-4), ema=True)
+    average = plan.recipe.ema_decay > 0
+    state = abstract_state(model, configs.optimizer(get(name), lambda k: 1e-4), ema=average)
     assert parameter_count(state) == parameters
     # Two moments and the average are of the same size; four counters come on top.
     numbers = sum(leaf.size for leaf in jax.tree.leaves(state))
-    assert numbers == 4 * parameters + 4
+    assert numbers == (3 + average) * parameters + 4
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype('float32')}
 
 
@@ -100,7 +135,7 @@ def test_quickstart():
     assert parameter_count(state) < 5_000_000
 
 
-@pytest.mark.parametrize('name', ['fashion_mnist', *RECIPES, *SMOKES])
+@pytest.mark.parametrize('name', ['fashion_mnist', *MODELS, *SMOKES])
 def test_no_field_that_is_not_in_the_defaults(name):
     def shape(c):
         return {k: shape(v) if isinstance(v, ConfigDict) else type(v) for k, v in c.items()}
@@ -141,6 +176,7 @@ def test_smoke_variant_runs(name, tmp_path):
     file, _, arg = name.partition(':')
     full, smoke = get(f'{file}:{arg.partition(",")[0]}'), get(name)
     assert smoke.train.noise == full.train.noise and smoke.model.dtype == full.model.dtype
+    assert smoke.model.noise_conditioned == full.model.noise_conditioned
     code = call(
         f'--config={ROOT}/configs/{file}.py:{arg}', f'--workdir={tmp_path}',
         '--config.train.epochs=0.0016', '--config.train.warmup_epochs=0.0008',
@@ -150,11 +186,11 @@ def test_smoke_variant_runs(name, tmp_path):
     assert [line['step'] for line in metrics(tmp_path) if 'loss' in line] == [2]
     sheets = {path.name.split('_')[-1] for path in (tmp_path / 'samples').iterdir()}
     assert ('guided.png' in sheets) == (full.guidance.weight > 0)
-    assert ('denoised.png' in sheets) == (full.train.noise == 'gaussian')
+    assert ('denoised.png' in sheets) == (full.train.noise != 'uniform')
     if name not in REPORTED:
         return
     report = (tmp_path / 'report.html').read_text()
-    assert ('as drawn, then denoised' in report) == (full.train.noise == 'gaussian')
+    assert ('as drawn, then denoised' in report) == (full.train.noise != 'uniform')
     assert ('class 0' in report) == (full.model.num_classes > 0)
 
 

@@ -134,6 +134,7 @@ def refused(capfd):
     (['--config.sample.denoise_solver=euler'], ["sample.denoise_solver 'euler'", 'ode, sde']),
     (['--config.sample.denoise_steps=-1'], ['sample.denoise_steps -1']),
     (['--config.sample.batch_size=0'], ['sample.batch_size 0']),
+    (['--config.sample.denoise_precision=low'], ["sample.denoise_precision 'low' is none of high"]),
     (['--config.sample.method=jacobi'], ["sample.method 'jacobi' is none of sequential, auto"]),
     (['--config.sample.tolerance=0.0'], ['sample.tolerance 0.0 must be above 0']),
     (['--config.sample.format=png'], ["sample.format 'png'", 'npz']),

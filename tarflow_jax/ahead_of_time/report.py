@@ -59,7 +59,7 @@ def compile_for(config, topology: Topology, program: str, save_to: Path | None =
         'hbm_usable_bytes': chip.usable_hbm_bytes,
         'compile_seconds': 0.0,
     }
-    parts, memory = [], []
+    parts, memory, row['programs'] = [], [], []
     for part in step.programs:
         start = time.perf_counter()
         try:
@@ -81,6 +81,10 @@ def compile_for(config, topology: Topology, program: str, save_to: Path | None =
         costs = cost.analyse(text, topology.where(mesh), kernel_cost=programs.splash_cost)
         parts.append((part.times, costs))
         memory.append(compiled.memory_analysis())
+        row['programs'].append({
+            'name': part.name, 'times': part.times, 'seconds': costs.predicted_seconds,
+            'temporary_bytes': memory[-1].temp_size_in_bytes,
+        })
     return row | _memory(step, memory, chip) | _time(cost.joined(parts), row['model_flops'])
 
 
@@ -216,6 +220,11 @@ def lines(row: dict) -> list[str]:
         f'(compiler\'s estimate {row["compiler_step_seconds"]:.4f} s)',
         f'  compiled in  {row["compile_seconds"]:.1f} s',
     ]
+    if len(row['programs']) > 1:
+        found += [
+            f'    {p["times"]} x {p["name"]:26} {p["seconds"]:.4f} s, temporaries '
+            f'{gib(p["temporary_bytes"])}' for p in row['programs']
+        ]
     return found
 
 

@@ -57,7 +57,9 @@ def fingerprint(
     approximate = {} if tolerance is None else {'tolerance': tolerance}
     return approximate | {
         'variables': {'name': name, 'digest': digest(variables)},
-        'model': architecture(model) | {'dtype': jnp.dtype(model.dtype).name},
+        'model': architecture(model) | {
+            'dtype': jnp.dtype(model.dtype).name, 'precision': model.precision
+        },
         'guidance': dataclasses.asdict(plan.guidance),
         'denoise': plan.denoising and {
             **dataclasses.asdict(plan.denoising), 'levels': list(plan.denoising.levels)

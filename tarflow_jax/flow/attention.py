@@ -21,23 +21,37 @@ def at_least_float32(dtype: DTypeLike) -> np.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+# Of float32 matrix products on TPU: six, three and one passes in bfloat16, which its matrix unit
+# multiplies. On GPU all but 'highest' allow TF32; a CPU multiplies float32 whatever it is.
+PRECISIONS = ('highest', 'high', 'default')
+
+
+def product_precision(dtype: DTypeLike, precision: str) -> str | None:
+    """The `precision` of a matrix product of operands of this type; None for bfloat16."""
+    return None if dtype == jnp.bfloat16 else precision
+
+
 @jax.named_scope('attention')  # in profiles and compiled programs
-def attention(q_BxHxSxK: Array, k_BxHxTxK: Array, v_BxHxTxK: Array, mask: Array, scale) -> Array:
+def attention(
+    q_BxHxSxK: Array, k_BxHxTxK: Array, v_BxHxTxK: Array, mask: Array, scale,
+    precision: str = 'highest',
+) -> Array:
     """Softmax attention, logits and softmax in float32. Returns [B, H, S, K] in q's type.
 
     Args:
       mask: broadcastable to [B, H, S, T], True where a query may look.
       scale: multiplies the logits; a number, or an array broadcastable to [B, H, S, T].
+      precision: one of PRECISIONS.
     """
     wide = at_least_float32(q_BxHxSxK.dtype)
-    precision = None if q_BxHxSxK.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    passes = product_precision(q_BxHxSxK.dtype, precision)
     logits = jnp.einsum(
-        'bhsk,bhtk->bhst', q_BxHxSxK, k_BxHxTxK, precision=precision, preferred_element_type=wide
+        'bhsk,bhtk->bhst', q_BxHxSxK, k_BxHxTxK, precision=passes, preferred_element_type=wide
     )
     logits = jnp.where(mask, logits * scale, -jnp.inf)
     weights = jax.nn.softmax(logits, axis=-1).astype(q_BxHxSxK.dtype)
     out = jnp.einsum(
-        'bhst,bhtk->bhsk', weights, v_BxHxTxK, precision=precision, preferred_element_type=wide
+        'bhst,bhtk->bhsk', weights, v_BxHxTxK, precision=passes, preferred_element_type=wide
     )
     return out.astype(q_BxHxSxK.dtype)
 
@@ -57,19 +71,23 @@ def kernel_for(platform: str, dtype, length: int) -> str:
 
 
 @jax.named_scope('attention')
-def causal_attention(kernel: str, q: Array, k: Array, v: Array, scale) -> Array:
+def causal_attention(
+    kernel: str, q: Array, k: Array, v: Array, scale, precision: str = 'highest'
+) -> Array:
     """Attention of every position to itself and those before it: [B, H, T, K] each, and returned.
 
     Args:
       kernel: one of KERNELS, as `kernel_for` chooses.
       scale: multiplies the logits; a number, or [B, 1, 1, 1].
+      precision: of 'xla', one of PRECISIONS.
     """
-    return KERNELS[kernel](q, k, v, scale)
+    more = {'precision': precision} if kernel == 'xla' else {}
+    return KERNELS[kernel](q, k, v, scale, **more)
 
 
-def _xla(q, k, v, scale):
+def _xla(q, k, v, scale, precision='highest'):
     T = q.shape[2]
-    return attention(q, k, v, jnp.tril(jnp.ones((T, T), bool)), scale)
+    return attention(q, k, v, jnp.tril(jnp.ones((T, T), bool)), scale, precision)
 
 
 def _cudnn(q, k, v, scale):

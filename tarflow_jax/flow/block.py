@@ -70,6 +70,7 @@ class Block:
     volume_preserving: bool = False
     dtype: DTypeLike = jnp.float32
     residual_dtype: DTypeLike | None = None
+    precision: str = 'highest'
     remat: str = 'none'
     unroll: int = 1
     layout: Any = OneDevice()
@@ -157,7 +158,7 @@ class Block:
           x_BxTxD: in the block's own order, as is the result.
           temperature: divides the attention logits; a number or [B, 1, 1, 1].
         """
-        form = ChannelsLast(self.dtype, self.layout)
+        form = ChannelsLast(self.dtype, self.layout, self.precision)
         inputs = x_BxTxD
         if self.first_token == 'start':
             start = jnp.broadcast_to(params['start'].astype(x_BxTxD.dtype), x_BxTxD[:, :1].shape)

@@ -51,7 +51,7 @@ class Decoder(NamedTuple):
         cache_dtype=None,
     ) -> Decoder:
         """For `batch` examples; `cache_dtype` is that of keys and values, None for the block's."""
-        form = ChannelsFirst(block.dtype, block.layout)
+        form = ChannelsFirst(block.dtype, block.layout, block.precision)
         params = jax.tree.map(
             lambda p, x: block.layout.gather(x, p.axes), block.parameters(), params,
             is_leaf=is_parameter,

@@ -77,7 +77,7 @@ def iterative_denoise(
         sde   x <- x0 + t' (r (x - x0) / t + sqrt(1 - r^2) n),  n standard normal
 
     The step from the last level goes to 0 and returns x0. A step costs a forward and a backward
-    pass.
+    pass, in the flow's dtype: float32, in the official code, also for flows trained in bfloat16.
 
     Args:
       images: [B, ...], samples drawn at the first level.

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from tarflow_jax.flow import order as orderings
 from tarflow_jax.flow.affine import SCALES
-from tarflow_jax.flow.attention import Array, at_least_float32
+from tarflow_jax.flow.attention import PRECISIONS, Array, at_least_float32
 from tarflow_jax.flow.block import FIRST_TOKENS, REMAT_POLICIES, Block
 from tarflow_jax.flow.condition import at_noise_level, check_condition, labels_keyword
 from tarflow_jax.flow.mesh_axes import with_auto_axes
@@ -59,6 +59,8 @@ class Flow(nn.Module, kw_only=True):
         softmax, log-scales and log-determinants are float32 whatever it is.
       residual_dtype: of the residual stream, to which the layers add, if it is wider than `dtype`.
         The official code's autocast to bfloat16 keeps it in float32.
+      precision: of float32 matrix products on TPU, in six ('highest'), three ('high') or one
+        ('default') passes of bfloat16; see docs/performance.md. It changes nothing on a CPU.
       remat: what the backward pass recomputes: 'none', every 'layer', all but the 'dots', or all
         but the 'attention', whose outputs are small for what they cost.
       unroll: layers per iteration of the loop over layers; more compile longer, run faster on CPU.
@@ -83,6 +85,7 @@ class Flow(nn.Module, kw_only=True):
     volume_preserving: bool = False
     dtype: DTypeLike = jnp.float32
     residual_dtype: DTypeLike | None = None
+    precision: str = 'highest'
     remat: str = 'none'
     unroll: int = 1
     layout: Any = OneDevice()
@@ -93,7 +96,8 @@ class Flow(nn.Module, kw_only=True):
             object.__setattr__(self, 'orders', rows)
         super().__post_init__()
         for field, choices in (
-            ('remat', REMAT_POLICIES), ('scale', SCALES), ('first_token', FIRST_TOKENS)
+            ('remat', REMAT_POLICIES), ('scale', SCALES), ('first_token', FIRST_TOKENS),
+            ('precision', PRECISIONS),
         ):
             if getattr(self, field) not in choices:
                 raise ValueError(
@@ -372,7 +376,9 @@ class TarFlow(Flow):
             )
 
 
-_COMPUTE_FIELDS = ('dtype', 'residual_dtype', 'remat', 'unroll', 'layout', 'parent', 'name')
+_COMPUTE_FIELDS = (
+    'dtype', 'residual_dtype', 'precision', 'remat', 'unroll', 'layout', 'parent', 'name'
+)
 
 
 def architecture(model: Flow) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from tarflow_jax.flow.attention import (
     attention,
     causal_attention,
     kernel_for,
+    product_precision,
 )
 from tarflow_jax.flow.parameters import Parameter, linear
 
@@ -50,10 +51,10 @@ class OneDevice:
     def to_host(self, x: Array) -> np.ndarray:
         return np.asarray(x)
 
-    def causal_attention(self, q: Array, k: Array, v: Array, scale) -> Array:
+    def causal_attention(self, q: Array, k: Array, v: Array, scale, precision: str) -> Array:
         """See `attention.causal_attention`, with the kernel for the default backend."""
         kernel = kernel_for(jax.default_backend(), q.dtype, q.shape[2])
-        return causal_attention(kernel, q, k, v, scale)
+        return causal_attention(kernel, q, k, v, scale, precision)
 
 
 class LayerCache(NamedTuple):
@@ -99,6 +100,7 @@ class ChannelsLast:
 
     dtype: DTypeLike
     layout: Any
+    precision: str = 'highest'
 
     def positions(self, h: Array) -> int:
         return h.shape[1]
@@ -138,7 +140,7 @@ class ChannelsLast:
         leading, inputs = x.shape[:2], math.prod(x.shape[2:])
         y = product(
             x.reshape(-1, inputs).astype(self.dtype), kernel.reshape(inputs, -1),
-            (((1,), (0,)), ((), ())),
+            (((1,), (0,)), ((), ())), self.precision,
         )
         y = (y + bias.reshape(-1)).astype(output_dtype or self.dtype)
         return y.reshape(*leading, *bias.shape)
@@ -152,6 +154,7 @@ class ChannelsFirst:
 
     dtype: DTypeLike
     layout: Any
+    precision: str = 'highest'
 
     def prepare(self, params, name: str):
         """Parameters of a linear map, kernel transposed once, outside the loop over positions."""
@@ -173,7 +176,8 @@ class ChannelsFirst:
         """kernel @ x + bias over the leading axes of x; `name` is what `ChannelsLast` asks for."""
         kernel, inputs = params['kernel'], x.ndim - 2
         last = tuple(range(kernel.ndim - inputs, kernel.ndim))
-        y = product(kernel, x.astype(self.dtype), ((last, tuple(range(inputs))), ((), ())))
+        contract = ((last, tuple(range(inputs))), ((), ()))
+        y = product(kernel, x.astype(self.dtype), contract, self.precision)
         return (y + params['bias']).astype(output_dtype or self.dtype)
 
     def qkv(self, params, x: Array, head_dim: int, whole: bool) -> Sequence[Array]:
@@ -191,13 +195,12 @@ class ChannelsFirst:
         return self.linear(params, x_NxHxSxK.transpose(1, 3, 0, 2), 'attention_proj')
 
 
-def product(a: Array, b: Array, dimensions) -> Array:
+def product(a: Array, b: Array, dimensions, precision: str = 'highest') -> Array:
     """`dot_general` that accumulates, and returns, float32 at least."""
     # A float32 model means float32: TPUs (bfloat16) and GPUs (tf32) round the operands of a
     # default-precision product, which would cost the likelihood its digits.
     return jax.lax.dot_general(
-        a, b, dimensions,
-        precision=None if a.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST,
+        a, b, dimensions, precision=product_precision(a.dtype, precision),
         preferred_element_type=at_least_float32(a.dtype),
     )
 
@@ -235,7 +238,7 @@ def layer(
     if cache is not None and whole:
         cache = LayerCache(k.astype(cache.key.dtype), v.astype(cache.value.dtype))
     if cache is None or whole:
-        x = layout.causal_attention(q, k, v, scale)
+        x = layout.causal_attention(q, k, v, scale, form.precision)
     else:
         at = (0, 0, start, 0)
         cache = LayerCache(*(
@@ -246,7 +249,7 @@ def layer(
             for old, new in zip(cache, (k, v))
         ))
         mask = jnp.arange(cache.key.shape[2]) <= start + jnp.arange(q.shape[2])[:, None]
-        x = attention(q, *cache, mask, scale)
+        x = attention(q, *cache, mask, scale, form.precision)
     x = layout.constrain(x, 'batch', 'heads', 'length', 'head_dim')
     h = form.constrain(h + form.attention_proj(params['attention_proj'], x), 'width')
     x = form.normalize(h, params['mlp_norm'])

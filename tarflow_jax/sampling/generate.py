@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from tarflow_jax.flow.attention import Array
+from tarflow_jax.flow.attention import Array, at_least_float32
 from tarflow_jax.flow.condition import Condition
 from tarflow_jax.flow.denoising import denoise, iterative_denoise
 from tarflow_jax.flow.flow import Flow, Variables
@@ -23,8 +23,10 @@ class Denoising:
     Args:
       noise_std: of a flow trained at one noise level: one step from it.
       strength: of that step; 1 is the theoretical optimum.
-      levels: of a noise-conditioned flow: `iterative_denoise` through these, from the first.
+      levels: of a noise-conditioned flow: `iterative_denoise` through these, from the first, in
+        float32 whatever the flow's dtype (as the official code; one step is in the flow's dtype).
       solver, clip: of `iterative_denoise`.
+      precision: of its float32 products, as the flow's field.
     """
 
     noise_std: float = 0.0
@@ -32,6 +34,7 @@ class Denoising:
     levels: tuple[float, ...] = ()
     solver: str = 'ode'
     clip: bool = False
+    precision: str = 'highest'
 
 
 class Generated(NamedTuple):
@@ -95,6 +98,8 @@ def denoised(
             model, variables, samples, condition, noise_std=denoising.noise_std,
             strength=denoising.strength,
         )
+    # Each step's error stays in the sample, and the last steps are small: float32.
+    model = model.clone(dtype=at_least_float32(model.dtype), precision=denoising.precision)
     sde = denoising.solver == 'sde'
     return iterative_denoise(
         model, variables, samples, condition, levels=denoising.levels, solver=denoising.solver,

@@ -258,9 +258,9 @@ class Layout:
             return self.attention
         return kernel_for(self.mesh.devices.flat[0].platform, dtype, length)
 
-    def causal_attention(self, q, k, v, scale):
+    def causal_attention(self, q, k, v, scale, precision):
         kernel = self.kernel(q.dtype, q.shape[2])
-        attend = functools.partial(causal_attention, kernel)
+        attend = functools.partial(causal_attention, kernel, precision=precision)
         if kernel == 'xla' or self.mesh.size == 1:
             return attend(q, k, v, scale)
         # The partitioner cannot look into a kernel: each device runs it on its images and heads.

@@ -422,18 +422,24 @@ def test_fingerprint():
     kernel = moved['params']['block_0']['proj_in']['kernel']
     moved['params']['block_0']['proj_in']['kernel'] = kernel[::-1]
     weaker = dataclasses.replace(PLAN, guidance=tfj.Guidance(weight=0.4))
-    wide = dataclasses.replace(PLAN, model=MODEL.clone(dtype=jax.numpy.bfloat16))
+    narrow, fast = (
+        dataclasses.replace(PLAN, model=MODEL.clone(**fields))
+        for fields in (dict(dtype=jax.numpy.bfloat16), dict(precision='high'))
+    )
     plans = [
         plan_of(MODEL, weight=0.5, **{'strength': 0.5} | fields)
         for fields in (dict(label=1), dict(strength=0.0), dict(noise_std=0.2))
     ]
     others = [
         of(seed=4),
-        *(bulk.fingerprint(p, VARIABLES, 'step_0000012', **HOW) for p in (weaker, wide, *plans)),
+        *(
+            bulk.fingerprint(p, VARIABLES, 'step_0000012', **HOW)
+            for p in (weaker, narrow, fast, *plans)
+        ),
         bulk.fingerprint(PLAN, moved, 'step_0000012', **HOW),
         bulk.fingerprint(PLAN, VARIABLES, 'step_0000013', **HOW),
     ]
-    assert len({bulk.folder_name(known) for known in [KNOWN, *others]}) == 9
+    assert len({bulk.folder_name(known) for known in [KNOWN, *others]}) == 10
     # How it is computed makes no difference.
     mesh = sharding.make_mesh(fsdp=4, tensor=2, data=1)
     split = jax.device_put(VARIABLES, sharding.shardings(VARIABLES, mesh))

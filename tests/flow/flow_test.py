@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 import warnings
 
 import jax
@@ -312,11 +313,24 @@ def test_orders_as_arrays_and_permutations_that_are_alternate():
     )
 
 
+@pytest.mark.parametrize('fields, wanted', [
+    ({}, {'HIGHEST'}), ({'precision': 'high'}, {'HIGH'}), ({'dtype': jnp.bfloat16}, set()),
+])
+def test_precision_of_every_product(fields, wanted):
+    model = sequence_flow(**fields)
+    x, variables = noise_for(model), perturbed(sequence_flow())
+    for function in (tfj.log_prob, tfj.sample):
+        program = str(jax.make_jaxpr(lambda x, f=function: f(model, variables, x))(x))
+        assert 'dot_general' in program
+        assert set(re.findall(r'Precision\.(\w+)', program)) == wanted
+
+
 def test_architecture_is_what_the_function_depends_on():
     model = sequence_flow(orders=PERMUTED, dtype=jnp.bfloat16, remat='layer')
     found = architecture(model)
     assert found['orders'] == [list(order) for order in PERMUTED] and found['length'] == 4
     assert found == architecture(sequence_flow(orders=PERMUTED, unroll=2))
+    assert found == architecture(sequence_flow(orders=PERMUTED, precision='default'))
     assert found != architecture(sequence_flow())
     assert field_defaults(model)['first_token'] == 'identity'
     assert set(field_defaults(model)) == set(found) - {
@@ -347,6 +361,7 @@ def test_architecture_is_what_the_function_depends_on():
         (tiny, {'num_classes': -1}, ['num_classes -1']),
         (tiny, {'num_features': -1}, ['num_features -1', 'must not be negative']),
         (tiny, {'remat': 'all'}, ["remat 'all'", 'layer']),
+        (sequence_flow, {'precision': 'low'}, ["precision 'low' is none of highest, high"]),
         (sequence_flow, {'scale': 'tanh'}, ["scale 'tanh' is none of exp, softplus"]),
         (sequence_flow, {'scale_limit': 0}, ['scale_limit 0', 'above 0', 'None']),
         (sequence_flow, {'scale_limit': -1.0}, ['scale_limit -1.0']),

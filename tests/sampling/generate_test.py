@@ -1,12 +1,13 @@
 """Drawing and denoising in one call, and what numbered samples are conditioned on."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_flow import CONDITIONED, condition_for, noise_for, perturbed, tiny
 
 import tarflow_jax as tfj
-from tarflow_jax.sampling.generate import Conditions, Denoising, generate
+from tarflow_jax.sampling.generate import Conditions, Denoising, denoised, generate
 
 LEVELS = (0.3, 0.2, 0.05)
 
@@ -62,6 +63,30 @@ def test_iterative_denoising(solver):
     )
     np.testing.assert_allclose(found.samples, clean, atol=1e-5)
     assert found.info is None
+
+
+def test_iterative_denoising_is_in_float32():
+    model = tiny((1,), **CONDITIONED)
+    variables, samples = perturbed(model), jax.random.normal(jax.random.key(2), (2, 8, 8, 2))
+    condition = condition_for(model, 2, per_token=False)
+    denoising = Denoising(levels=LEVELS, precision='high')
+    found, wanted = (
+        denoised(m, variables, samples, condition, denoising)
+        for m in (model.clone(dtype=jnp.bfloat16), model)
+    )
+    np.testing.assert_array_equal(found, wanted)
+    program = str(jax.make_jaxpr(
+        lambda x: denoised(model, variables, x, condition, denoising)
+    )(samples))
+    assert program.count('Precision.HIGH,') > program.count('Precision.HIGHEST,')
+
+
+def test_one_step_of_denoising_is_in_the_dtype_of_the_flow():
+    model = tiny((1,), dtype=jnp.bfloat16)
+    variables, samples = perturbed(tiny((1,))), jax.random.normal(jax.random.key(2), (3, 8, 8, 2))
+    found = denoised(model, variables, samples, None, Denoising(0.1))
+    wanted = tfj.denoise(model, variables, samples, noise_std=0.1)
+    np.testing.assert_array_equal(found, wanted)
 
 
 def test_without_denoising_samples_are_raw():
