@@ -135,7 +135,10 @@ def prepare(source: str, out: str, *, size: int | tuple[int, int] | None = None,
             else:
                 told = _write_rest(folder, key, places, write, strict, progress)
                 done[key] = _entry(key, part, plans[key], told)
-    whole = {'format': manifests.FORMAT, **settings, 'splits': dict(sorted(done.items()))}
+    whole = {
+        'format': manifests.FORMAT, **settings, 'kind': found.kind,
+        'splits': dict(sorted(done.items())),
+    }
     if whole != before:
         manifests.write(folder, whole)
     log.info(
@@ -150,7 +153,7 @@ def prepare(source: str, out: str, *, size: int | tuple[int, int] | None = None,
 
 
 def _settings(found: originals.Originals) -> dict[str, Any]:
-    """What all splits of a set have in common."""
+    """What all splits of a set have in common, but for its kind, which follows from these."""
     plain = re.sub(r'[^a-z0-9]+', '_', found.dataset.partition(' (')[0].lower()).strip('_')
     settings = {
         'dataset': found.dataset,
