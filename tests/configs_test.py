@@ -23,6 +23,14 @@ RECIPES = {
     'imagenet128:cond': (768, 320, 'gaussian', 0.15, 1.5, 1.0, True, 0.97),
     'afhq256:cond': (256, 4000, 'gaussian', 0.07, 3.4, 1.0, True, 1.4),
 }
+CROPPED = ('photographs/torchvision',)
+DATA = {
+    'imagenet64:bpd': ('data/imagenet64', ('imagenet_resized',)),
+    'imagenet64:uncond': ('data/imagenet64', ('imagenet_resized',)),
+    'imagenet64:cond': ('data/imagenet64_cropped', CROPPED),
+    'imagenet128:cond': ('data/imagenet128', CROPPED),
+    'afhq256:cond': ('data/afhq256', CROPPED),
+}
 # Image size, patch size, width, classes, dtype, parameters; all have 8 blocks of 8 layers.
 MODELS = {
     'imagenet64:bpd': (64, 2, 768, 0, jnp.float32, 460_142_784),
@@ -69,7 +77,8 @@ def test_recipe(name):
     assert (t.peak_learning_rate, t.floor_learning_rate, t.warmup_epochs) == (1e-4, 1e-6, 1.0)
     assert (t.b1, t.b2, t.eps, t.weight_decay, t.label_dropout) == (0.9, 0.95, 1e-8, 1e-4, 0.1)
     assert t.ema_decay > 0 and t.clip_norm > 0
-    assert c.data.flip == (noise == 'gaussian')
+    assert c.data.flip
+    assert (c.data.path, tuple(c.data.expects)) == DATA[name]
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -155,7 +164,7 @@ def test_smoke_variant_runs(name, tmp_path):
         return
     report = (tmp_path / 'report.html').read_text()
     assert ('as drawn, then denoised' in report) == (full.train.noise == 'gaussian')
-    assert ('class 0' in report) == (full.model.num_classes > 0)
+    assert ('T-shirt' in report) == (full.model.num_classes > 0)
 
 
 def test_schedule_counts_steps():

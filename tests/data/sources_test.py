@@ -173,7 +173,7 @@ def test_check_refuses_classes_that_would_stay_untrained():
     fits(source, num_classes=4)  # labels alone do not tell, as a test set may lack some
     size = dict(image_size=28, channels=1, what='the training set', every_class=True)
     sources.check(source, num_classes=3, **size)
-    with pytest.raises(ValueError, match='the training set has 3 classes.* num_classes to 3'):
+    with pytest.raises(ValueError, match='the training set has 3 classes.*model.num_classes to 3'):
         sources.check(source, num_classes=4, **size)
 
 
