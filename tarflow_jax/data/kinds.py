@@ -10,51 +10,74 @@ from typing import Any
 PHOTOGRAPHS = 'photographs'
 BOX_RESIZED = 'imagenet_resized'
 DOWNSAMPLED = 'downsampled_imagenet'
-IDX = 'idx'
 CIFAR10 = 'cifar10'
+IDX = 'idx'
+FILES = 'files'
 EMBEDDED = 'embedded'
 SAMPLES = 'samples'
 NAMES = {
     PHOTOGRAPHS: 'photographs, resized and cropped',
     BOX_RESIZED: "the ImageNet site's downsampled images (squashed by a box filter, not cropped)",
     DOWNSAMPLED: 'the older downsampled ImageNet (van den Oord et al.)',
-    IDX: 'IDX files',
     CIFAR10: 'CIFAR-10',
+    IDX: 'IDX files',
+    FILES: 'image files as they are',
     EMBEDDED: 'the embedded images',
     SAMPLES: 'samples of a flow',
 }
 # Their labels are numbers in the files, the same for everyone who reads these.
 NUMBERED = (IDX, CIFAR10, EMBEDDED)
-_FIRST_CROP = 'torchvision'  # the only rule that manifests without `crop` were made by
+CIFAR10_CLASSES = [
+    'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck',
+]
 _TFDS = (BOX_RESIZED, DOWNSAMPLED, CIFAR10)
 
 
-def of_manifest(manifest: dict[str, Any]) -> str | None:
-    """The kind of a prepared set, with its crop rule; None if it is unknown.
+def of_set(manifest: dict[str, Any]) -> str | None:
+    """The kind of a prepared set without its crop rule; None if it is unknown.
 
     Args:
-        manifest: of the set.
-    """
-    kind = manifest['kind']
-    crop = manifest.get('image', {}).get('crop', _FIRST_CROP if kind == PHOTOGRAPHS else None)
-    return f'{kind}/{crop}' if kind and crop else kind
-
-
-def inferred(manifest: dict[str, Any]) -> str | None:
-    """The kind of a set whose manifest is of version 0.1, which does not name it; None if unknown.
-
-    What it says of the preprocessing tells.
+        manifest: says how the images were made; it need not name the kind.
     """
     how, image = manifest.get('preprocessing', ''), manifest.get('image', {})
-    if how == 'none':
-        return IDX
+    if manifest.get('classes') == CIFAR10_CLASSES:
+        return CIFAR10 if image['size'] == 32 else None
     if how.startswith('none: drawn'):
         return SAMPLES
     if how.startswith('none: the pixels are those of the files'):
-        return BOX_RESIZED if 'ImageNet site' in how else DOWNSAMPLED
+        if 'ImageNet site' in how:
+            return BOX_RESIZED
+        return DOWNSAMPLED if manifest['dataset'].startswith(DOWNSAMPLED) else FILES
+    if how == 'none':
+        return IDX if manifest.get('classes') == _numbers(manifest) else None
     if how.startswith(('short side resized', 'resized, aspect kept')) or 'crop' in image:
         return PHOTOGRAPHS if image['channels'] == 3 else IDX
     return None
+
+
+def of_manifest(manifest: dict[str, Any]) -> str | None:
+    """The kind that a manifest names, with its crop rule.
+
+    Photographs were cropped by torchvision's rule before manifests named one.
+    """
+    kind = manifest['kind']
+    crop = manifest['image'].get('crop', 'torchvision' if kind == PHOTOGRAPHS else None)
+    return f'{kind}/{crop}' if kind and crop else kind
+
+
+def class_names(manifest: dict[str, Any]) -> list[str] | None:
+    """Names of a prepared set's classes by label; None without, or where they are only numbers."""
+    names = manifest['classes']
+    if names is None or names != _numbers(manifest):
+        return names
+    # Folders may be called so, and are numbered in the order of their names.
+    return names if manifest['kind'] == PHOTOGRAPHS and names == sorted(names) else None
+
+
+def _numbers(manifest: dict[str, Any]) -> list[str]:
+    names = manifest['classes'] or ['0']
+    first = int(names[0] == '1')
+    return [str(k) for k in range(first, first + len(names))]
 
 
 def of_tfds(name: str) -> str | None:

@@ -65,7 +65,7 @@ def read(folder: epath.Path) -> dict[str, Any] | None:
             f'{path} has the format {manifest["format"]}, and this version reads {FORMAT}; prepare '
             'the set again with this version, in another folder.'
         )
-    manifest.setdefault('kind', kinds.inferred(manifest))
+    manifest.setdefault('kind', kinds.of_set(manifest))
     return manifest
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tarflow_jax.data import batch_files, kinds, sizes, sources
+from tarflow_jax.data import batch_files, sizes, sources
 from tarflow_jax.data.image_files import Encoded, encode_array, encode_files
 from tarflow_jax.data.listing import File, list_source
 
@@ -61,7 +61,6 @@ class Originals(NamedTuple):
     preprocessing: str
     splits: dict[str, Split]
     features: list[str] | None = None  # their names; None if there are none
-    kind: str | None = None  # one of `kinds`
 
 
 def images_per_shard(size: tuple[int, int], channels: int) -> int:
@@ -149,7 +148,7 @@ def _batches(folder: Path, splits: dict[str, list[Path]],
     return Originals(
         BOX_RESIZED.format(own), sizes.pair(own), 3, batch_files.class_names(folder),
         'none: the pixels are those of the files, resized by the ImageNet site with a box filter',
-        made, kind=kinds.BOX_RESIZED,
+        made,
     )
 
 
@@ -182,7 +181,7 @@ def _idx(folder: Path, splits: dict[str, str], size: tuple[int, int] | None) -> 
     classes = 1 + max(int(source.label_N.max()) for source in opened.values())
     return Originals(
         _folder_name(folder), wanted, channels, [str(k) for k in range(classes)], preprocessing,
-        made, kind=kinds.IDX,
+        made,
     )
 
 
@@ -266,7 +265,6 @@ def _pictures(source: Path, size: tuple[int, int] | None, split: str | None,
         DOWNSAMPLED.format(own_size[0]) if own_size else _folder_name(source),
         wanted, 3, found,
         'none: the pixels are those of the files' if own_size else _resized(wanted), made,
-        kind=kinds.DOWNSAMPLED if own_size else kinds.PHOTOGRAPHS,
     )
 
 

@@ -40,7 +40,7 @@ from etils import epath
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tarflow_jax import __version__
-from tarflow_jax.data import feature_files, originals, shards, sizes
+from tarflow_jax.data import feature_files, kinds, originals, shards, sizes
 from tarflow_jax.data import manifest as manifests
 from tarflow_jax.data.cores import available_cores
 
@@ -135,10 +135,8 @@ def prepare(source: str, out: str, *, size: int | tuple[int, int] | None = None,
             else:
                 told = _write_rest(folder, key, places, write, strict, progress)
                 done[key] = _entry(key, part, plans[key], told)
-    whole = {
-        'format': manifests.FORMAT, **settings, 'kind': found.kind,
-        'splits': dict(sorted(done.items())),
-    }
+    kind, splits = kinds.of_set(settings), dict(sorted(done.items()))
+    whole = {'format': manifests.FORMAT, **settings, 'kind': kind, 'splits': splits}
     if whole != before:
         manifests.write(folder, whole)
     log.info(

@@ -106,7 +106,7 @@ def prepared_source(folder: str, split: str, verify: tuple[int, int] = (0, 1)) -
     if 'features' in manifest:
         about['features'] = manifest['features']
     shards = [(os.fspath(path / shard['name']), shard['records']) for shard in entry['shards']]
-    return PreparedSource(shards, about, class_names(manifest))
+    return PreparedSource(shards, about, kinds.class_names(manifest))
 
 
 def classes(folder: str) -> tuple[list[str] | None, str | None]:
@@ -117,14 +117,7 @@ def classes(folder: str) -> tuple[list[str] | None, str | None]:
         ValueError: its manifest is damaged.
     """
     _, manifest = _opened(folder)
-    return class_names(manifest), kinds.of_manifest(manifest)
-
-
-def class_names(manifest: dict) -> list[str] | None:
-    """Names of the classes by label; None without classes, and where they only have numbers."""
-    names = manifest['classes']
-    numbered = manifest['kind'] in (kinds.IDX, kinds.BOX_RESIZED)
-    return None if names is None or (numbered and names[0].isdecimal()) else names
+    return kinds.class_names(manifest), kinds.of_manifest(manifest)
 
 
 def _opened(folder: str):

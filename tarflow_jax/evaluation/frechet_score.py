@@ -112,10 +112,9 @@ def _distances(
 
 def _other_crop(about: dict, trained: str | None) -> str | None:
     """One sentence where a file's images are known to be cropped otherwise than the training set."""
-    known = about.get('source') or {}
-    theirs = CROPS.get(about['format'])
-    if kinds.inferred(known):
-        theirs = kinds.of_manifest({'kind': kinds.inferred(known)} | known)
+    source, theirs = about.get('source', {}), CROPS.get(about['format'])
+    if 'preprocessing' in source:  # of a prepared set
+        theirs = kinds.of_manifest(source | {'kind': kinds.of_set(source | {'classes': None})})
     cropped = (kinds.PHOTOGRAPHS, kinds.BOX_RESIZED, kinds.DOWNSAMPLED)
     if theirs in (None, trained) or kinds.plain(trained) not in cropped:
         return None
