@@ -6,7 +6,8 @@ guidance 1.5 annealed and a denoising strength of 0.97. 824M parameters. Their s
 to seconds on a CPU.
 
 Data: the result is for ImageNet's photographs, resized to 128 pixels on the short side and
-centre-cropped, with flips. FOLDER holds train/ and val/ of one folder per class, or the site's tars:
+centre-cropped, with flips. FOLDER holds train/ and val/ with a folder per class, or the site's
+tars:
 
     python -m tarflow_jax.data.prepare FOLDER --out=data/imagenet128 --size=128
 """

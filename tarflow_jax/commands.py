@@ -16,9 +16,9 @@ from pathlib import Path
 import jax
 import optax
 
+from tarflow_jax import class_order, files, reporting, scoring
 from tarflow_jax import config as configs
 from tarflow_jax import convert as official
-from tarflow_jax import class_order, files, reporting, scoring
 from tarflow_jax.data import kinds, sizes
 from tarflow_jax.evaluation import bulk, sample_files, schedules
 from tarflow_jax.evaluation.scores import Subject, check_names

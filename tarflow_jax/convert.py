@@ -137,12 +137,16 @@ def class_names(path: str | os.PathLike[str]) -> list[str] | None:
         return None
     with safetensors.safe_open(path, framework='numpy') as file:
         text = (file.metadata() or {}).get(_CLASS_NAMES)
+    if text is None:
+        return None
     try:
-        names = None if text is None else json.loads(text)
+        names = json.loads(text)
     except ValueError:
-        names = ()
-    if names is not None and not (isinstance(names, list) and all(type(k) is str for k in names)):
-        raise ValueError(f'{path}: {_CLASS_NAMES} is {text[:60]!r}, no list of names; save it again.')
+        names = None
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(
+            f'{path}: {_CLASS_NAMES} is {text[:60]!r}, no list of names; save it again.'
+        )
     return names
 
 

@@ -111,7 +111,7 @@ def _distances(
 
 
 def _other_crop(about: dict, trained: str | None) -> str | None:
-    """One sentence where a file's images are known to be cropped otherwise than the training set."""
+    """One sentence where the images of a file were cropped otherwise than the training set."""
     source, theirs = about.get('source', {}), CROPS.get(about['format'])
     if 'preprocessing' in source:  # of a prepared set
         theirs = kinds.of_manifest(source | {'kind': kinds.of_set(source | {'classes': None})})
