@@ -12,6 +12,7 @@ from command_line import ROOT, call, metrics
 from ml_collections import ConfigDict
 
 from tarflow_jax import config as configs
+from tarflow_jax.training.metrics import model_flops
 from tarflow_jax.training.state import abstract_state, parameter_count
 
 FILES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
@@ -41,7 +42,7 @@ MODELS = {
 }
 SMOKES = [
     'imagenet64:bpd,smoke', 'imagenet64:uncond,smoke', 'imagenet64:cond,smoke',
-    'imagenet128:smoke', 'afhq256:smoke', 'colour64:smoke',
+    'imagenet128:smoke', 'afhq256:smoke', 'colour64:smoke', 'cifar10:smoke', 'cifar10:cond,smoke',
 ]
 # Of each kind of flow one; the kinds are those of the first three.
 REPORTED = SMOKES[:3]
@@ -60,7 +61,7 @@ def get(name):
 
 
 def test_every_file_is_in_these_tables():
-    named = {name.partition(':')[0] for name in RECIPES} | {'fashion_mnist', 'colour64'}
+    named = {name.partition(':')[0] for name in RECIPES} | {'fashion_mnist', 'colour64', 'cifar10'}
     assert named == set(FILES)
 
 
@@ -107,6 +108,23 @@ def test_quickstart():
     assert schedule.steps_per_epoch == 10_000 // c.train.batch_size
     state = abstract_state(plan.model, schedule.optimizer, ema=True)
     assert parameter_count(state) < 5_000_000
+
+
+@pytest.mark.parametrize('variant, noise, classes', [('bpd', 'uniform', 0), ('cond', 'gaussian', 10)])
+def test_cifar10(variant, noise, classes):
+    c = get(f'cifar10:{variant}')
+    plan = configs.plan(c)
+    model = plan.model
+    assert model.image_shape == (32, 32, 3) and model.token_shape == (256, 12)
+    assert (plan.recipe.noise, model.num_classes) == (noise, classes)
+    assert c.data.flip and tuple(c.data.expects) == ('cifar10',)
+    state = abstract_state(model, configs.optimizer(c, lambda k: 1e-4), ema=True)
+    assert 25e6 < parameter_count(state) < 27e6
+    steps = configs.schedule(c, range(50_000)).total_steps
+    doc = module('cifar10').__doc__
+    assert f'{steps:,} steps' in doc
+    assert f'{model_flops(model) * steps * c.train.batch_size:.1e}'.replace('e+', 'e') in doc
+    assert get('cifar10') == get('cifar10:bpd')
 
 
 @pytest.mark.parametrize('name', ['fashion_mnist', *RECIPES, *SMOKES])
