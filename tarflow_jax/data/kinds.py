@@ -1,7 +1,7 @@
 """Kinds of sets of images: numbers measured on two kinds cannot be compared.
 
-A kind is a word, such as 'imagenet_resized'. Where images were cropped, the rule follows:
-'photographs/torchvision'.
+A kind is a word, such as 'imagenet_resized'. That of photographs goes on with the rule that they
+were cropped by: 'photographs/torchvision'.
 """
 
 from collections.abc import Sequence
@@ -56,13 +56,13 @@ def of_set(manifest: dict[str, Any]) -> str | None:
 
 
 def of_manifest(manifest: dict[str, Any]) -> str | None:
-    """The kind that a manifest names, with its crop rule.
+    """The kind that a manifest names, with the crop rule of photographs.
 
-    Photographs were cropped by torchvision's rule before manifests named one.
+    They were cropped by torchvision's before manifests named a rule.
     """
     kind = manifest['kind']
-    crop = manifest['image'].get('crop', 'torchvision' if kind == PHOTOGRAPHS else None)
-    return f'{kind}/{crop}' if kind and crop else kind
+    crop = manifest['image'].get('crop', 'torchvision')
+    return f'{kind}/{crop}' if kind == PHOTOGRAPHS else kind
 
 
 def class_names(manifest: dict[str, Any]) -> list[str] | None:

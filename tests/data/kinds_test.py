@@ -9,6 +9,7 @@ from tarflow_jax.data import kinds
     ({'kind': 'photographs', 'image': {'crop': 'edm'}}, 'photographs/edm'),
     ({'kind': 'photographs', 'image': {}}, 'photographs/torchvision'),
     ({'kind': 'imagenet_resized', 'image': {}}, 'imagenet_resized'),
+    ({'kind': 'idx', 'image': {'crop': 'torchvision'}}, 'idx'),
     ({'kind': None, 'image': {}}, None),
 ])
 def test_of_manifest(manifest, kind):
