@@ -21,9 +21,11 @@ Published bits/dim of the test set, to stand beside that of `bpd`:
 Compare like with like: the score here dequantizes uniformly. Only flows have exact likelihoods; the
 diffusion model's number is a bound.
 
-Cost: 400 epochs are 78,000 steps and 8.4e17 floating-point operations. COST
-On one GPU they take, by this arithmetic alone, 0.6 hours for `cond` (an H100 at 40% of its bfloat16
-peak of 989 TFLOP/s) and 7 hours for `bpd` (at half of its float32 peak of 67 TFLOP/s).
+Cost: 400 epochs are 78,000 steps and 8.4e17 floating-point operations. On a v5e:4x4 they take 1.0
+hours for `bpd` and 0.5 hours for `cond`, 16 and 8 chip-hours, as `--mode=compile` predicts at the
+roofline of the chip: a run can only be slower. On one GPU they take, by the arithmetic alone, 7
+hours for `bpd` (an H100 at half of its float32 peak of 67 TFLOP/s) and 0.6 hours for `cond` (at 40%
+of its bfloat16 peak of 989 TFLOP/s).
 
 Data: CIFAR-10 in 32x32, not resized. FOLDER is the one that its site serves, cifar-10-batches-py:
 
