@@ -49,7 +49,7 @@ def of_set(manifest: dict[str, Any]) -> str | None:
             return BOX_RESIZED
         return DOWNSAMPLED if manifest['dataset'].startswith(DOWNSAMPLED) else FILES
     if how == 'none':
-        return IDX if manifest.get('classes') == _numbers(manifest) else None
+        return IDX if manifest['classes'] == _numbers(manifest) else FILES
     if how.startswith(('short side resized', 'resized, aspect kept')) or 'crop' in image:
         return PHOTOGRAPHS if image['channels'] == 3 else IDX
     return None

@@ -115,8 +115,8 @@ def _other_crop(about: dict, trained: str | None) -> str | None:
     source, theirs = about.get('source', {}), CROPS.get(about['format'])
     if 'preprocessing' in source:  # of a prepared set
         theirs = kinds.of_manifest(source | {'kind': kinds.of_set(source | {'classes': None})})
-    cropped = (kinds.PHOTOGRAPHS, kinds.BOX_RESIZED, kinds.DOWNSAMPLED)
-    if theirs in (None, trained) or kinds.plain(trained) not in cropped:
+    of_photographs = (kinds.PHOTOGRAPHS, kinds.BOX_RESIZED, kinds.DOWNSAMPLED)
+    if theirs == trained or not {kinds.plain(theirs), kinds.plain(trained)} <= {*of_photographs}:
         return None
     return (
         f'the file is of {kinds.described(theirs)}, the training set of '

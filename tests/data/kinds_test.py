@@ -31,7 +31,7 @@ SITE = 'none: the pixels are those of the files, resized by the ImageNet site wi
     (None, dict(preprocessing=CUT, classes=kinds.CIFAR10_CLASSES, size=64)),
     ('idx', dict(preprocessing='none', classes=['0', '1'], channels=1)),
     ('idx', dict(preprocessing=CUT, classes=['0', '1'], channels=1, crop='torchvision')),
-    (None, dict(preprocessing='none', classes=['apple', 'bear'])),
+    ('files', dict(preprocessing='none', classes=['apple', 'bear'])),
     ('samples', dict(preprocessing='none: drawn as samples.json says')),
     (None, dict(preprocessing='in some other way')),
 ])
