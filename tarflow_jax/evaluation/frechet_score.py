@@ -112,15 +112,17 @@ def _distances(
 
 def _other_crop(about: dict, trained: str | None) -> str | None:
     """One sentence where the images of a file were cropped otherwise than the training set."""
-    source, theirs = about.get('source', {}), CROPS.get(about['format'])
+    theirs, whose = CROPS.get(about['format']), 'files of this suite'
+    source = about.get('source', {})
     if 'preprocessing' in source:  # of a prepared set
         theirs = kinds.of_manifest(source | {'kind': kinds.of_set(source | {'classes': None})})
-    of_photographs = (kinds.PHOTOGRAPHS, kinds.BOX_RESIZED, kinds.DOWNSAMPLED)
-    if theirs == trained or not {kinds.plain(theirs), kinds.plain(trained)} <= {*of_photographs}:
+        whose = 'the file'
+    of_photographs = {kinds.PHOTOGRAPHS, kinds.BOX_RESIZED, kinds.DOWNSAMPLED}
+    if theirs == trained or not {kinds.plain(theirs), kinds.plain(trained)} <= of_photographs:
         return None
     return (
-        f'the file is of {kinds.described(theirs)}, the training set of '
-        f'{kinds.described(trained)}: the distance measures this difference, too'
+        f'the training set holds {kinds.described(trained)}, {whose} {kinds.described(theirs)}: '
+        'the distance measures this difference, too'
     )
 
 
