@@ -4,8 +4,9 @@ The result is a rerun's of the recipe of Zhai et al. (arXiv 2412.06329) after 40
 guidance 3.4 annealed and a denoising strength of 1.4. 463M parameters. `:smoke` shrinks everything
 to seconds on a CPU.
 
-Data: folders train/ and test/ of cat/, dog/ and wild/ (the first version has val/ in place of
-test/: `--config.data.test_split=validation`), prepared with
+Data: the result is for AFHQ's images with flips, their short side resized to 256 pixels and the
+middle cropped. FOLDER holds train/ and test/ of cat/, dog/ and wild/ (the first version has val/ in
+place of test/: `--config.data.test_split=validation`):
 
     python -m tarflow_jax.data.prepare FOLDER --out=data/afhq256 --size=256
 """
@@ -19,6 +20,7 @@ def get_config(arg: str = 'cond'):
     c.model.update(image_size=256, image_channels=3, patch_size=8, width=768)
     c.model.update(layers_per_block=(8,) * 8, num_classes=3, remat='attention', dtype='bfloat16')
     c.data.update(source='prepared', path='data/afhq256', flip=True)
+    c.data.expects = ('photographs/torchvision',)
     c.train.update(batch_size=256, epochs=4000.0, noise_std=0.07)
     c.train.update(log_every=50, sample_every=2000, checkpoint_every=1000)
     c.guidance.update(weight=3.4, annealed=True)

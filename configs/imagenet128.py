@@ -5,8 +5,9 @@ guidance 1.5 annealed and a denoising strength of 0.97. 824M parameters. Their s
 4 devices (`mesh.fsdp`), so that it fits into the 16 GB of a TPU v5e. `:smoke` shrinks everything
 to seconds on a CPU.
 
-Data: ImageNet's photographs, as folders train/ and val/ of one folder per class or as the site's
-tar of tars, resized to 128 pixels on the short side and centre-cropped:
+Data: the result is for ImageNet's photographs, resized to 128 pixels on the short side and
+centre-cropped, with flips. FOLDER holds train/ and val/ with a folder per class, or the site's
+tars:
 
     python -m tarflow_jax.data.prepare FOLDER --out=data/imagenet128 --size=128
 """
@@ -20,6 +21,7 @@ def get_config(arg: str = 'cond'):
     c.model.update(image_size=128, image_channels=3, patch_size=4, width=1024)
     c.model.update(layers_per_block=(8,) * 8, num_classes=1000, remat='attention', dtype='bfloat16')
     c.data.update(source='prepared', path='data/imagenet128', test_split='validation', flip=True)
+    c.data.expects = ('photographs/torchvision',)
     c.train.update(batch_size=768, epochs=320.0, noise_std=0.15)
     c.train.update(log_every=100, sample_every=5000, checkpoint_every=2500)
     c.mesh.fsdp = 4

@@ -1,21 +1,30 @@
-"""ImageNet 64x64, the paper's 2-768-8-8 flow (patch size, width, blocks, layers per block).
+"""ImageNet at 64x64, the paper's 2-768-8-8 flow (patch size, width, blocks, layers per block).
 
     --config=configs/imagenet64.py:bpd      unconditional likelihood: 2.99 bits/dim
     --config=configs/imagenet64.py:uncond   unconditional samples: FID 18.42 (a rerun: 14.67)
     --config=configs/imagenet64.py:cond     class-conditional samples: FID 2.66 (a rerun: 4.21)
 
 The results are those reported with the original PyTorch code (Zhai et al., arXiv 2412.06329,
-tables 2 and 3), after 100 (bpd) or 200 epochs. 460M parameters, 466M with classes. `,smoke` behind
-the variant, or `:smoke` alone, shrinks everything to seconds on a CPU.
+tables 2 and 3), after 100 (bpd) or 200 epochs, with flips in all three. 460M parameters, 466M with
+classes. `,smoke` behind the variant, or `:smoke` alone, shrinks everything to seconds on a CPU.
 
-Data: the box-resized images that the ImageNet site serves today, prepared with
+Data: the results are for two different sets. That of `cond` is for ImageNet's photographs, their
+short side resized to 64 pixels and the middle cropped:
+
+    python -m tarflow_jax.data.prepare ILSVRC --size=64 --out=data/imagenet64_cropped
+
+from a folder with train/ and val/ of one folder per class, or the site's tars. Those of `bpd` and
+`uncond` are for a ready 64x64 set (`--dataset=imagenet64` there), most likely the one that the
+ImageNet site serves today, squashed to a square by a box filter and not cropped:
 
     python -m tarflow_jax.data.prepare FOLDER --out=data/imagenet64
 
-from the folder of train_data_batch_1 to 10 and val_data. Older papers score another set, which is
-not comparable; prepare it from the folder of train_64x64 and valid_64x64 (it has no labels: bpd and
-uncond only), and give `--config.data.path` its folder. What TFDS prepared as array_record works
-too: `--config.data.source=tfds --config.data.name=imagenet_resized/64x64 --config.data.path=DIR`.
+from the folder of train_data_batch_1 to 10, val_data and, for the names of the classes,
+map_clsloc.txt. Its classes are in another order than those of the photographs. Older papers score
+a third set; prepare it from the folder of train_64x64 and valid_64x64 (it has no labels). No number
+of one set can be compared with one of another, and a run on another set than its config states
+says so. What TFDS prepared as array_record works too:
+`--config.data.source=tfds --config.data.name=imagenet_resized/64x64 --config.data.path=DIR`.
 """
 
 from tarflow_jax import config as configs
@@ -28,7 +37,8 @@ def get_config(arg: str = 'cond'):
     c = configs.default()
     c.model.update(image_size=64, image_channels=3, patch_size=2, width=768)
     c.model.update(layers_per_block=(8,) * 8, num_classes=0, remat='layer')
-    c.data.update(source='prepared', path='data/imagenet64', test_split='validation')
+    c.data.update(source='prepared', path='data/imagenet64', test_split='validation', flip=True)
+    c.data.expects = ('imagenet_resized',)
     c.train.update(batch_size=256, log_every=100, sample_every=5000, checkpoint_every=2500)
     if variant == 'bpd':
         c.train.update(epochs=100.0, noise='uniform')
@@ -37,12 +47,12 @@ def get_config(arg: str = 'cond'):
         # ends with the same score was not tried.
     else:
         c.train.update(epochs=200.0, noise_std=0.05)
-        c.data.flip = True
         c.model.update(dtype='bfloat16', remat='attention')
         c.sample.update(method='auto', tolerance=0.01)  # bfloat16 rounds by as much
     if variant == 'uncond':
         c.guidance.update(weight=0.2, temperature=0.3)
     if variant == 'cond':
         c.model.num_classes = 1000
+        c.data.update(path='data/imagenet64_cropped', expects=('photographs/torchvision',))
         c.guidance.update(weight=2.3, annealed=True)
     return configs.smoke(c) if smoke else c

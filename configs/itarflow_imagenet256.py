@@ -21,7 +21,7 @@ def get_config(arg: str = 'cond'):
     c.model.update(layers_per_block=(4, 4, 4, 24), num_classes=1000, noise_conditioned=True)
     c.model.update(dtype='bfloat16', remat='attention')
     c.data.update(source='prepared', path='data/imagenet256', test_split='validation')
-    c.data.flip = True
+    c.data.update(flip=True, expects=('photographs/torchvision',))
     c.train.update(batch_size=512, epochs=600.0, floor_learning_rate=1e-5, label_dropout=0.0)
     c.train.update(noise='levels', noise_std=0.7, lowest_noise_std=0.01, weight='level')
     # The recipe keeps no average and clips nothing. The losses' weights, 0.355 on average, scale

@@ -16,10 +16,10 @@ from pathlib import Path
 import jax
 import optax
 
+from tarflow_jax import class_order, files, reporting, scoring
 from tarflow_jax import config as configs
 from tarflow_jax import convert as official
-from tarflow_jax import files, reporting, scoring
-from tarflow_jax.data import sizes
+from tarflow_jax.data import kinds, sizes
 from tarflow_jax.evaluation import bulk, sample_files, schedules
 from tarflow_jax.evaluation.scores import Subject, check_names
 from tarflow_jax.flow.parameters import is_parameter
@@ -35,11 +35,14 @@ def train(config, given) -> Callable[[], None]:
     workdir, plan, mesh = _setup(config, given)
     source = configs.source(config, 'train', plan.model)
     test_source = configs.source(config, 'test', plan.model)
-    plan = plan.with_features_of(test_source)
+    plan = plan.with_features_of(test_source).with_class_names(source.class_names)
     schedule = configs.schedule(config, source)
     sharding.check(mesh, config.train.batch_size, 'train.batch_size', config.train.accumulation)
-    checkpoints = Checkpoints(workdir, plan.model, config.to_dict())
+    classes = class_order.of_source(plan.model, source)
+    checkpoints = Checkpoints(workdir, plan.model, config.to_dict(), classes.remembered())
     _check_average(checkpoints, config)
+    if checkpoints.latest() is not None and plan.model.num_classes:
+        class_order.check_same(_classes_of(checkpoints), classes, str(checkpoints.folder))
     subject = Subject(config, plan, mesh, workdir, test_source)
     scores = scoring.prepare(subject)
     alone = jax.process_count() == 1
@@ -49,7 +52,7 @@ def train(config, given) -> Callable[[], None]:
         latest = checkpoints.latest()
         _announce(
             given.mode, plan.model, mesh,
-            data=f'{_set_name(source)}; {_set_name(test_source)}',
+            data=f'{_set_name(source)}; {_set_name(test_source)}', **_caution(config, source),
             steps=f'{schedule.total_steps} of {config.train.batch_size} images '
             f'({config.train.epochs:g} epochs), '
             + ('from the first' if latest is None else f'going on after step {latest}'),
@@ -76,11 +79,13 @@ def sample(config, given) -> Callable[[], None]:
     workdir, plan, mesh = _setup(config, given, 'input')
     if plan.model.num_features:
         plan = plan.with_features_of(configs.source(config, 'test', plan.model))
-    variables, origin = _variables(plan, workdir, given.input, mesh)
+    variables, origin, known = _variables(plan, workdir, given.input, mesh)
+    variables, known = class_order.at_hand(config.data, plan.model, variables, known, origin)
+    plan = plan.with_class_names(known.known_names)
 
     def job():
         s = config.sample
-        classes = f'class {s.label}' if s.label >= 0 else 'all classes in turn'
+        classes = plan.conditions.name(s.label) if s.label >= 0 else 'all classes in turn'
         _announce(
             given.mode, plan.model, mesh, checkpoint=origin['name'],
             samples=f'{s.count} in batches of {s.batch_size}, '
@@ -128,14 +133,16 @@ def evaluate(config, given) -> Callable[[], None]:
     """Scores the flow on the test set with config.evaluate.metrics; writes evaluation.json."""
     workdir, plan, mesh = _setup(config, given, 'input')
     source = configs.source(config, 'test', plan.model)
-    plan = plan.with_features_of(source)
+    plan = plan.with_features_of(source).with_class_names(source.class_names)
     scores = scoring.prepare(Subject(config, plan, mesh, workdir, source))
-    variables, origin = _variables(plan, workdir, given.input, mesh)
+    variables, origin, known = _variables(plan, workdir, given.input, mesh)
+    variables = class_order.in_order(plan.model, variables, known, source, origin)
     draw = functools.partial(sample_set, config, plan, variables, origin, mesh, workdir)
 
     def job():
         _announce(
             given.mode, plan.model, mesh, checkpoint=origin['name'], data=_set_name(source),
+            **_caution(config, source),
             scores=', '.join(config.evaluate.metrics) or 'none',
             output=str(workdir / 'evaluation.json'),
         )
@@ -149,15 +156,17 @@ def report(config, given) -> Callable[[], None]:
     workdir, plan, mesh = _setup(config, given)
     train_source = configs.source(config, 'train', plan.model)
     test_source = configs.source(config, 'test', plan.model)
-    plan = plan.with_features_of(test_source)
+    plan = plan.with_features_of(test_source).with_class_names(train_source.class_names)
     subject = Subject(config, plan, mesh, workdir, test_source)
     show = reporting.prepare(subject, train_source)
-    variables, origin = _variables(plan, workdir, None, mesh)
+    variables, origin, known = _variables(plan, workdir, None, mesh)
+    variables = class_order.in_order(plan.model, variables, known, train_source, origin)
 
     def job():
         _announce(
             given.mode, plan.model, mesh, checkpoint=origin['name'],
             data=f'{_set_name(train_source)}; {_set_name(test_source)}',
+            **_caution(config, train_source),
             output=str(workdir / 'report.html'),
         )
         show(variables, origin)
@@ -183,20 +192,25 @@ def convert(config, given) -> Callable[[], None]:
         if not Path(output_file).absolute().parent.is_dir():
             raise ValueError(f'--output {output_file}: its folder does not exist; create it first.')
         origin_dir = None if input_file else _workdir(given.workdir)
-        variables, origin = _variables(plan, origin_dir, input_file, mesh)
+        variables, origin, known = _variables(plan, origin_dir, input_file, mesh)
+        found, names = class_order.official_rows(known)
 
         def write():
             _announce(
                 given.mode, plan.model, mesh, checkpoint=origin['name'], output=output_file
             )
-            official.save_official(variables, plan.model, output_file)
+            official.save_official(
+                class_order.reorder(variables, found), plan.model, output_file, names
+            )
             log.info('%s is now %s', origin['name'], output_file)
 
         return write
 
     workdir = _workdir(given.workdir)
     variables = official.load_official(input_file, plan.model)
-    checkpoints = Checkpoints(workdir, plan.model, config.to_dict())
+    known, origin = _classes_in(input_file), {'name': input_file}
+    variables, known = class_order.at_hand(config.data, plan.model, variables, known, origin)
+    checkpoints = Checkpoints(workdir, plan.model, config.to_dict(), known.remembered())
     if checkpoints.latest() is not None:
         raise ValueError(
             f'{workdir} already holds a checkpoint at step {checkpoints.latest()}; choose an empty '
@@ -369,17 +383,32 @@ def _check_average(checkpoints: Checkpoints, config) -> None:
 
 
 def _variables(plan, workdir, input_file, mesh):
-    """The variables to work with, on the devices, and where they come from, as JSON values."""
+    """The variables to work with, on the devices; where they come from, as JSON values; classes."""
     if input_file:
         variables = official.load_official(input_file, plan.model)
         variables = jax.device_put(variables, sharding.shardings(variables, mesh))
+        known = _classes_in(input_file)
         with open(input_file, 'rb') as file:
             return variables, {
                 'name': input_file, 'sha256': hashlib.file_digest(file, 'sha256').hexdigest()
-            }
+            }, known
     with Checkpoints(workdir, plan.model) as checkpoints:
         variables = checkpoints.restore_variables(functools.partial(sharding.placed, mesh=mesh))
-        return variables, _at_step(checkpoints.latest(), workdir)
+        return variables, _at_step(checkpoints.latest(), workdir), _classes_of(checkpoints)
+
+
+def _classes_in(input_file: str) -> class_order.Classes:
+    return class_order.Classes(official.class_names(input_file) or class_order.SORTED)
+
+
+def _classes_of(checkpoints: Checkpoints) -> class_order.Classes:
+    data = checkpoints.about().get('data', {})
+    return class_order.Classes(data.get('class_names'), data.get('kind'))
+
+
+def _caution(config, source) -> dict[str, str]:
+    found = kinds.mismatch(config.data.expects, source.about.get('kind'))
+    return {'caution': found} if found else {}
 
 
 def _at_step(step: int, workdir) -> dict:

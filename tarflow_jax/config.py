@@ -75,6 +75,7 @@ def default() -> ConfigDict:
     d.name = ''  # of the TFDS builder
     d.train_split = 'train'
     d.test_split = 'test'
+    d.expects = ()  # kinds of sets that the stated result is for; see data.kinds
     d.flip = False  # random horizontal flips
     d.workers = 0  # processes that decode; 0 uses threads
 
@@ -170,6 +171,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
     """The config shrunk to seconds on a CPU: its recipe, on embedded images and a tiny flow."""
     c = config
     c.data.update(source='embedded', path='', name='', train_split='train', test_split='test')
+    c.data.expects = ()
     c.model.update(image_size=28, image_channels=1, patch_size=4, width=64)
     c.model.layers_per_block = (1, 1)
     c.mesh.update(data=-1, fsdp=1, tensor=1)
@@ -203,6 +205,12 @@ class Plan:
         count = min(len(source), MOST_FEATURES)
         features = np.stack([source[i]['features'] for i in range(count)])
         conditions = dataclasses.replace(self.conditions, features=features)
+        return dataclasses.replace(self, conditions=conditions)
+
+    def with_class_names(self, names) -> 'Plan':
+        """The plan whose samples are called by these names of the classes; None has none."""
+        named = names if self.model.num_classes else None
+        conditions = dataclasses.replace(self.conditions, class_names=named)
         return dataclasses.replace(self, conditions=conditions)
 
 
@@ -341,6 +349,7 @@ def source(config: ConfigDict, split: str, model: TarFlow):
         channels=model.image_channels,
         num_classes=model.num_classes,
         num_features=model.num_features,
+        every_class=split == 'train',
         what=f'the {split} set of data.source {d.source!r}',
     )
     return opened

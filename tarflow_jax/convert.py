@@ -7,10 +7,11 @@ corresponds to what: loading reads them from left to right, saving from right to
 """
 
 import collections
+import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +59,7 @@ _PRIOR = ('var', 'prior/variance', 'T (C row col)', 'T (row col C)')
 
 # No shape depends on head_dim: the official model always uses 64, files written here record it.
 _OFFICIAL_HEAD_DIM = '64'
+_CLASS_NAMES = 'class_names'
 _MAX_NAMED = 10
 
 
@@ -123,8 +125,34 @@ def load_official(path: str | os.PathLike[str], model: TarFlow) -> dict[str, Any
     return traverse_util.unflatten_dict(copies, sep='/')
 
 
+def class_names(path: str | os.PathLike[str]) -> list[str] | None:
+    """The names of the classes by label that `save_official` kept in a file; None without.
+
+    The official code keeps none: it numbers classes in the order of their sorted names.
+
+    Raises:
+      ValueError: if what the file keeps is no list of names.
+    """
+    if Path(path).suffix != '.safetensors':
+        return None
+    with safetensors.safe_open(path, framework='numpy') as file:
+        text = (file.metadata() or {}).get(_CLASS_NAMES)
+    if text is None:
+        return None
+    try:
+        names = json.loads(text)
+    except ValueError:
+        names = None
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(
+            f'{path}: {_CLASS_NAMES} is {text[:60]!r}, no list of names; save it again.'
+        )
+    return names
+
+
 def save_official(
-    variables: Variables, model: TarFlow, path: str | os.PathLike[str]
+    variables: Variables, model: TarFlow, path: str | os.PathLike[str],
+    class_names: Sequence[str] | None = None,
 ) -> None:
     """Writes the variables under the official names, for `load_state_dict` of the official model.
 
@@ -137,6 +165,7 @@ def save_official(
       variables: the tree of `model.init`, float32, numpy or JAX arrays.
       model: the `TarFlow` that the variables belong to.
       path: ends with `.safetensors`; an existing file is replaced.
+      class_names: by label, to be kept in the file; None keeps none.
     Raises:
       FileNotFoundError: if the folder of `path` does not exist.
       ValueError: if `path` ends otherwise, or any leaf is missing, unknown, of another shape or
@@ -167,7 +196,10 @@ def save_official(
         leaf = leaves[row.path] if row.layer is None else leaves[row.path][row.layer]
         tensor = _rearrange(leaf, row.axes, row.official_axes, sizes)
         tensors[row.official] = np.ascontiguousarray(tensor)
-    data = safetensors.numpy.save(tensors, metadata={'head_dim': str(model.head_dim)})
+    metadata = {'head_dim': str(model.head_dim)}
+    if class_names is not None:
+        metadata[_CLASS_NAMES] = json.dumps(list(class_names))
+    data = safetensors.numpy.save(tensors, metadata=metadata)
     with files.replacing(path) as file:  # safetensors' own files only their owner may read
         file.write(data)
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from tarflow_jax import files, scoring
+from tarflow_jax.data import kinds
 from tarflow_jax.evaluation.over_set import evenly_spaced, images_of
 from tarflow_jax.evaluation.report import drawn, measured
 from tarflow_jax.evaluation.scores import Subject
@@ -70,6 +71,7 @@ def _collect(s: Subject, train, variables, origin) -> dict:
         'title': f'Report of {s.workdir.absolute().name}',
         'origin': origin,
         'model': architecture(plan.model),
+        'class_names': plan.conditions.class_names,
         'positions': plan.model.token_shape[0],
         'noise_std': plan.recipe.gaussian_noise_std,
         'lowest_noise_std': plan.recipe.scored_noise_std or plan.recipe.gaussian_noise_std,
@@ -78,6 +80,7 @@ def _collect(s: Subject, train, variables, origin) -> dict:
             name: source.about | {'images': len(source)}
             for name, source in (('train', train), ('test', s.test))
         },
+        'caution': kinds.mismatch(s.config.data.expects, train.about.get('kind')),
         'metrics': metrics.read(s.workdir),
         'evaluation': scoring.read(s.workdir),
         'drawn': samples,

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from tarflow_jax import files
+from tarflow_jax.data import kinds
 from tarflow_jax.evaluation.scores import SCORES, Subject
 from tarflow_jax.evaluation.versions import versions
 
@@ -47,8 +48,10 @@ def prepare(subject: Subject) -> Callable:
 def about(subject: Subject) -> dict:
     """All it takes to repeat an evaluation beside the checkpoint, as JSON values."""
     devices = subject.mesh.devices.ravel()
+    data = {'images': len(subject.test)} | subject.test.about
+    caution = kinds.mismatch(subject.config.data.expects, data.get('kind'))
     return {
-        'data': {'images': len(subject.test)} | subject.test.about,
+        'data': data | ({'caution': caution} if caution else {}),
         'seed': subject.config.seed,
         'config': subject.config.to_dict(),
         'versions': versions(),
@@ -88,7 +91,12 @@ def _plain(value):
 
 def table(report: dict) -> list[str]:
     """Lines of two columns, from a report as `write` takes it."""
-    rows = [('checkpoint', report['checkpoint']['name']), ('test set', _set_name(report['data']))]
+    data = report['data']
+    rows = [('checkpoint', report['checkpoint']['name']), ('test set', _set_name(data))]
+    if 'kind' in data:
+        rows.append(('kind of images', kinds.described(data['kind'])))
+    if 'caution' in data:
+        rows.append(('caution', data['caution']))
     for name, result in report['scores'].items():
         rows += [('', ''), *SCORES[name].rows(result)]
     width = max(len(name) for name, _ in rows)

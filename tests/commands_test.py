@@ -14,11 +14,13 @@ from parity_cases import Case
 
 from tarflow_jax import config as configs
 from tarflow_jax import convert as official
+from tarflow_jax import main
 from tarflow_jax.data import pipeline, sources
 from tarflow_jax.evaluation import bits_per_dim, bulk, sample_files, sample_parts
 from tarflow_jax.flow.likelihood import training_loss
 from tarflow_jax.torch_file import read_torch_file
 from tarflow_jax.training import loop
+from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.corruption import Recipe, corrupt
 
 
@@ -189,6 +191,49 @@ def test_official_tensors_come_back(converted, images, tmp_path, source):
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         np.testing.assert_array_equal(found[name], tensor)
+
+
+def set_of_classes(folder, names, kind='imagenet_resized'):
+    """The fields of a prepared set, of which there is no more than what names its classes."""
+    folder.mkdir()
+    (folder / 'manifest.json').write_text(json.dumps(
+        {'format': 1, 'kind': kind, 'classes': names, 'image': {'size': 16, 'channels': 1}}
+    ))
+    return dict(COND_GRAY, data__source='prepared', data__path=str(folder))
+
+
+def test_an_official_checkpoint_meets_classes_in_another_order(tmp_path, capfd):
+    names = ['n3', 'n1', 'n5', 'n2', 'n4']
+    fields, workdir = set_of_classes(tmp_path / 'set', names), tmp_path / 'run'
+    given = [*flags(workdir, **fields), '--mode=convert']
+    assert call(*given, f'--input={OFFICIAL}') == 0
+    assert 'put into the order of the set' in capfd.readouterr().err
+    model = configs.plan(main._parse(['main', *given]).config).model
+    wanted = official.load_official(OFFICIAL, model)['params']['block_1']['class_embedding']
+    with Checkpoints(workdir, model) as checkpoints:
+        assert checkpoints.about()['data'] == {'class_names': names, 'kind': 'imagenet_resized'}
+        found = checkpoints.restore_variables(lambda tree: jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            ), tree,
+        ))['params']['block_1']['class_embedding']
+    np.testing.assert_array_equal(found, wanted[[2, 0, 4, 1, 3]])  # n3 is the third by name
+    # Out again it has the official order, and says which.
+    output = tmp_path / 'out.safetensors'
+    assert call(*given, f'--output={output}') == 0
+    again = official.load_official(output, model)['params']['block_1']['class_embedding']
+    np.testing.assert_array_equal(again, wanted)
+    assert official.class_names(output) == sorted(names)
+
+
+def test_a_set_that_does_not_name_its_classes(tmp_path, capfd):
+    fields = set_of_classes(tmp_path / 'set', ['1', '2', '3', '4', '5'])
+    for mode in ('convert', 'sample'):
+        given = [*flags(tmp_path / 'run', **fields), f'--mode={mode}', f'--input={OFFICIAL}']
+        assert call(*given) == 2
+        [line] = capfd.readouterr().err.splitlines()
+        assert str(OFFICIAL) in line and 'map_clsloc.txt' in line
+    assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.slow

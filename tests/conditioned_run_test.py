@@ -144,9 +144,55 @@ def test_scores(workdir, command):
 def test_report(workdir, command):
     assert call(*command(workdir), '--mode=report') == 0
     page = (workdir / 'report.html').read_text()
-    assert 'as drawn, then denoised' in page and 'class 1' in page
-    assert '2 samples (class 0, class 1), each at 4 noise levels from 0.5 to 0' in page
+    assert 'as drawn, then denoised' in page and 'samples, dog' in page
+    assert 'photographs, resized and cropped as torchvision does' in page
+    assert '2 samples (cat, dog), each at 4 noise levels from 0.5 to 0' in page
     assert '16x8 pixels, 3 channel(s), patches of 4x4' in page
+
+
+def renamed(prepared, folder, names):
+    """The same images and labels, of classes with other names; its fields."""
+    shutil.copytree(prepared, folder)
+    manifest = json.loads((folder / 'manifest.json').read_text())
+    (folder / 'manifest.json').write_text(json.dumps(manifest | {'classes': names}))
+    return [f'--config.data.path={folder}']
+
+
+def test_classes_in_another_order(workdir, command, prepared, tmp_path, capfd):
+    assert Checkpoints(workdir, MODEL).about()['data'] == {
+        'class_names': ['cat', 'dog'], 'kind': 'photographs/torchvision'
+    }
+    given = command(workdir, evaluate__metrics='("classification",)')
+    assert call(*given, '--mode=evaluate') == 0
+    wanted = json.loads((workdir / 'evaluation.json').read_text())
+    assert 'least accurate classes' in capfd.readouterr().out
+    other = renamed(prepared, tmp_path / 'other', ['dog', 'cat'])
+    given = [flag for flag in given if not flag.startswith('--config.data.path')] + other
+    assert call(*given, '--mode=evaluate') == 0
+    assert 'put into the order of the set' in capfd.readouterr().err
+    found = json.loads((workdir / 'evaluation.json').read_text())
+    assert found['checkpoint'] == wanted['checkpoint'] | {
+        'class_order': 'changed to that of the set'
+    }
+    accuracy = [r['scores']['classification']['accuracy'] for r in (wanted, found)]
+    assert sum(accuracy) == pytest.approx(1)
+    # What is trained on goes on with its own classes alone.
+    assert call(*given, '--config.train.epochs=2') == 2
+    assert 'in another order than the set of data.path' in capfd.readouterr().err
+    fish = renamed(prepared, tmp_path / 'fish', ['cat', 'fish'])
+    assert call(*given[:-1], *fish, '--mode=evaluate') == 2
+    assert "('dog' is only among the first, 'fish' among" in capfd.readouterr().err
+
+
+def test_a_set_that_the_result_is_not_for(workdir, command, capfd):
+    given = command(workdir, data__expects='("imagenet_resized",)',
+                    evaluate__metrics='("bits_per_dim",)')
+    assert call(*given, '--mode=evaluate') == 0
+    printed = capfd.readouterr()
+    for text in (printed.err, printed.out):
+        assert 'do not compare their numbers' in text
+    data = json.loads((workdir / 'evaluation.json').read_text())['data']
+    assert data['kind'] == 'photographs/torchvision' and 'this set holds' in data['caution']
 
 
 def test_a_config_without_noise_levels_is_refused(workdir, command, capfd):

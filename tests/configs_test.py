@@ -12,6 +12,7 @@ from command_line import ROOT, call, metrics
 from ml_collections import ConfigDict
 
 from tarflow_jax import config as configs
+from tarflow_jax.training.metrics import model_flops
 from tarflow_jax.training.state import abstract_state, parameter_count
 
 FILES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
@@ -29,6 +30,14 @@ ITARFLOWS = {
     'itarflow_imagenet128:cond': (0.5, 450, 0.1, 3.7, 50),
     'itarflow_imagenet256:cond': (0.7, 600, 0.0, 4.2, 70),
 }
+CROPPED = ('photographs/torchvision',)
+DATA = {
+    'imagenet64:bpd': ('data/imagenet64', ('imagenet_resized',)),
+    'imagenet64:uncond': ('data/imagenet64', ('imagenet_resized',)),
+    'imagenet64:cond': ('data/imagenet64_cropped', CROPPED),
+    'imagenet128:cond': ('data/imagenet128', CROPPED),
+    'afhq256:cond': ('data/afhq256', CROPPED),
+}
 # Image size, patch size, width, classes, dtype, parameters; 8 blocks of 8 layers, of an iTARFlow 3
 # of 4 and one of 24.
 MODELS = {
@@ -43,8 +52,8 @@ MODELS = {
 }
 SMOKES = [
     'imagenet64:bpd,smoke', 'imagenet64:uncond,smoke', 'imagenet64:cond,smoke',
-    'imagenet128:smoke', 'afhq256:smoke', 'colour64:smoke', 'itarflow_imagenet64:smoke',
-    'itarflow_imagenet128:smoke', 'itarflow_imagenet256:smoke',
+    'imagenet128:smoke', 'afhq256:smoke', 'colour64:smoke', 'cifar10:smoke', 'cifar10:cond,smoke',
+    'itarflow_imagenet64:smoke', 'itarflow_imagenet128:smoke', 'itarflow_imagenet256:smoke',
 ]
 # Of each kind of flow one; the kinds are those of the first three.
 REPORTED = SMOKES[:3]
@@ -63,7 +72,8 @@ def get(name):
 
 
 def test_every_file_is_in_these_tables():
-    named = {name.partition(':')[0] for name in MODELS} | {'fashion_mnist', 'colour64'}
+    named = {name.partition(':')[0] for name in MODELS}
+    named |= {'fashion_mnist', 'itarflow_fashion_mnist', 'colour64', 'cifar10'}
     assert named == set(FILES)
 
 
@@ -80,7 +90,8 @@ def test_recipe(name):
     assert (t.peak_learning_rate, t.floor_learning_rate, t.warmup_epochs) == (1e-4, 1e-6, 1.0)
     assert (t.b1, t.b2, t.eps, t.weight_decay, t.label_dropout) == (0.9, 0.95, 1e-8, 1e-4, 0.1)
     assert t.ema_decay > 0 and t.clip_norm > 0
-    assert c.data.flip == (noise == 'gaussian')
+    assert c.data.flip
+    assert (c.data.path, tuple(c.data.expects)) == DATA[name]
 
 
 @pytest.mark.parametrize('name', ITARFLOWS)
@@ -96,7 +107,8 @@ def test_recipe_of_an_itarflow(name):
     assert (g.annealed, g.blocks, g.temperature) == (True, None, 1.0)
     assert len(plan.denoising.levels) == steps and not plan.denoising.clip
     assert plan.denoising.levels == pytest.approx(np.linspace(highest, 0.01, steps))
-    assert plan.denoising.solver == 'ode' and c.data.flip
+    assert plan.denoising.solver == 'ode'
+    assert c.data.flip and tuple(c.data.expects) == CROPPED
     schedule = configs.schedule(c, range(1_281_167))
     assert (schedule.steps_per_epoch, schedule.total_steps) == (2502, epochs * 2502)
     # The first update at 1e-5, linear over one epoch, and back down to 1e-5.
@@ -135,7 +147,24 @@ def test_quickstart():
     assert parameter_count(state) < 5_000_000
 
 
-@pytest.mark.parametrize('name', ['fashion_mnist', *MODELS, *SMOKES])
+@pytest.mark.parametrize('variant, noise, classes', [('bpd', 'uniform', 0), ('cond', 'gaussian', 10)])
+def test_cifar10(variant, noise, classes):
+    c = get(f'cifar10:{variant}')
+    plan = configs.plan(c)
+    model = plan.model
+    assert model.image_shape == (32, 32, 3) and model.token_shape == (256, 12)
+    assert (plan.recipe.noise, model.num_classes) == (noise, classes)
+    assert c.data.flip and tuple(c.data.expects) == ('cifar10',)
+    state = abstract_state(model, configs.optimizer(c, lambda k: 1e-4), ema=True)
+    assert 25e6 < parameter_count(state) < 27e6
+    steps = configs.schedule(c, range(50_000)).total_steps
+    doc = module('cifar10').__doc__
+    assert f'{steps:,} steps' in doc
+    assert f'{model_flops(model) * steps * c.train.batch_size:.1e}'.replace('e+', 'e') in doc
+    assert get('cifar10') == get('cifar10:bpd')
+
+
+@pytest.mark.parametrize('name', ['fashion_mnist', 'itarflow_fashion_mnist', *MODELS, *SMOKES])
 def test_no_field_that_is_not_in_the_defaults(name):
     def shape(c):
         return {k: shape(v) if isinstance(v, ConfigDict) else type(v) for k, v in c.items()}
@@ -191,7 +220,7 @@ def test_smoke_variant_runs(name, tmp_path):
         return
     report = (tmp_path / 'report.html').read_text()
     assert ('as drawn, then denoised' in report) == (full.train.noise != 'uniform')
-    assert ('class 0' in report) == (full.model.num_classes > 0)
+    assert ('T-shirt' in report) == (full.model.num_classes > 0)
 
 
 def test_schedule_counts_steps():

@@ -192,6 +192,19 @@ def test_round_trip_of_uneven_blocks_and_small_heads(tmp_path, volume_preserving
     assert (saved['var'] == 1).all() != volume_preserving
 
 
+def test_names_of_classes_are_kept(tmp_path):
+    model, path = small(), tmp_path / 'a.safetensors'
+    variables = random_variables(model)
+    convert.save_official(variables, model, path, ['n3', 'n1', 'n2'])
+    assert convert.class_names(path) == ['n3', 'n1', 'n2']
+    assert_identical(convert.load_official(path, model), variables)
+    convert.save_official(variables, model, path)
+    assert convert.class_names(path) is None
+    assert convert.class_names(PARITY / 'cond_gray' / 'model.pth') is None
+    safetensors.numpy.save_file({}, path, {'class_names': '["n1", 2]'})
+    assert 'no list of names' in refusal(convert.class_names, path)
+
+
 @pytest.mark.parametrize('fields, name', [
     ({'scale': 'softplus'}, 'scale'), ({'first_token': 'start'}, 'first_token'),
     ({'num_features': 2}, 'num_features'), ({'scale_limit': 3.0}, 'scale_limit'),

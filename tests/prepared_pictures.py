@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 import tarfile
 
 import numpy as np
@@ -54,6 +55,16 @@ def elements(out, split):
             np.testing.assert_array_equal(element['features'], theirs[i]['features'])
             assert element['features'].dtype == theirs[i]['features'].dtype == np.float32
     return np.stack([e['image'] for e in read]), [int(e['label']) for e in read]
+
+
+def write_batches(folder, count=3):
+    """A folder as the ImageNet site serves it."""
+    folder.mkdir()
+    for k, name in enumerate([f'train_data_batch_{k}' for k in range(1, 11)] + ['val_data']):
+        data = np.stack([picture(10 * k + i).transpose(2, 0, 1).ravel() for i in range(count)])
+        (folder / name).write_bytes(pickle.dumps({'data': data, 'labels': [1000, k + 1, 1]}))
+    rows = [f'n{k:08d} {k} thing' for k in range(1, 1001)]
+    (folder / 'map_clsloc.txt').write_text('\n'.join(rows))
 
 
 def pack(folder, path, name='.'):

@@ -180,6 +180,8 @@ def test_frechet_distance(workdir, images, tmp_path, capsys):
         ('frechet', {'evaluate__frechet__weights': '/nosuch.pth'}, ['/nosuch.pth']),
         ('frechet', {'evaluate__frechet__references': '("/nosuch.npz",)'}, ['/nosuch.npz']),
         ('frechet', {'evaluate__frechet__samples': '/nosuch.npz'}, ['/nosuch.npz']),
+        ('frechet', {'evaluate__frechet__samples': 'large.npz'},
+         ['large.npz holds images [32, 32, 3]', 'the training set [16, 16, 1]']),
         ('frechet', {'evaluate__frechet__neighbours': 5}, ['evaluate.frechet.neighbours 5']),
         ('frechet', {'sample__count': 3}, ['3 samples and 48 training images']),
         ('outliers', {'evaluate__outliers__source': 'folder'}, ['folder']),
@@ -187,7 +189,9 @@ def test_frechet_distance(workdir, images, tmp_path, capsys):
         ('round_trip', {'evaluate__round_trip_images': 0}, ['evaluate.round_trip_images 0']),
     ],
 )
-def test_what_is_refused(workdir, images, capfd, metric, fields, words):
+def test_what_is_refused(workdir, images, tmp_path, monkeypatch, capfd, metric, fields, words):
+    monkeypatch.chdir(tmp_path)
+    np.savez('large.npz', arr_0=np.zeros((13, 32, 32, 3), np.uint8))
     before = files(workdir)
     assert evaluate(workdir, images, metric, **fields) == 2
     [line] = capfd.readouterr().err.splitlines()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from tarflow_jax.data import sizes
+from tarflow_jax.data import kinds, sizes
 
 FILE = 'manifest.json'
 FORMAT = 1
@@ -45,7 +45,7 @@ def is_local(folder: epath.Path) -> bool:
 
 
 def read(folder: epath.Path) -> dict[str, Any] | None:
-    """The manifest; None if there is none.
+    """The manifest; None if there is none. Those of earlier versions get their kind here.
 
     Raises:
         ValueError: it is damaged, or another version of this package wrote it.
@@ -65,6 +65,7 @@ def read(folder: epath.Path) -> dict[str, Any] | None:
             f'{path} has the format {manifest["format"]}, and this version reads {FORMAT}; prepare '
             'the set again with this version, in another folder.'
         )
+    manifest.setdefault('kind', kinds.of_set(manifest))
     return manifest
 
 

@@ -40,7 +40,7 @@ from etils import epath
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tarflow_jax import __version__
-from tarflow_jax.data import feature_files, originals, shards, sizes
+from tarflow_jax.data import feature_files, kinds, originals, shards, sizes
 from tarflow_jax.data import manifest as manifests
 from tarflow_jax.data.cores import available_cores
 
@@ -135,7 +135,8 @@ def prepare(source: str, out: str, *, size: int | tuple[int, int] | None = None,
             else:
                 told = _write_rest(folder, key, places, write, strict, progress)
                 done[key] = _entry(key, part, plans[key], told)
-    whole = {'format': manifests.FORMAT, **settings, 'splits': dict(sorted(done.items()))}
+    kind, splits = kinds.of_set(settings), dict(sorted(done.items()))
+    whole = {'format': manifests.FORMAT, **settings, 'kind': kind, 'splits': splits}
     if whole != before:
         manifests.write(folder, whole)
     log.info(
@@ -150,7 +151,7 @@ def prepare(source: str, out: str, *, size: int | tuple[int, int] | None = None,
 
 
 def _settings(found: originals.Originals) -> dict[str, Any]:
-    """What all splits of a set have in common."""
+    """What all splits of a set have in common, but for its kind, which follows from these."""
     plain = re.sub(r'[^a-z0-9]+', '_', found.dataset.partition(' (')[0].lower()).strip('_')
     settings = {
         'dataset': found.dataset,

@@ -10,6 +10,7 @@ import numpy as np
 from array_record.python import array_record_data_source, array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
+from tarflow_jax.data import kinds
 from tarflow_jax.data import manifest as manifests
 from tarflow_jax.data.png import read_png
 
@@ -26,10 +27,13 @@ class PreparedSource:
     A worker process that it is sent to opens the files itself, and does not check them again.
     """
 
-    def __init__(self, shards: list[tuple[str, int]], about: dict):
+    def __init__(
+        self, shards: list[tuple[str, int]], about: dict, class_names: list[str] | None = None
+    ):
         """Shards are their path and number of records."""
         self._shards = shards
         self.about = about
+        self.class_names = class_names
         self._records = array_record_data_source.ArrayRecordDataSource(
             [f'{path}[0:{records}]' for path, records in shards if records]
         )
@@ -47,7 +51,7 @@ class PreparedSource:
         return element
 
     def __reduce__(self):
-        return PreparedSource, (self._shards, self.about)
+        return PreparedSource, (self._shards, self.about, self.class_names)
 
 
 def prepared_source(folder: str, split: str, verify: tuple[int, int] = (0, 1)) -> PreparedSource:
@@ -65,15 +69,7 @@ def prepared_source(folder: str, split: str, verify: tuple[int, int] = (0, 1)) -
         FileNotFoundError: there is no prepared set in the folder.
         ValueError: the set has no such split, or a shard is missing or damaged.
     """
-    if not folder:
-        raise ValueError('data.path is empty; set it to the folder that was prepared.')
-    path = manifests.folder_path(folder)
-    manifest = manifests.read(path)
-    if manifest is None:
-        raise FileNotFoundError(
-            f'{folder} has no {manifests.FILE}; prepare a set with `python -m '
-            f'tarflow_jax.data.prepare SOURCE --out={folder}`, or correct data.path.'
-        )
+    path, manifest = _opened(folder)
     if split not in manifest['splits']:
         raise ValueError(
             f'{folder} has no split {split!r}; choose one of {", ".join(manifest["splits"])}, or '
@@ -98,6 +94,7 @@ def prepared_source(folder: str, split: str, verify: tuple[int, int] = (0, 1)) -
         )
     about = {
         'dataset': manifest['dataset'],
+        'kind': kinds.of_manifest(manifest),
         'split': split,
         'images': entry['images'],
         'skipped': entry['skipped']['count'],
@@ -109,7 +106,31 @@ def prepared_source(folder: str, split: str, verify: tuple[int, int] = (0, 1)) -
     if 'features' in manifest:
         about['features'] = manifest['features']
     shards = [(os.fspath(path / shard['name']), shard['records']) for shard in entry['shards']]
-    return PreparedSource(shards, about)
+    return PreparedSource(shards, about, kinds.class_names(manifest))
+
+
+def classes(folder: str) -> tuple[list[str] | None, str | None]:
+    """Names of a set's classes by label and its kind, see `kinds`, without opening its shards.
+
+    Raises:
+        FileNotFoundError: there is no prepared set in the folder.
+        ValueError: its manifest is damaged.
+    """
+    _, manifest = _opened(folder)
+    return kinds.class_names(manifest), kinds.of_manifest(manifest)
+
+
+def _opened(folder: str):
+    if not folder:
+        raise ValueError('data.path is empty; set it to the folder that was prepared.')
+    path = manifests.folder_path(folder)
+    manifest = manifests.read(path)
+    if manifest is None:
+        raise FileNotFoundError(
+            f'{folder} has no {manifests.FILE}; prepare a set with `python -m '
+            f'tarflow_jax.data.prepare SOURCE --out={folder}`, or correct data.path.'
+        )
+    return path, manifest
 
 
 def _miscounted(folder, entry: dict) -> dict[str, str]:

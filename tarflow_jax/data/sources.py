@@ -3,8 +3,8 @@
 A source has `len(source)` and `source[i] -> {'image': uint8 [H,W,C], 'label': int32 scalar}`, which
 is what Grain reads from; where the set has features of its images, 'features': float32 [F] comes
 beside them. Images stay uint8: they are scaled and dequantised on the device. Its `about` is a dict
-for JSON that says which images these are: 'dataset', 'split', 'images' and more, such as
-'features', their names.
+for JSON that says which images these are: 'dataset', 'kind' (see `kinds`), 'split', 'images' and
+more, such as 'features', their names. Its `class_names` are those of its classes by label, or None.
 """
 
 import contextlib
@@ -16,11 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
-from tarflow_jax.data import sizes
+from tarflow_jax.data import kinds, sizes
 from tarflow_jax.data.idx import read_idx
 
 EMBEDDED_FOLDER = Path(__file__).parent / 'embedded'
 IDX_PREFIXES = {'train': 'train', 'test': 't10k'}
+FASHION_MNIST = [
+    'T-shirt', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt', 'sneaker', 'bag',
+    'ankle boot',
+]
 
 
 def load(kind, split, *, path='', name='', verify=(0, 1)):
@@ -59,7 +63,28 @@ def load(kind, split, *, path='', name='', verify=(0, 1)):
     return openers[kind]()
 
 
-def check(source, *, image_size, channels, num_classes, what, num_features=0):
+def classes(kind, *, path='', name=''):
+    """Names of the classes of a set by label, or None, and its kind; does not read its images.
+
+    Args:
+        kind, path, name: as for `load`, of a set that `load` opens.
+
+    Raises:
+        FileNotFoundError, ValueError: the set is not there or damaged.
+    """
+    if kind == 'embedded':
+        return FASHION_MNIST, kinds.EMBEDDED
+    if kind == 'prepared':
+        from tarflow_jax.data import prepared
+
+        return prepared.classes(path)
+    if kind == 'tfds':
+        source = tfds_source(name, 'train', path)
+        return source.class_names, source.about['kind']
+    return None, kinds.IDX
+
+
+def check(source, *, image_size, channels, num_classes, what, num_features=0, every_class=False):
     """Refuses a source that does not fit the model.
 
     Looks at the first image, and at every label where they are in memory; else at the first label
@@ -72,6 +97,7 @@ def check(source, *, image_size, channels, num_classes, what, num_features=0):
         num_classes: classes the model knows; 0 ignores the labels.
         what: what to call the source in an error, such as 'the training set'.
         num_features: features of an image the model takes; 0 ignores those of the source.
+        every_class: whether the labels must go up to the last class, as those of a training set.
 
     Raises:
         ValueError: the source is empty, or its images, labels or features do not fit.
@@ -91,16 +117,23 @@ def check(source, *, image_size, channels, num_classes, what, num_features=0):
         _check_features(first.get('features'), num_features, what)
     if num_classes == 0:
         return
+    known = len(source.class_names or ()) or source.about.get('classes')
     if isinstance(source, InMemory):
         labels = source.label_N
+        known = known or (every_class and labels.max() + 1)
     else:
-        labels = np.array([first['label'], (source.about.get('classes') or 1) - 1])
+        labels = np.array([first['label'], (known or 1) - 1])
     wrong = labels[(labels < 0) | (labels >= num_classes)]
     if wrong.size:
         raise ValueError(
             f'{what} holds the label {wrong[0]}, but model.num_classes = {num_classes} takes '
             f'0 to {num_classes - 1} (-1 means unlabelled); set model.num_classes to the number '
             'of classes of the set, or to 0 to ignore labels.'
+        )
+    if known and known < num_classes:
+        raise ValueError(
+            f'model.num_classes = {num_classes}, but {what} has {known} classes, and the others '
+            f'would stay untrained; set model.num_classes to {known}.'
         )
 
 
@@ -131,6 +164,7 @@ class InMemory:
     image_NxHxWxC: np.ndarray
     label_N: np.ndarray
     about: dict = field(default_factory=dict)
+    class_names: list[str] | None = None
 
     def __len__(self):
         return len(self.image_NxHxWxC)
@@ -146,7 +180,8 @@ def embedded(split):
         ValueError: the split is neither 'train' nor 'test'.
     """
     source = idx_folder(EMBEDDED_FOLDER, split)
-    return replace(source, about=source.about | {'dataset': 'embedded part of Fashion-MNIST'})
+    about = {'dataset': 'embedded part of Fashion-MNIST', 'kind': kinds.EMBEDDED}
+    return replace(source, about=source.about | about, class_names=FASHION_MNIST)
 
 
 def idx_folder(path, split):
@@ -181,6 +216,7 @@ def idx_folder(path, split):
     image_NxHxWxC = image[..., None] if image.ndim == 3 else image
     about = {
         'dataset': Path(path).absolute().name,
+        'kind': kinds.IDX,
         'split': split,
         'images': len(image),
         'pixels_sha256': hashlib.sha256(image.tobytes()).hexdigest(),
@@ -214,11 +250,16 @@ class TfdsSource:
         name, split, _ = recipe
         self.about = {
             'dataset': name,
+            'kind': kinds.of_tfds(name),
             'split': split,
             'images': len(examples),
             'version': str(examples.dataset_info.version),
         }
-        size = _vector_size(examples.dataset_info.features)
+        features = examples.dataset_info.features
+        names = getattr(features['label'], 'names', None) if 'label' in features else None
+        numbers = [str(k) for k in range(len(names or ()))]  # what TFDS calls classes without names
+        self.class_names = None if names in (None, numbers) else list(names)
+        size = _vector_size(features)
         if size is not None:
             self.about['features'] = [str(k) for k in range(size)]
 

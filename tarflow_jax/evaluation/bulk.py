@@ -168,8 +168,7 @@ def draw_set(
                 raise Stopped(code)
     if writes and (about['count'] < count or about['format'] != file_format):
         count = max(count, about['count'])
-        labels = plan.conditions.labels(np.arange(count))
-        _assemble(folder, stretches, labels, model.num_classes, (count, *shape), about | {
+        _assemble(folder, stretches, plan.conditions, (count, *shape), about | {
             'fingerprint': fingerprint, 'count': count, 'format': file_format,
             'versions': versions(),
         })
@@ -262,18 +261,20 @@ def _draw(plan, variables, key, mesh, batch_size, schedule, progress, numbers) -
 # The result.
 
 
-def _assemble(folder: Path, stretches, labels, classes: int, shape, about: dict) -> None:
+def _assemble(folder: Path, stretches, conditions, shape, about: dict) -> None:
     """Makes the finished set of the stretches, then removes the parts that are in it.
 
     `about` is what `samples.json` is to say, with the totals of the images that had been finished.
     """
     path = sample_files.images_path(folder, about)
     pixels = sample_parts.in_order(stretches, shape[0], about)
+    labels = conditions.labels(np.arange(shape[0]))
     if about['format'] == 'npz':
         sample_files.write_npz(path, pixels, shape, labels)
     else:
-        sample_files.write_array_record(path, pixels, shape, labels, classes)
-    _write_sheets(folder, sample_files.open_samples(path))
+        names = conditions.class_names or [str(k) for k in range(conditions.num_classes)]
+        sample_files.write_array_record(path, pixels, shape, labels, names)
+    _write_sheets(folder, sample_files.open_samples(path), conditions)
     files.write_text(
         folder / sample_files.ABOUT, json.dumps(about, indent=2, sort_keys=True) + '\n'
     )
@@ -286,11 +287,10 @@ def _assemble(folder: Path, stretches, labels, classes: int, shape, about: dict)
     sample_parts.remove(folder, stretches, shape[0])
 
 
-def _write_sheets(folder: Path, source) -> None:
+def _write_sheets(folder: Path, source, conditions) -> None:
     """Pictures of the first images, a hundred on each."""
     count = min(len(source), SHEETS * PER_SHEET)
     for first in range(0, count, PER_SHEET):
         numbers = range(first, min(first + PER_SHEET, count))
-        sheet = pictures.grid(images_of(source, numbers), 10)
-        scale = 2 if source[0]['image'].shape[0] < 128 else 1
-        pictures.save_png(folder / f'sheet_{first:06d}.png', sheet, scale)
+        sheet = pictures.sheet(images_of(source, numbers), 10, conditions.captions(numbers))
+        pictures.save_png(folder / f'sheet_{first:06d}.png', sheet)

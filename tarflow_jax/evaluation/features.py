@@ -97,8 +97,10 @@ def cached_statistics(
     without `about` is computed each time. Of several processes the first reads and writes, so
     the folder may be on its own disk; all must call this, and all get the statistics.
     """
+    # The kind follows from the rest, and files of version 0.1 do not have it.
+    known = getattr(source, 'about', {})
     about = {
-        'source': getattr(source, 'about', {}),
+        'source': {name: value for name, value in known.items() if name != 'kind'},
         'images': len(source),
         'network': network.about,
         'flip': flip,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tarflow_jax.data import kinds
 from tarflow_jax.evaluation import features, networks, sample_files, statistics_files
 from tarflow_jax.evaluation.frechet import Statistics, frechet_distance
 from tarflow_jax.evaluation.over_set import evenly_spaced
@@ -21,6 +22,8 @@ FORMATS = {
     'torchmetrics': 'file of torchmetrics',
     'tarflow_jax': 'file of tarflow_jax',
 }
+# How the images of these files were cropped, in the suites that publish them.
+CROPS = {'adm': f'{kinds.PHOTOGRAPHS}/adm', 'edm': f'{kinds.PHOTOGRAPHS}/edm'}
 NEIGHBOURS = 5  # of density and coverage; precision and recall take 3
 
 
@@ -38,6 +41,12 @@ def prepare(s) -> Callable:
                 'evaluate.frechet.network that they were made with.'
             )
     ready = sample_files.open_samples(f.samples) if f.samples else None
+    if ready is not None and ready[0]['image'].shape != train[0]['image'].shape:
+        raise ValueError(
+            f'evaluate.frechet.samples {f.samples} holds images {list(ready[0]["image"].shape)}, '
+            f'and the training set {list(train[0]["image"].shape)}; give samples of the size of '
+            'the set, or the set that they were trained on.'
+        )
     count = s.config.sample.count if ready is None else len(ready)
     keep = min(f.neighbours, count, len(train))
     if keep <= NEIGHBOURS:
@@ -63,7 +72,7 @@ def prepare(s) -> Callable:
                 folder, network, train, flip=name == 'train_flipped', seed=s.config.seed,
                 what=name, **options,
             )
-            rows.append(_distances(name, generated, floor, reference))
+            rows.append(_distances(name, generated, floor, reference, train.about.get('kind')))
         real = np.concatenate([
             found['pooled'] for found in features.features_of(
                 network, evenly_spaced(train, keep), what='training set', **options
@@ -82,7 +91,9 @@ def prepare(s) -> Callable:
     return work
 
 
-def _distances(name: str, generated: Statistics, floor: Statistics, reference: Statistics) -> dict:
+def _distances(
+    name: str, generated: Statistics, floor: Statistics, reference: Statistics, trained: str | None
+) -> dict:
     kind = CONVENTIONS.get(name) or FORMATS[reference.about['format']]
     row = {
         'reference': name,
@@ -95,7 +106,24 @@ def _distances(name: str, generated: Statistics, floor: Statistics, reference: S
     }
     if reference.spatial is not None and generated.spatial is not None:
         row['spatial_distance'] = frechet_distance(generated.spatial, reference.spatial)
-    return row
+    note = None if name in CONVENTIONS else _other_crop(reference.about, trained)
+    return row | ({'note': note} if note else {})
+
+
+def _other_crop(about: dict, trained: str | None) -> str | None:
+    """One sentence where the images of a file were cropped otherwise than the training set."""
+    theirs, whose = CROPS.get(about['format']), 'files of this suite'
+    source = about.get('source', {})
+    if 'preprocessing' in source:  # of a prepared set
+        theirs = kinds.of_manifest(source | {'kind': kinds.of_set(source | {'classes': None})})
+        whose = 'the file'
+    of_photographs = {kinds.PHOTOGRAPHS, kinds.BOX_RESIZED, kinds.DOWNSAMPLED}
+    if theirs == trained or not {kinds.plain(theirs), kinds.plain(trained)} <= of_photographs:
+        return None
+    return (
+        f'the training set holds {kinds.described(trained)}, {whose} {kinds.described(theirs)}: '
+        'the distance measures this difference, too'
+    )
 
 
 def rows(r: dict) -> list[tuple[str, str]]:
@@ -113,6 +141,8 @@ def rows(r: dict) -> list[tuple[str, str]]:
         found.append((name, f'{one["distance"]:.3f} to the {against}  ({floor})'))
         if 'spatial_distance' in one:
             found.append(('sFID', f'{one["spatial_distance"]:.3f} to the {against}'))
+        if 'note' in one:
+            found.append(('caution', one['note']))
     n = r['neighbours']
     found.append(('precision, recall (k = 3)', f'{n["precision"]:.4f}, {n["recall"]:.4f}  '
                  f'({n["images_of_each"]} images of each)'))

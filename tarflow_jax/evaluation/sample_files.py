@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tarflow_jax import files
-from tarflow_jax.data import image_files, manifest, originals, shards, sizes, sources
+from tarflow_jax.data import image_files, kinds, manifest, originals, shards, sizes, sources
 from tarflow_jax.evaluation.over_set import View
 
 ABOUT = 'samples.json'
@@ -48,8 +48,10 @@ def write_npz(path, pieces: Iterable[np.ndarray], shape, labels: np.ndarray | No
                     member.write(np.ascontiguousarray(piece, dtype).data)
 
 
-def write_array_record(path, pieces: Iterable[np.ndarray], shape, labels, classes: int) -> None:
-    """Writes images, which come in pieces, and labels 0 to `classes` - 1 as a prepared set.
+def write_array_record(
+    path, pieces: Iterable[np.ndarray], shape, labels, class_names: list[str]
+) -> None:
+    """Writes images, which come in pieces, and their labels as a prepared set.
 
     Args:
       path: a folder, which is complete when it appears.
@@ -84,10 +86,11 @@ def write_array_record(path, pieces: Iterable[np.ndarray], shape, labels, classe
     told = [{k: told[name][k] for k in ('name', 'records', 'bytes', 'sha256')} for name in names]
     none = {'count': 0, 'list': []}
     manifest.write(manifest.folder_path(str(temporary)), {
-        'format': manifest.FORMAT, 'dataset': 'samples', 'tfds_name': 'samples',
+        'format': manifest.FORMAT, 'dataset': 'samples', 'kind': kinds.SAMPLES,
+        'tfds_name': 'samples',
         'image': {'size': sizes.plain(size), 'channels': channels, 'encoding': 'png'},
         'preprocessing': f'none: drawn as {ABOUT} says',
-        'classes': None if labels is None else [str(k) for k in range(classes)],
+        'classes': None if labels is None else class_names,
         'splits': {SPLIT: {'images': count, 'shards': told, 'skipped': none, 'notes': none}},
     })
     shutil.rmtree(path, ignore_errors=True)

@@ -5,6 +5,7 @@ work as a closure, as the modes in `commands.py` do.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,6 +69,11 @@ def _of_test_set(score: Callable) -> Callable:
         )
 
     return prepare
+
+
+def _classification(s: Subject) -> Callable:
+    score = functools.partial(classification.classification, name=s.plan.conditions.name)
+    return _of_test_set(score)(s)
 
 
 def _bits_rows(r: dict) -> list[tuple[str, str]]:
@@ -141,7 +147,7 @@ def _round_trip(s: Subject) -> Callable:
 SCORES = {
     'bits_per_dim': Score(_of_test_set(bits_per_dim), _bits_rows),
     'classification': Score(
-        _of_test_set(classification.classification), classification.rows, needs_classes=True
+        _classification, classification.rows, needs_classes=True
     ),
     'levels': Score(_levels, levels.rows, needs_levels=True),
     'outliers': Score(_outliers, outliers.rows),

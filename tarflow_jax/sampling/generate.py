@@ -1,7 +1,7 @@
 """From noise to finished samples: what pictures, bulk sampling, the report and benchmarks call."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -117,12 +117,24 @@ class Conditions:
       label: of all samples; -1 goes through the classes in turn.
       noise_std: of a noise-conditioned flow, the level that samples are drawn at.
       features: float32 [M, F], taken in turn; None without.
+      class_names: by label; None without.
     """
 
     num_classes: int = 0
     label: int = -1
     noise_std: float | None = None
     features: np.ndarray | None = None
+    class_names: Sequence[str] | None = None
+
+    def name(self, label: int) -> str:
+        """What to call a class, such as 'ankle boot', or 'class 9' where it has no name."""
+        return f'class {label}' if self.class_names is None else self.class_names[label]
+
+    def captions(self, numbers) -> list[str] | None:
+        """The names of the classes of these samples; None where they have none."""
+        if self.class_names is None:
+            return None
+        return [self.name(label) for label in self.labels(numbers)]
 
     def labels(self, numbers) -> np.ndarray | None:
         """int32 [n]; None without classes."""

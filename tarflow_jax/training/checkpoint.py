@@ -33,16 +33,21 @@ class Checkpoints:
       model: whose parameters they hold.
       config: saved beside the state, as a dict of JSON values; None only reads, and leaves alone
         what another process may be writing there.
+      data: saved beside the state: which set the flow is trained on, as a dict of JSON values.
 
     Raises:
       ValueError: if the newest checkpoint there is of another model.
       CheckpointError: if it is damaged, as from everything here that reads one.
     """
 
-    def __init__(self, workdir, model: Flow, config: dict | None = None):
+    def __init__(
+        self, workdir, model: Flow, config: dict | None = None, data: dict | None = None
+    ):
         self.folder = Path(workdir).absolute() / 'checkpoints'
         self._model = model
-        self._about = {'model': architecture(model), 'config': config or {}}
+        self._about = {
+            'model': architecture(model), 'config': config or {}, 'data': data or {}
+        }
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -72,7 +77,10 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def about(self, step: int | None = None) -> dict:
-        """What was saved beside the state: {'model': its fields, 'config': the run's}."""
+        """What was saved beside the state: 'model', 'config' and 'data', each a dict.
+
+        Checkpoints of version 0.1 have no 'data'.
+        """
         step = self._existing(step)
         args = ocp.args.Composite(about=ocp.args.JsonRestore())
         with self._reading(step):

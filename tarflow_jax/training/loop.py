@@ -132,7 +132,7 @@ def _write_sheets(writer, plan: Plan, state, key, mesh, config, workdir: Path) -
     sheets, redraws = pictures.sheets(plan, state.variables(), key, SHEET_COUNT, mesh)
     if jax.process_index() == 0:
         for name, sheet in sheets.items():
-            pictures.save_png(workdir / 'samples' / f'step_{step:07d}_{name}.png', sheet, scale=2)
+            pictures.save_png(workdir / 'samples' / f'step_{step:07d}_{name}.png', sheet)
     writer.write_images(step, {f'samples/{name}': sheet for name, sheet in sheets.items()})
     writer.write_scalars(step, {'samples/redraws': redraws})
 

@@ -1,9 +1,10 @@
 """Samples as pictures: noise, raw, denoised and guided grids, as PNG files and arrays."""
 
+from collections.abc import Sequence
 
 import jax
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from tarflow_jax import files
 from tarflow_jax.config import Plan
@@ -12,6 +13,8 @@ from tarflow_jax.sampling.generate import generate
 from tarflow_jax.sampling.noise import standard_noise
 from tarflow_jax.training import sharding
 
+CAPTION = 14  # height of a line of text, in pixels
+
 
 def to_pixels(images: np.ndarray) -> np.ndarray:
     """Images in [-1, 1] to uint8, values outside cut off; grey where there is no number."""
@@ -19,20 +22,54 @@ def to_pixels(images: np.ndarray) -> np.ndarray:
     return np.round((np.clip(known, -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
-def grid(pixels: np.ndarray, columns: int) -> np.ndarray:
-    """Pictures [N, H, W, C] as one, row by row, two white pixels between: uint8 [h, w, C]."""
+def grid(
+    pixels: np.ndarray, columns: int, *, scale: int = 1, captions: Sequence[str] | None = None
+) -> np.ndarray:
+    """Pictures [N, H, W, C] as one, row by row, with white between: uint8 [h, w, C].
+
+    Args:
+      scale: how wide each pixel is.
+      captions: one for each picture, above it, or above its column where all rows have the same.
+    """
+    pixels = pixels.repeat(scale, 1).repeat(scale, 2)
     count, height, width, channels = pixels.shape
-    rows = -(-count // columns)
-    sheet = np.full((rows * (height + 2) - 2, columns * (width + 2) - 2, channels), 255, np.uint8)
-    for i, picture in enumerate(pixels):
-        y, x = (i // columns) * (height + 2), (i % columns) * (width + 2)
-        sheet[y : y + height, x : x + width] = picture
+    rows, gap = -(-count // columns), 2 * scale
+    heads = [0] * rows
+    if captions is not None:
+        alike = all(captions[i] == captions[i % columns] for i in range(count))
+        heads = [CAPTION] + [0 if alike else CAPTION] * (rows - 1)
+    shape = sum(heads) + rows * (height + gap) - gap, columns * (width + gap) - gap, channels
+    sheet = np.full(shape, 255, np.uint8)
+    top = 0
+    for row, head in enumerate(heads):
+        for i in range(row * columns, min((row + 1) * columns, count)):
+            x = (i % columns) * (width + gap)
+            if head:
+                sheet[top : top + head, x : x + width] = _words(captions[i], head, width)
+            sheet[top + head : top + head + height, x : x + width] = pixels[i]
+        top += head + height + gap
     return sheet
 
 
-def save_png(path, picture: np.ndarray, scale: int = 1) -> None:
-    """Writes a picture [H, W, 1 or 3], each pixel `scale` wide; a file there is replaced whole."""
-    picture = picture.repeat(scale, 0).repeat(scale, 1)
+def sheet(pixels: np.ndarray, columns: int, captions: Sequence[str] | None) -> np.ndarray:
+    """A grid to look at: small pictures are twice as large."""
+    return grid(pixels, columns, scale=2 if pixels.shape[1] < 128 else 1, captions=captions)
+
+
+def _words(text: str, height: int, width: int) -> np.ndarray:
+    """A line of text, cut to the width: uint8 [height, width, 1]."""
+    picture = Image.new('L', (width, height), 255)
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(CAPTION - 3)
+    whole = text
+    while len(text) > 1 and draw.textlength(text, font) > width:
+        whole = whole[:-1]
+        text = f'{whole}.'
+    draw.text((0, 0), text, 0, font)
+    return np.asarray(picture)[..., None]
+
+
+def save_png(path, picture: np.ndarray) -> None:
+    """Writes a picture [H, W, 1 or 3]; a file there is replaced whole."""
     image = Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
     with files.replacing(path) as file:
         image.save(file, format='PNG')
@@ -68,6 +105,8 @@ def sheets(
 ) -> tuple[dict[str, np.ndarray], int]:
     """The image grids that show where a flow stands, and how many samples were drawn again.
 
+    Where the classes have names, these are the captions.
+
     'noise', 'raw', 'denoised' (of flows trained with Gaussian noise) and 'guided' (where the
     guidance has a weight; denoised if 'denoised' is there), all from the same noise.
     """
@@ -77,4 +116,5 @@ def sheets(
         guided = draw(plan, variables, key, count, mesh=mesh, guidance=plan.guidance)
         images['guided'] = guided.get('denoised', guided['raw'])
         redraws += int(guided['redraws'].sum())
-    return {name: grid(to_pixels(x), columns) for name, x in images.items()}, redraws
+    captions = plan.conditions.captions(range(count))
+    return {name: sheet(to_pixels(x), columns, captions) for name, x in images.items()}, redraws

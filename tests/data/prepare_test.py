@@ -4,14 +4,23 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import shutil
 import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
-from prepared_pictures import content, elements, last_error, manifest, pack, picture, run, save
+from prepared_pictures import (
+    content,
+    elements,
+    last_error,
+    manifest,
+    pack,
+    picture,
+    run,
+    save,
+    write_batches,
+)
 
 from tarflow_jax.data import prepare, sources
 from tarflow_jax.data.idx import write_idx
@@ -109,15 +118,6 @@ def test_one_split_of_older_imagenet64(tmp_path, name):
         assert manifest(out)['dataset'] == 'downsampled_imagenet/8x8'
 
 
-def write_batches(folder, count=3):
-    folder.mkdir()
-    for k, name in enumerate([f'train_data_batch_{k}' for k in range(1, 11)] + ['val_data']):
-        data = np.stack([picture(10 * k + i).transpose(2, 0, 1).ravel() for i in range(count)])
-        (folder / name).write_bytes(pickle.dumps({'data': data, 'labels': [1000, k + 1, 1]}))
-    rows = [f'n{k:08d} {k} thing' for k in range(1, 1001)]
-    (folder / 'map_clsloc.txt').write_text('\n'.join(rows))
-
-
 def test_batch_files(tmp_path, small_shards):
     write_batches(tmp_path / 'files')
     out = tmp_path / 'out'
@@ -169,8 +169,42 @@ def test_what_the_first_version_began_goes_on(tmp_path, options, plan):
     made = manifest(tmp_path / 'out')
     assert made['splits']['train']['plan'] == plan
     assert list(made) == [
-        'format', 'dataset', 'tfds_name', 'image', 'preprocessing', 'classes', 'splits'
+        'format', 'dataset', 'tfds_name', 'image', 'preprocessing', 'classes', 'kind', 'splits'
     ]
+
+
+@pytest.mark.parametrize('kind', ['photographs', 'imagenet_resized', 'downsampled_imagenet', 'idx'])
+def test_a_manifest_of_the_first_version_is_already_prepared(classes, tmp_path, kind, capfd):
+    source, options = {
+        'photographs': (classes, ['--size=8', '--name=mine']),
+        'imagenet_resized': (tmp_path / 'files', ['--name=mine', '--split=validation']),
+        'downsampled_imagenet': (tmp_path / 'older', ['--split=train']),
+        'idx': (tmp_path / 'digits', ['--size=12']),
+    }[kind]
+    if kind == 'imagenet_resized':
+        write_batches(source)
+    if kind == 'downsampled_imagenet':
+        save(source / 'train_8x8' / '1.png', picture(1))
+    if kind == 'idx':
+        source.mkdir()
+        write_idx(source / 'train-images-idx3-ubyte', picture(0, (2, 6, 6)))
+        write_idx(source / 'train-labels-idx1-ubyte', np.array([1, 0], np.uint8))
+    out = tmp_path / 'out'
+    run(source, out, *options)
+    made = manifest(out)
+    assert made.pop('kind') == kind
+    (out / 'manifest.json').write_text(json.dumps(made))
+    before = content(out)
+    capfd.readouterr()
+    run(source, out, *options)
+    assert 'is already prepared' in capfd.readouterr().err and content(out) == before
+    split, = [split for split in made['splits'] if split != 'train'] or ['train']
+    crop = '/torchvision' * (kind == 'photographs')
+    assert sources.load('prepared', split, path=str(out)).about['kind'] == f'{kind}{crop}'
+    # Another split of it may still be added.
+    if kind == 'imagenet_resized':
+        run(source, out, '--name=mine')
+        assert manifest(out)['kind'] == kind and len(manifest(out)['splits']) == 2
 
 
 def test_rectangles(classes, tmp_path):

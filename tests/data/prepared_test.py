@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from prepared_pictures import content, manifest, picture, run
+from prepared_pictures import content, manifest, picture, run, write_batches
 
 import tarflow_jax
 from tarflow_jax.data import sources
@@ -71,14 +71,18 @@ def test_about_and_pickle(classes, tmp_path):
     run(classes, out, '--size=8')
     source = sources.load('prepared', 'train', path=str(out))
     assert source.about == {
-        'dataset': 'pets', 'split': 'train', 'images': 6, 'skipped': 0, 'classes': 2,
+        'dataset': 'pets', 'kind': 'photographs/torchvision', 'split': 'train', 'images': 6,
+        'skipped': 0, 'classes': 2,
         'image': {'size': 8, 'channels': 3, 'encoding': 'png'},
         'preprocessing': manifest(out)['preprocessing'],
         'manifest_sha256': hashlib.sha256((out / 'manifest.json').read_bytes()).hexdigest(),
     }
     again = pickle.loads(pickle.dumps(source))
     np.testing.assert_array_equal(again[5]['image'], picture(5))
-    assert again.about == source.about
+    assert again.about == source.about and again.class_names == ['cat', 'dog']
+    assert sources.classes('prepared', path=str(out)) == (
+        ['cat', 'dog'], 'photographs/torchvision'
+    )
     with pytest.raises(FileNotFoundError, match='has no manifest.json; prepare a set with'):
         sources.load('prepared', 'train', path=str(tmp_path))
     with pytest.raises(ValueError, match="has no split 'test'; choose one of train, validation"):
@@ -87,13 +91,27 @@ def test_about_and_pickle(classes, tmp_path):
         sources.load('prepared', 'test')
 
 
-def test_more_classes_than_the_model_knows(classes, tmp_path):
+def test_other_classes_than_the_model_knows(classes, tmp_path):
     run(classes, tmp_path / 'out', '--size=8')
     source = sources.load('prepared', 'train', path=str(tmp_path / 'out'))
     sizes = dict(image_size=8, channels=3, what='the training set')
     sources.check(source, num_classes=2, **sizes)
     with pytest.raises(ValueError, match='holds the label 1, but model.num_classes = 1 takes 0'):
         sources.check(source, num_classes=1, **sizes)
+    with pytest.raises(ValueError, match='num_classes = 10, but the training set has 2 classes.* '
+                       'set model.num_classes to 2'):
+        sources.check(source, num_classes=10, **sizes)
+
+
+def test_classes_that_only_have_numbers_have_no_names(tmp_path):
+    write_batches(tmp_path / 'files')
+    run(tmp_path / 'files', tmp_path / 'named', '--split=validation')
+    names, kind = sources.classes('prepared', path=str(tmp_path / 'named'))
+    assert kind == 'imagenet_resized' and names[9] == 'n00000010'
+    (tmp_path / 'files' / 'map_clsloc.txt').unlink()
+    run(tmp_path / 'files', tmp_path / 'unnamed', '--split=validation')
+    source = sources.load('prepared', 'validation', path=str(tmp_path / 'unnamed'))
+    assert source.class_names is None and source.about['classes'] == 1000
 
 
 READ_WITH_A_WORKER = """

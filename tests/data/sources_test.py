@@ -63,14 +63,17 @@ def test_embedded_is_the_start_of_fashion_mnist(split, counts, pixel_sum, first)
 def test_sources_say_what_they_are(tmp_path):
     embedded = sources.load('embedded', 'test')
     assert embedded.about == {
-        'dataset': 'embedded part of Fashion-MNIST', 'split': 'test', 'images': 2000,
+        'dataset': 'embedded part of Fashion-MNIST', 'kind': 'embedded', 'split': 'test',
+        'images': 2000,
         'pixels_sha256': hashlib.sha256(embedded.image_NxHxWxC.tobytes()).hexdigest(),
     }
+    assert embedded.class_names[9] == 'ankle boot'
+    assert sources.classes('embedded') == (embedded.class_names, 'embedded')
     folder = tmp_path / 'digits'
     folder.mkdir()
     image, _ = write_folder(folder)
     assert sources.load('idx', 'train', path=str(folder)).about == {
-        'dataset': 'digits', 'split': 'train', 'images': 5,
+        'dataset': 'digits', 'kind': 'idx', 'split': 'train', 'images': 5,
         'pixels_sha256': hashlib.sha256(image.tobytes()).hexdigest(),
     }
     assert sources.InMemory(image, np.zeros(5, np.int32)).about == {}
@@ -163,6 +166,17 @@ def test_check_refuses(field, says):
         fits(sources.embedded('test'), **field)
 
 
+def test_check_refuses_classes_that_would_stay_untrained():
+    with pytest.raises(ValueError, match='num_classes = 11, but the training set has 10 classes'):
+        fits(sources.embedded('test'), num_classes=11)
+    source = sources.InMemory(np.zeros((3, 28, 28, 1), np.uint8), np.array([0, 2, 1], np.int32))
+    fits(source, num_classes=4)  # labels alone do not tell, as a test set may lack some
+    size = dict(image_size=28, channels=1, what='the training set', every_class=True)
+    sources.check(source, num_classes=3, **size)
+    with pytest.raises(ValueError, match='the training set has 3 classes.*model.num_classes to 3'):
+        sources.check(source, num_classes=4, **size)
+
+
 def test_check_ignores_labels_without_classes_and_sees_them_all_with_classes():
     image = np.zeros((3, 28, 28, 1), np.uint8)
     source = sources.InMemory(image, np.array([0, 1, -1], np.int32))
@@ -253,8 +267,10 @@ def test_tfds_reads_array_record(tfds_folder):
         assert element['label'] == element['image'][0, 0, 0] % 4
     fits(source, image_size=8, channels=3, num_classes=4)
     assert source.about == {
-        'dataset': 'tiny_pictures', 'split': 'train', 'images': 7, 'version': '1.0.0'
+        'dataset': 'tiny_pictures', 'kind': None, 'split': 'train', 'images': 7, 'version': '1.0.0'
     }
+    assert source.class_names is None
+    assert sources.classes('tfds', path=str(tfds_folder), name='tiny_pictures') == (None, None)
     assert len(sources.load('tfds', 'validation', path=str(tfds_folder), name='tiny_pictures')) == 3
 
 
@@ -295,6 +311,9 @@ def test_tfds_set_without_labels():
         unlabelled = sources.load('tfds', 'validation', name='downsampled_imagenet/64x64')
     assert len(labelled) == 3 and labelled[0]['image'].shape == (64, 64, 3)
     assert 0 <= labelled[0]['label'] < 1000
+    assert labelled.about['kind'] == 'imagenet_resized'
+    assert labelled.class_names[0] == 'n02119789'  # that of map_clsloc.txt
+    assert unlabelled.about['kind'] == 'downsampled_imagenet' and unlabelled.class_names is None
     assert unlabelled[2]['label'] == -1 and unlabelled[2]['label'].dtype == np.int32
 
 

@@ -106,7 +106,7 @@ def test_what_cannot_be_opened(tmp_path):
 @pytest.mark.parametrize('labels', [None, LABELS])
 def test_rectangular_array_record(tmp_path, labels):
     path = tmp_path / 'samples'
-    sample_files.write_array_record(path, np.split(IMAGES, (3, 4)), IMAGES.shape, labels, 3)
+    sample_files.write_array_record(path, np.split(IMAGES, (3, 4)), IMAGES.shape, labels, ['a', 'b', 'c'])
     source = sample_files.open_samples(path)
     np.testing.assert_array_equal(np.stack([source[i]['image'] for i in range(7)]), IMAGES)
     wanted = [-1] * 7 if labels is None else LABELS.tolist()

@@ -50,7 +50,7 @@ def abstract(model=MODEL, ema=True):
 
 
 def save(workdir, *steps, model=MODEL, ema=True):
-    with Checkpoints(workdir, model, {'seed': 1}) as checkpoints:
+    with Checkpoints(workdir, model, {'seed': 1}, {'class_names': ['cat']}) as checkpoints:
         for step in steps:
             checkpoints.save(state_at(step, model, ema))
         checkpoints.wait()
@@ -151,7 +151,7 @@ def test_config_and_model_are_saved_beside_the_state(tmp_path):
     save(tmp_path, 4)
     with Checkpoints(tmp_path, MODEL) as checkpoints:
         about = checkpoints.about()
-    assert about['config'] == {'seed': 1}
+    assert about['config'] == {'seed': 1} and about['data'] == {'class_names': ['cat']}
     assert about['model'] == {
         'image_size': 8, 'image_channels': 2, 'patch_size': 2, 'width': 32, 'head_dim': 16,
         'layers_per_block': [1], 'num_classes': 3, 'volume_preserving': False,

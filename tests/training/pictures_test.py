@@ -1,5 +1,7 @@
 """Pictures: where each pixel goes, and the files."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,16 +39,36 @@ def test_grid():
     assert (sheet == 255).all()
 
 
+def test_captions():
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 30, 40, 3)).astype(np.uint8)
+    names = ['cat', 'dog', 'a name that is much too long']
+    head, row = pictures.CAPTION, 60 + 4
+    # The rows have the same classes: one line of names above the columns.
+    sheet = pictures.grid(pixels, 3, scale=2, captions=names * 2)
+    assert sheet.shape == (head + 2 * row - 4, 3 * 84 - 4, 3)
+    for i in range(6):
+        y, x = head + row * (i // 3), 84 * (i % 3)
+        found = sheet[y : y + 60, x : x + 80]
+        np.testing.assert_array_equal(found, pixels[i].repeat(2, 0).repeat(2, 1))
+    line = sheet[:head]
+    assert all((line[:, x : x + 80] < 128).any() for x in (0, 84, 168))
+    assert (line[:, [*range(80, 84), *range(164, 168)]] == 255).all()
+    # Else each picture has its own.
+    sheet = pictures.grid(pixels, 3, captions=[*names, *names[::-1]])
+    assert sheet.shape == (2 * (head + 32) - 2, 3 * 42 - 2, 3)
+    np.testing.assert_array_equal(sheet[-30:, -40:], pixels[5])
+    np.testing.assert_array_equal(sheet[-30 - head : -30, -40:], sheet[:head, :40])
+
+
 @pytest.mark.parametrize('channels', [1, 3])
 def test_save_png(tmp_path, channels):
     picture = np.random.default_rng(0).integers(0, 256, (3, 4, channels), np.uint8)
     path = tmp_path / 'deep' / 'in' / 'sheet.png'
-    pictures.save_png(path, picture, scale=2)
-    pictures.save_png(path, picture[::-1], scale=2)
+    pictures.save_png(path, picture)
+    pictures.save_png(path, picture[::-1])
     found = np.asarray(Image.open(path))
-    assert found.shape == ((6, 8) if channels == 1 else (6, 8, 3))
-    big = picture[::-1].repeat(2, 0).repeat(2, 1)
-    np.testing.assert_array_equal(found.reshape(6, 8, channels), big)
+    assert found.shape == ((3, 4) if channels == 1 else (3, 4, 3))
+    np.testing.assert_array_equal(found.reshape(3, 4, channels), picture[::-1])
     assert [p.name for p in path.parent.iterdir()] == ['sheet.png']
 
 
@@ -108,7 +130,7 @@ def test_sheets():
             plan, random_variables(MODEL), KEY, 8, sharding.make_mesh(), columns=4
         )
         assert redraws == 0
-        assert all(sheet.shape == (18, 38, 2) for sheet in found.values())
+        assert all(sheet.shape == (36, 76, 2) for sheet in found.values())
         return found
 
     guided = names(weight=1.0)
@@ -117,3 +139,15 @@ def test_sheets():
     assert (guided['raw'] != guided['noise']).any()
     assert list(names(noise_std=0.0)) == ['noise', 'raw']
     assert list(names(strength=0.0)) == ['noise', 'raw']
+
+
+def test_sheets_name_the_classes():
+    plan = plan_of(MODEL, noise_std=0.0)
+    named = dataclasses.replace(plan.conditions, class_names=['cat', 'dog', 'wild'])
+    assert named.captions([4, 5]) == ['dog', 'wild'] and named.name(0) == 'cat'
+    assert plan.conditions.captions([4]) is None and plan.conditions.name(1) == 'class 1'
+    found, _ = pictures.sheets(
+        dataclasses.replace(plan, conditions=named), random_variables(MODEL), KEY, 6,
+        sharding.make_mesh(), columns=3,
+    )
+    assert found['raw'].shape == (36 + pictures.CAPTION, 56, 2)

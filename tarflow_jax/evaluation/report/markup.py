@@ -48,7 +48,7 @@ def figure(caption: str, *content: str, lead: str = '') -> str:
 
 def pictures_of(name: str, images, alt: str, caption: str = '', columns: int | None = None) -> str:
     """A <figure> of pictures, see `strip`, under a name in bold."""
-    return figure(caption, strip(images, alt, columns), lead=name.capitalize())
+    return figure(caption, strip(images, alt, columns), lead=name)
 
 
 def grid(figures: list[str], kind: str = '') -> str:

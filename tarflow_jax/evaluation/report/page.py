@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tarflow_jax.data import sizes
+from tarflow_jax.data import kinds, sizes
 from tarflow_jax.evaluation.levels import MEANING
 from tarflow_jax.evaluation.report import charts
 from tarflow_jax.evaluation.report.markup import (
@@ -63,6 +63,7 @@ def _summary(found) -> str:
     facts = {
         'Checkpoint': found['origin']['name'],
         'Trained on': _set_name(found['data']['train']),
+        'Kind of images': kinds.described(found['data']['train'].get('kind')),
         'Flow': (
             f'{_sides(m["image_size"])} pixels, {m["image_channels"]} channel(s), patches of '
             f'{_sides(m["patch_size"])}, {len(m["layers_per_block"])} blocks of {depths} '
@@ -76,7 +77,11 @@ def _summary(found) -> str:
         'This model is a normalizing flow: a function with an exact inverse that turns images into '
         'Gaussian noise. Run forwards it says how probable an image is; run backwards it makes '
         'images out of noise.'
-    ) + f'<dl>{items}</dl>'
+    ) + f'<dl>{items}</dl>' + _caution(found['caution'])
+
+
+def _caution(sentence: str | None) -> str:
+    return paragraph(f'{sentence[:1].upper()}{sentence[1:]}.', 'warning') if sentence else ''
 
 
 def _set_name(about) -> str:
@@ -129,8 +134,11 @@ def _training(found) -> str:
     return text
 
 
-def _class(labels, row: int) -> str:
-    return f'sample {row + 1}' if labels is None else f'class {labels[row]}'
+def _class(found, row: int) -> str:
+    labels, names = found['drawn']['labels'], found['class_names']
+    if labels is None:
+        return f'sample {row + 1}'
+    return f'class {labels[row]}' if names is None else names[labels[row]]
 
 
 def _not_finite(images) -> int:
@@ -163,13 +171,13 @@ def _samples(found) -> str:
     text = paragraph(text) + _warned(drawn['not_finite'], rows * columns, 'samples')
     figures = []
     for row in range(rows):
-        name = _class(labels, row) if labels is not None else f'row {row + 1}'
+        name = _class(found, row) if labels is not None else f'row {row + 1}'
         alt = f'{columns} samples, {name}'
         if clean is None:
             figures.append(pictures_of(name, raw[row], alt))
             continue
         both = strip(raw[row], f'{alt}, as drawn'), strip(clean[row], f'The same {alt}, denoised')
-        figures.append(figure('as drawn, then denoised', *both, lead=name.capitalize()))
+        figures.append(figure('as drawn, then denoised', *both, lead=name))
     return text + grid(figures)
 
 
@@ -186,7 +194,7 @@ def _film(found) -> str:
         'that has not learned its levels yet.'
     )
     film = drawn['film']
-    rows = ', '.join(_class(drawn['labels'], row) for row in range(len(film)))
+    rows = ', '.join(_class(found, row) for row in range(len(film)))
     alt = f'{len(film)} samples ({rows}), each at {len(levels)} noise levels from {levels[0]} to 0'
     return text + pictures_of(
         'Noise levels', film.reshape(-1, *film.shape[2:]), alt, ', '.join(levels), len(levels)
@@ -231,7 +239,7 @@ def _trajectory(found) -> str:
     figures = []
     for row in range(min(TRAJECTORIES, way.shape[1])):
         shown = [x[row] for x in frames] + ([] if clean is None else [clean[row, 0]])
-        name = _class(drawn['labels'], row)
+        name = _class(found, row)
         alt = f'The way from noise to image in {len(shown)} pictures, {name}'
         figures.append(pictures_of(name, np.stack(shown), alt))
     return text + grid(figures)
@@ -250,7 +258,7 @@ def _between(found) -> str:
     )
     figures = []
     for row, way in enumerate(images):
-        name = _class(found['drawn']['labels'], row)
+        name = _class(found, row)
         alt = f'{len(way)} pictures from one sample to another, {name}'
         figures.append(pictures_of(name, way, alt))
     warned = _warned(_not_finite(images), images.shape[0] * images.shape[1], 'of these')
@@ -258,7 +266,7 @@ def _between(found) -> str:
 
 
 def _neighbours(found) -> str:
-    near, labels = found['neighbours'], found['drawn']['labels']
+    near = found['neighbours']
     searched = f'{near["searched"]:,} of {found["data"]["train"]["images"]:,}'
     text = paragraph(
         'Has the flow learned its training images by heart? Behind each sample, the first picture '
@@ -281,7 +289,7 @@ def _neighbours(found) -> str:
     )
     figures = []
     for i, sample in enumerate(near['samples']):
-        name = _class(labels, near['rows'][i])
+        name = _class(found, near['rows'][i])
         distances = ', '.join(f'{x:.1f}' for x in near['distances'][i])
         alt = f'A sample, {name}, and its {near["images"].shape[1]} nearest training images'
         shown = np.stack([sample, *near['images'][i]])
@@ -356,7 +364,7 @@ def _scores(found) -> str:
                        f"{EVALUATE} --config.evaluate.metrics='(\"bits_per_dim\",\"round_trip\")'")
     text = paragraph(
         f'From evaluation.json, of {report["checkpoint"]["name"]}, on {_set_name(report["data"])}.'
-    )
+    ) + _caution(report['data'].get('caution'))
     if report['checkpoint'] != found['origin']:
         text += paragraph('This is not the checkpoint that the rest of the page shows.', 'warning')
     scores = dict(report['scores'])

@@ -88,6 +88,7 @@ def collected(
                       layers_per_block=[1] * blocks, width=32),
         'parameters': 12345, 'metrics': [], 'evaluation': None, 'drawn': found,
         'data': {'train': {'dataset': 'noise', 'images': 700}, 'test': {'images': 20}},
+        'class_names': None, 'caution': None,
         'neighbours': dict(samples=pixels(rows), rows=np.arange(rows), images=pixels(rows, 3),
                            distances=np.full((rows, 3), 7.25), real=np.full(9, 8.5), searched=500,
                            mirrored=True),
@@ -97,6 +98,16 @@ def collected(
         'block_images': 20, 'config': {'data': {'path': '<script>alert(1)</script>'}},
         'versions': {'jax': '9.9'}, 'devices': '1 x cpu', 'command': "main --a='<b>'",
     }
+
+
+def test_names_of_classes_and_a_set_that_the_result_is_not_for():
+    found = collected()
+    found |= {'class_names': ['ankle boot', 'bag', 'T-shirt'], 'caution': 'the result <is> for x'}
+    found['evaluation'] = EVALUATION | {'data': EVALUATION['data'] | {'caution': 'another set'}}
+    read = checked(page.page(found))
+    alts = ' '.join(a['alt'] for tag, a in read.tags if tag == 'img')
+    assert 'ankle boot' in alts and 'class 0' not in alts
+    assert 'The result <is> for x.' in read.text and 'Another set.' in read.text
 
 
 METRICS = [
