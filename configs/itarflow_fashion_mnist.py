@@ -1,8 +1,8 @@
 """Fashion-MNIST, class-conditional: a small iTARFlow on the 10,000 embedded images.
 
 The flow of the quickstart (fashion_mnist.py), 7-64-4-2, conditioned on the noise level and trained
-at all levels from 0.01 to 0.1 (Chen et al., arXiv 2604.20041); 0.6M parameters. Samples are drawn at
-the highest level and denoised in 10 steps. Unlike the large configs it keeps an average and clips
+at all levels from 0.01 to 0.1 (Chen et al., arXiv 2604.20041), 0.6M parameters. Samples are drawn
+at the highest level and denoised in 10 steps. Unlike the large configs it keeps an average and clips
 gradients, and its blocks are equally deep: at this size that is better (docs/itarflow.md).
 """
 
