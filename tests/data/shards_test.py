@@ -54,9 +54,9 @@ def test_interrupt_and_failure_have_codes(classes, tmp_path, monkeypatch, capfd)
 
 SLOWLY = """
 import sys, time
-from tarflow_jax.data import originals, prepare, shards
+from tarflow_jax.data import prepare, shards, splits
 
-originals.SHARD_PIXEL_BYTES = 2 * 8 * 8 * 3
+splits.SHARD_PIXEL_BYTES = 2 * 8 * 8 * 3
 write_shard = shards._write_shard
 
 def slowly(*args):
