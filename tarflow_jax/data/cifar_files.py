@@ -198,20 +198,29 @@ def _read_file(path: Path) -> bytes:
 
 
 def _in_archive(path: Path) -> tuple[_Layout, dict[str, Callable[[], bytes]]] | None:
-    """The files of an archive, once its first member shows that it is one."""
-    found: _Layout | None = None
+    """The files of an archive whose members lie in one of the folders."""
+    found: list[_Layout] = []
     contents: dict[str, Callable[[], bytes]] = {}
+
+    def is_wanted(member: str) -> bool:
+        folder, _, name = member.removeprefix('./').partition('/')
+        if not found:
+            found.extend(layout for layout in _LAYOUTS if layout.folder == folder)
+            if not found and folder not in ('', '.'):
+                raise _Other
+        return bool(found) and name in (*found[0].train, *found[0].test, found[0].names)
+
     try:
-        for member, read in tar_files.gzipped(path, _MAX_BYTES):
-            folder, _, name = member.name.removeprefix('./').partition('/')
-            found = found or next((k for k in _LAYOUTS if k.folder == folder), None)
-            if found is None:
-                return None
-            if name in (*found.train, *found.test, found.names) and member.isreg():
-                content = read()
-                contents[name] = lambda content=content: content
+        for member, content in tar_files.gzipped(path, _MAX_BYTES, is_wanted):
+            contents[member.rpartition('/')[2]] = lambda content=content: content
+    except _Other:
+        return None
     except ValueError as error:
-        if found is None:
+        if not found:
             return None
         raise ValueError(f'{path} is truncated or damaged ({error}); fetch it again.') from error
-    return (found, contents) if found else None
+    return (found[0], contents) if found else None
+
+
+class _Other(Exception):
+    """The archive is none of CIFAR."""

@@ -76,9 +76,10 @@ def read(path: Path) -> Labels:
             return Labels(path, *_truth(_small(path), _small(meta)))
         if path.name.endswith('.tar.gz'):
             found = {
-                member.name.rpartition('/')[2]: read()
-                for member, read in tar_files.gzipped(path, _MAX_BYTES)
-                if member.name.endswith((f'data/{TRUTH}', f'data/{_META}')) and member.isreg()
+                name.rpartition('/')[2]: content
+                for name, content in tar_files.gzipped(path, _MAX_BYTES, lambda name: name.endswith(
+                    (f'data/{TRUTH}', f'data/{_META}')
+                ))
             }
             if len(found) < 2:
                 raise ValueError(f'it lacks {TRUTH} or {_META}')

@@ -71,6 +71,8 @@ def recognise(source: Path, wanted: Wanted) -> Originals | None:
         ]
         splits[split] = _split(parts[split], numbers, size, channels, exact, wanted.crop, notes)
         notes = []
+    if wanted.classes and set(classes or ()) <= label_of.keys():
+        classes = classes and wanted.classes  # which the labels are of now
     return Originals(
         set_name(source), size, channels, classes,
         cropping.describe(size, crop) if crop else 'none: the pixels are those of the files',
@@ -179,16 +181,14 @@ def _size(parts: dict[str, list[Part]], first: Part, wanted: Wanted):
     rows = []
     for images in parquet_files.images(first, 0, min(_LOOKED_AT, sum(first.rows))):
         rows += images
-    shapes = {
-        image.shape if isinstance(image, np.ndarray) else (*(size_of_content(image) or ()), 3)
-        for image in rows if image is not None and len(image)
-    } - {(3,)}
     if first.nested:
-        if not shapes or min(shapes)[2] not in (1, 3):
+        shape = next((image.shape for image in rows if image.ndim == 3), (0, 0, 0))
+        own, channels = shape[:2], shape[2]
+        if channels not in (1, 3):
             raise ValueError(f'{first.path} holds no image of 1 or 3 channels in its first rows.')
-        own, channels = min(shapes)[:2], min(shapes)[2]
     else:
-        own, channels = (min(shapes)[:2] if len(shapes) == 1 else None), 3
+        found = set(map(size_of_content, rows)) - {None}
+        own, channels = (found.pop() if len(found) == 1 else None), 3
         if own and own[0] != own[1]:
             own = None  # photographs of one camera, which are to be cut
     exact = own is not None and wanted.size in (None, own)

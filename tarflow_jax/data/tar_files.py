@@ -38,8 +38,8 @@ def members(file: BinaryIO, start: int, stop: int) -> Iterator[tarfile.TarInfo]:
     _check_end(file, end, stop)
 
 
-def gzipped(path: Path, limit: int) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:
-    """The members of a small tar.gz, one after another, each with what reads it.
+def gzipped(path: Path, limit: int, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the files in a small tar.gz whose names are wanted.
 
     Raises:
         ValueError: it is no tar.gz, damaged or truncated, or unpacks to more than `limit` bytes.
@@ -48,9 +48,10 @@ def gzipped(path: Path, limit: int) -> Iterator[tuple[tarfile.TarInfo, Callable[
         with contextlib.ExitStack() as stack:
             limited = _Limited(stack.enter_context(open(path, 'rb')), limit)
             for member in (tar := stack.enter_context(tarfile.open(fileobj=limited, mode='r|'))):
-                if not 0 <= member.size <= limit:
-                    raise ValueError(f'its member {member.name[:200]!r} has {member.size} bytes')
-                yield member, lambda member=member: tar.extractfile(member).read()
+                if wanted(member.name) and member.isreg():
+                    if not 0 <= member.size <= limit:
+                        raise ValueError(f'its {member.name[:200]!r} has {member.size} bytes')
+                    yield member.name, tar.extractfile(member).read()
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error, RecursionError) as error:
         raise ValueError(str(error) or type(error).__name__) from error
 
