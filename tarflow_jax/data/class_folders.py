@@ -134,18 +134,17 @@ def _classes(source: Path, found: dict[str | None, _Placed], wanted: Wanted):
         if not any(file is None or len(parts) > 1 for parts, file in placed)
     }
     notes: list[tuple[str, str]] = []
-    unlabelled = flat & {'test'}
-    if len(unlabelled) < len(flat) or wanted.labels:
-        labels = _labels(source, [file.name for split in flat for _, file in found[split]], wanted)
-    else:
-        labels = None
-    if labels is None and len(found) > len(flat) > 0 and flat == unlabelled:
-        found = {split: placed for split, placed in found.items() if split not in flat}
+    labels = None
+    if (others := flat - {'test'}) or wanted.labels:
+        names = [file.name for split in others or flat for _, file in found[split]]
+        labels = _labels(source, names, wanted)
+    if 'test' in flat and len(found) > 1 and (labels or len(found) > len(flat)):
+        del found['test']
+        flat.remove('test')
         notes.append((
-            'test', 'has no class folders, which the other splits have, and was left out; prepare '
-            'it in a folder of its own'
+            'test', 'has no classes, which the other splits have, and was left out; prepare it '
+            'with --split=test in a folder of its own'
         ))
-        flat = set()
     if flat and len(found) > len(flat) and labels is None:
         raise ValueError(
             f'the split {next(iter(flat))} of {source} has no class folders and others have; sort '
