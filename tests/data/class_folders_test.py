@@ -1,5 +1,6 @@
 """ImageNet's validation images get their classes, and a part of a set without splits stays put."""
 
+import functools
 import io
 import tarfile
 import zipfile
@@ -29,12 +30,19 @@ def wanted():
     return [sorted(WNIDS).index(WNIDS[number - 1]) for number in TRUTH]
 
 
-def write_kit(folder):
-    (folder / 'data').mkdir(parents=True)
+@functools.cache
+def meta():
     kinds = [('ILSVRC2012_ID', 'O'), ('WNID', 'O'), ('words', 'O'), ('num_children', 'O'), ('children', 'O')]
     rows = [(k, wnid, f'thing {k}', 0, np.zeros(0)) for k, wnid in enumerate(WNIDS, 1)]
     rows += [(k, f'm{k:08d}', 'group', 2, np.array([1, 2])) for k in range(1001, 1861)]
-    scipy.io.savemat(folder / 'data' / 'meta.mat', {'synsets': np.array(rows, kinds)[:, None]}, do_compression=True)
+    saved = io.BytesIO()
+    scipy.io.savemat(saved, {'synsets': np.array(rows, kinds)[:, None]}, do_compression=True)
+    return saved.getvalue()
+
+
+def write_kit(folder):
+    (folder / 'data').mkdir(parents=True)
+    (folder / 'data' / 'meta.mat').write_bytes(meta())
     path = folder / 'data' / 'ILSVRC2012_validation_ground_truth.txt'
     path.write_text('\n'.join(map(str, TRUTH)) + '\n')
     return path

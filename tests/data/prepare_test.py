@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from prepared_pictures import content, elements, last_error, manifest, pack, picture, run, save
 
-from tarflow_jax.data import prepare, sources
+from tarflow_jax.data import cropping, prepare, sources
 from tarflow_jax.data.idx import write_idx
 
 pytestmark = pytest.mark.usefixtures('in_threads')
@@ -171,6 +171,44 @@ def test_what_the_first_version_began_goes_on(tmp_path, options, plan):
     assert list(made) == [
         'format', 'dataset', 'tfds_name', 'image', 'preprocessing', 'classes', 'splits'
     ]
+
+
+def test_sets_of_versions_without_other_crops_are_already_prepared(classes, tmp_path, capfd):
+    out = tmp_path / 'out'
+    run(classes, out, '--size=12')
+    # As those versions wrote it; a test above holds that plans are theirs.
+    text = (out / 'manifest.json').read_text()
+    made = json.loads(text)
+    assert made['image'].pop('crop') == 'torchvision'
+    (out / 'manifest.json').write_text(json.dumps(made, indent=1, ensure_ascii=False) + '\n')
+    before = content(out)
+    run(classes, out, '--size=12')
+    assert 'already prepared' in capfd.readouterr().err and content(out) == before
+    run(classes, out, '--size=12', '--crop=edm', code=2)
+    assert "with image {'size': 12, 'channels': 3, 'encoding': 'png'}, and" in last_error(capfd)
+    save(classes / 'test' / 'cat' / '1.png', picture(1))
+    run(classes / 'test', out, '--size=12')
+    assert 'crop' not in manifest(out)['image'] and len(manifest(out)['splits']) == 3
+
+
+def test_crops(classes, tmp_path, capfd):
+    plans = set()
+    for rule in cropping.RULES:
+        out = tmp_path / rule
+        run(classes, out, '--size=12', f'--crop={rule}')
+        made = manifest(out)
+        assert made['image']['crop'] == rule
+        assert made['preprocessing'] == cropping.describe((12, 12), rule)
+        wanted = [cropping.resize_and_crop(Image.fromarray(picture(k)), (12, 12), rule) for k in range(6)]
+        np.testing.assert_array_equal(elements(out, 'train')[0], np.stack(wanted))
+        plans.add(made['splits']['train']['plan'])
+        run(classes, out, '--size=12', f'--crop={rule}')
+        assert 'already prepared' in capfd.readouterr().err
+    assert len(plans) == 3
+    run(classes, tmp_path / 'edm', '--size=12', '--crop=adm', code=2)
+    assert 'give another --out' in last_error(capfd)
+    run(classes, tmp_path / 'new', '--size=8x4', '--crop=edm', code=2)
+    assert '--size is 8x4, but --crop=edm makes squares' in last_error(capfd)
 
 
 def test_rectangles(classes, tmp_path):
@@ -378,7 +416,10 @@ def test_no_size(size, capsys):
 def test_help(capsys):
     assert prepare.main(['prepare', '--help']) == 0
     said = capsys.readouterr().out
-    assert 'CLASS/IMAGE' in said and '64, or HEIGHTxWIDTH such as 48x32' in said
+    assert '64, or HEIGHTxWIDTH such as 48x32' in said
+    for source in ('CLASS/IMAGE', '.parquet', 'dataset.json', 'KEY.cls', 'CIFAR-10', '_part2_npz.zip',
+                   'ILSVRC2012_img_val.tar', 'ILSVRC/Data/CLS-LOC', 'IDX', 'train_64x64', '__MACOSX'):
+        assert source in said
 
 
 def test_empty_class_tar(tmp_path):
