@@ -138,7 +138,7 @@ def _list_archive(path: str, prefix: str, listing: Listing) -> None:
                 )
         if prefix:
             listing.folders.add(prefix[:-1])
-        is_zip = magic.startswith(_ZIP)
+        is_zip = magic.startswith(_ZIP) or path.endswith('.zip')
         try:
             if is_zip:
                 for entry in zip_files.members(file):

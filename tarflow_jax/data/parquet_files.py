@@ -15,6 +15,8 @@ _BYTES_AT_ONCE = 2**26
 _FEW_ROWS = 10**6
 _MAX_VALUES = 2**29  # of lists in one row group
 _MAX_FOOTER_ITEMS = 10**7
+# Image files do not compress, and what numbers compress by is mostly in the pages before.
+BOMB_BYTES, BOMB_RATIO = 2**28, 100
 
 
 class Part(NamedTuple):
@@ -136,13 +138,18 @@ def _rows_at_once(part: Part, group) -> int:
             continue
         if part.nested and column.num_values > _MAX_VALUES:
             raise ValueError(f'a row group promises {column.num_values} numbers')
-        size = max(column.total_uncompressed_size, 8 * part.nested * column.num_values)
+        unpacked, packed = column.total_uncompressed_size, column.total_compressed_size
+        with open(part.path, 'rb') as file:
+            file.seek(column.dictionary_page_offset or column.data_page_offset)
+            page = _page_bytes(file.read(32))
+        if page > unpacked or unpacked > max(BOMB_BYTES, BOMB_RATIO * packed):
+            raise ValueError(
+                f'a decompression bomb: {packed} bytes that make {max(page, unpacked)}'
+            )
+        size = max(unpacked, 8 * part.nested * column.num_values)
         largest = max(largest, size // group.num_rows)
         if column.has_dictionary_page and not part.nested:
-            with open(part.path, 'rb') as file:
-                file.seek(column.dictionary_page_offset)
-                # Each row may be the largest entry.
-                largest = max(largest, _page_bytes(file.read(32)))
+            largest = max(largest, page)  # each row may be the largest entry
     return min(_IMAGES_AT_ONCE, max(1, _BYTES_AT_ONCE // largest))
 
 

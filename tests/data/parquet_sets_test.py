@@ -154,6 +154,11 @@ def test_a_bomb_is_read_one_row_at_a_time(tmp_path, monkeypatch):
     pq.write_table(pa.table({'image': [b''] * (10**6 + 1)}), tmp_path / 'test.parquet')
     with pytest.raises(ValueError, match='it promises 1000001 rows'):
         parquet_files.open_part(tmp_path / 'test.parquet')
+    monkeypatch.setattr(parquet_files, 'BOMB_BYTES', 2**20)
+    table = pa.table({'image': [bytes(2**22)]})
+    pq.write_table(table, tmp_path / 'val.parquet', compression='zstd', use_dictionary=False)
+    with pytest.raises(ValueError, match='a decompression bomb: .* bytes that make 41943'):
+        list(parquet_files.images(parquet_files.open_part(tmp_path / 'val.parquet'), 0, 1))
     zeros = pa.array([[[0] * 1000] * 1000] * 4, pa.list_(pa.list_(pa.uint8())))
     pq.write_table(pa.table({'image': zeros}), tmp_path / 'dev.parquet')
     monkeypatch.setattr(parquet_files, '_MAX_VALUES', 10**6)
