@@ -20,7 +20,7 @@ NUM_CLASSES = 1000
 TRAIN_NAMES = tuple(f'train_data_batch_{k}' for k in range(1, 11))
 VALIDATION_NAME = 'val_data'
 CLASS_NAMES_FILE = 'map_clsloc.txt'
-_ZIP_NAME = re.compile(r'imagenet\d+_(train_part[12]|val)(_npz)?\.zip', re.IGNORECASE)
+_ZIP_NAME = re.compile(r'(imagenet\d+_(?:train|val))(?:_part[12])?(?:_npz)?\.zip', re.IGNORECASE)
 
 
 class Batch(NamedTuple):
@@ -99,10 +99,9 @@ def find(source: Path) -> dict[str, list[Place]]:
     if source.is_dir():
         there = _in_folder(source)
     elif match := _ZIP_NAME.fullmatch(source.name):
-        kind = match[1].rstrip('12').lower()
-        beside = [path for path in sorted(source.parent.iterdir()) if _ZIP_NAME.fullmatch(path.name)
-                  and kind in path.name.lower()]
-        there = _in_zips(beside)
+        parts = [path for path in sorted(source.parent.iterdir())
+                 if _ZIP_NAME.fullmatch(path.name) and path.name.startswith(match[1])]
+        there = _in_zips(parts)
     else:
         return {}
     found = {}

@@ -20,7 +20,8 @@ from tarflow_jax.data.png import SIGNATURE, write_png
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'AVIF', 'JPEG2000', 'BMP', 'GIF', 'TIFF', 'PPM')
 MAX_FILE_BYTES = 2**30
 TGA_SUFFIXES = ('.tga', '.vda', '.icb', '.vst')  # TGA has no signature: only a name tells
-Image.init()  # now, and not when threads first need a format, beside which others may import
+# Pillow would load its formats at first use, which may be in a thread, while others import.
+Image.init()
 
 
 class Encoded(NamedTuple):

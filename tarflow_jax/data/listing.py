@@ -1,7 +1,7 @@
 """What lies in a folder, a tar or a zip: the place of every file, without reading any of them.
 
 A tar counts as a folder, also one inside a folder or, as in ImageNet's, inside a tar. So does a
-zip, alone or in a folder that holds no other folders.
+zip, alone or in a folder of zips.
 """
 
 import errno
@@ -16,6 +16,7 @@ UNREADABLE = -1  # in place of a size
 _COMPRESSED = {
     b'\x1f\x8b': 'gzip', b'BZh': 'bzip2', b'\xfd7zXZ': 'xz', b'\x28\xb5\x2f\xfd': 'zstd',
 }
+_BESIDE_ZIPS = ('.zip', '.txt', '.csv', '.json', '.md')
 _ZIP = (b'PK\x03\x04', b'PK\x05\x06')
 # What systems and programs leave behind beside people's files.
 _IGNORED = {
@@ -96,7 +97,7 @@ def _list_folder(folder, prefix: str, listing: Listing, above: tuple) -> None:
             raise
         listing.problems[prefix[:-1]] = f'cannot be read ({error.strerror}) and was left out'
         return
-    folders = any(is_folder for _, is_folder in entries)
+    of_zips = all(entry.name.endswith(_BESIDE_ZIPS) for entry, _ in entries)
     for entry, is_folder in entries:
         name = _place(prefix + entry.name, listing)
         if name is None:
@@ -110,7 +111,7 @@ def _list_folder(folder, prefix: str, listing: Listing, above: tuple) -> None:
             _list_folder(entry.path, f'{name}/', listing, (*above, key))
         elif is_folder is None or not entry.is_file():  # a link to nothing, or a device
             listing.files.append(File(name, entry.path, 0, UNREADABLE))
-        elif name.endswith('.tar') or (name.endswith('.zip') and not folders):
+        elif name.endswith('.tar') or (name.endswith('.zip') and of_zips):
             _list_archive(entry.path, name[:-len('.tar')] + '/', listing)
         else:
             listing.files.append(File(name, entry.path, 0, entry.stat().st_size))

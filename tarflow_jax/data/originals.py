@@ -2,7 +2,15 @@
 
 from pathlib import Path
 
-from tarflow_jax.data import batch_files, cifar_files, idx_sets, parquet_sets, picture_sets
+from tarflow_jax.data import (
+    batch_files,
+    cifar_files,
+    cropping,
+    idx_sets,
+    parquet_sets,
+    picture_sets,
+    sizes,
+)
 from tarflow_jax.data.splits import Originals, Wanted
 
 # Each looks at a source and returns it as Originals, or None if it is of another kind.
@@ -22,8 +30,9 @@ def recognise(source: str, *, wanted: Wanted, name: str | None = None) -> Origin
 
     Raises:
         FileNotFoundError: the source or a part of it is not there.
-        ValueError: it is none of the kinds known, or damaged.
+        ValueError: it is none of the kinds known, or damaged, or cannot be what is asked of it.
     """
+    _check(wanted)
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f'{source} is not there; correct the path.')
@@ -54,3 +63,17 @@ def recognise(source: str, *, wanted: Wanted, name: str | None = None) -> Origin
             )
         found = found._replace(classes=wanted.classes)
     return found._replace(dataset=name or found.dataset)
+
+
+def _check(wanted: Wanted) -> None:
+    if wanted.crop not in cropping.RULES:
+        raise ValueError(f'--crop is {wanted.crop!r}; choose one of {", ".join(cropping.RULES)}.')
+    if wanted.crop != 'torchvision' and wanted.size and wanted.size[0] != wanted.size[1]:
+        raise ValueError(
+            f'--size is {sizes.text(wanted.size)}, but --crop={wanted.crop} makes squares; choose '
+            'a square, or --crop=torchvision.'
+        )
+    if wanted.test_fraction is not None and not 0 < wanted.test_fraction < 1:
+        raise ValueError(
+            f'--test_fraction is {wanted.test_fraction}; choose one between 0 and 1, such as 0.1.'
+        )

@@ -139,7 +139,6 @@ def prepare(source: str, out: str, *, size: int | tuple[int, int] | None = None,
         None if size is None else sizes.pair(size), split, crop, labels, test_fraction,
         before and before['classes'],
     )
-    _check_wanted(wanted)
     found = originals.recognise(source, wanted=wanted, name=name)
     if features is not None:
         found = feature_files.attach(found, features)
@@ -199,20 +198,6 @@ def _settings(found: originals.Originals) -> dict[str, Any]:
     if found.features is not None:  # a set without them has no such key
         settings['features'] = found.features
     return settings
-
-
-def _check_wanted(wanted: Wanted) -> None:
-    if wanted.crop not in cropping.RULES:
-        raise ValueError(f'--crop is {wanted.crop!r}; choose one of {", ".join(cropping.RULES)}.')
-    if wanted.crop != 'torchvision' and wanted.size and wanted.size[0] != wanted.size[1]:
-        raise ValueError(
-            f'--size is {sizes.text(wanted.size)}, but --crop={wanted.crop} makes squares; choose '
-            'a square, or --crop=torchvision.'
-        )
-    if wanted.test_fraction is not None and not 0 < wanted.test_fraction < 1:
-        raise ValueError(
-            f'--test_fraction is {wanted.test_fraction}; choose one between 0 and 1, such as 0.1.'
-        )
 
 
 def _check_place(folder: epath.Path, source: str) -> None:

@@ -44,6 +44,17 @@ def test_a_folder_of_zips(classes, tmp_path):
     assert elements(tmp_path / 'out', 'validation')[1] == [0, 1, 1]
 
 
+def test_a_zip_among_images_is_left_alone(tmp_path):
+    folder = tmp_path / 'train'
+    folder.mkdir()
+    (folder / '1.png').write_bytes(encoded(picture(1)))
+    with zipfile.ZipFile(folder / 'all.zip', 'w') as archive:
+        archive.writestr('cat/2.png', encoded(picture(2)))
+    run(folder, tmp_path / 'out', '--size=8', '--name=x')
+    entry = manifest(tmp_path / 'out')['splits']['train']
+    assert entry['images'] == 1 and entry['skipped']['list'][0][0] == 'all.zip'
+
+
 def test_zip64_and_names(tmp_path):
     path = tmp_path / 'train.zip'
     with zipfile.ZipFile(path, 'w') as archive:
