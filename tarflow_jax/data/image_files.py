@@ -18,6 +18,10 @@ from tarflow_jax.data.png import SIGNATURE, write_png
 
 # Formats of photographs. Pillow knows more, some of which start other programs.
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'AVIF', 'JPEG2000', 'BMP', 'GIF', 'TIFF', 'PPM')
+# By preference, where a sample has several.
+SUFFIXES = (
+    'jpg', 'jpeg', 'png', 'webp', 'avif', 'jp2', 'bmp', 'gif', 'tif', 'tiff', 'ppm', 'pgm', 'tga',
+)
 MAX_FILE_BYTES = 2**30
 TGA_SUFFIXES = ('.tga', '.vda', '.icb', '.vst')  # TGA has no signature: only a name tells
 # Pillow would load its formats at first use, which may be in a thread, while others import.

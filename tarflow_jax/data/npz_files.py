@@ -13,6 +13,7 @@ import numpy as np
 from tarflow_jax.data import zip_files
 
 _MAX_LABELS = 10**7
+_MAX_SIDE = 1024
 
 
 class NpzBatch:
@@ -47,7 +48,7 @@ class NpzBatch:
         self.labels = found['labels.npy']
         count, width = self._shape = found['data.npy']
         self.side = math.isqrt(width // 3)
-        if width != 3 * self.side**2 or not self.side:
+        if width != 3 * self.side**2 or not 0 < self.side <= _MAX_SIDE:
             raise ValueError(f'it holds rows of {width} numbers, which is no square colour image')
         if len(self.labels) != count or count == 0:
             raise ValueError(f'it holds {count} images and {len(self.labels)} labels')

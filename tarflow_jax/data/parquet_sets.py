@@ -14,7 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from tarflow_jax.data import cropping, parquet_files
-from tarflow_jax.data.image_files import Encoded, encode_array, encode_contents, size_of_content
+from tarflow_jax.data.image_files import (
+    SUFFIXES,
+    Encoded,
+    encode_array,
+    encode_contents,
+    size_of_content,
+)
 from tarflow_jax.data.parquet_files import Part
 from tarflow_jax.data.splits import (
     DEFAULT_SIZE,
@@ -29,6 +35,7 @@ from tarflow_jax.data.splits import (
 )
 
 _NUMBERED = re.compile(r'(.*)-(\d{5})-of-(\d{5})\.parquet')
+_IMAGES = tuple(f'.{suffix}' for suffix in SUFFIXES)
 _LOOKED_AT = 16  # images, for their size
 
 
@@ -50,8 +57,8 @@ def recognise(source: Path, wanted: Wanted) -> Originals | None:
     for part in (part for group in parts.values() for part in group):
         if part[2:] != first[2:]:
             raise ValueError(
-                f'{part.path} has the columns or classes {part[2:]}, and {first.path} '
-                f'{first[2:]}; prepare one set.'
+                f'{part.path} has other columns or other names of classes than {first.path}; '
+                'prepare one set.'
             )
     labels = {
         split: [parquet_files.labels(part) for part in group] if first.label else None
@@ -59,7 +66,7 @@ def recognise(source: Path, wanted: Wanted) -> Originals | None:
     }
     labels, notes = _without_unlabelled(labels, wanted)
     classes = _class_names(first, labels)
-    size, channels, exact = _size(parts, first, wanted)
+    size, channels, exact = _size(first, wanted)
     crop = None if exact else wanted.crop
     label_of = {name: k for k, name in enumerate(wanted.classes or classes or ())}
     splits = {}
@@ -81,10 +88,13 @@ def recognise(source: Path, wanted: Wanted) -> Originals | None:
 
 
 def _find(source: Path) -> list[Path]:
+    """The .parquet files; none where image files lie beside them, which they then tell of."""
     if source.is_file():
         return [source] if source.suffix == '.parquet' else []
     found = []
     for folder, folders, names in os.walk(source):
+        if any(name.lower().endswith(_IMAGES) for name in names):
+            return []
         folders[:] = [name for name in folders if not name.startswith('.')]
         found += [Path(folder) / name for name in names
                   if name.endswith('.parquet') and not name.startswith('.')]
@@ -100,8 +110,11 @@ def _by_split(source: Path, files: list[Path], wanted: Wanted) -> dict[str, list
         split = wanted.split or split_in_path(source.name)
         if len(groups) > 1 or split is None:
             raise ValueError(
-                f'the name of {groups[None][0]} says no split, such as train-00000-of-00001.parquet'
-                ' does; say which it is, such as --split=train.'
+                f'the name of {groups[None][0]} says no split, as train-00000-of-00001.parquet '
+                'does; ' + (
+                    'rename it, or prepare it alone.' if len(groups) > 1 else
+                    'say which it is, such as --split=train.'
+                )
             )
         groups = {split: groups[None]}
     found = chosen(groups, wanted.split, source)
@@ -148,6 +161,11 @@ def _class_names(first: Part, labels: dict[str, list | None]) -> list[str] | Non
     parts = [values for found in labels.values() for values in found or ()]
     if not parts:
         return None
+    if len({type(values) for values in parts}) > 1:
+        raise ValueError(
+            f'{first.path.parent} holds files with numbers as labels and others with names; write '
+            'them all in one way.'
+        )
     if isinstance(parts[0], list):
         return sorted({name for values in parts for name in values if name})
     highest = max(int(values.max(initial=-1)) for values in parts)
@@ -176,7 +194,7 @@ def _numbers(part: Part, values: list | np.ndarray, classes: list[str],
     return values
 
 
-def _size(parts: dict[str, list[Part]], first: Part, wanted: Wanted):
+def _size(first: Part, wanted: Wanted) -> tuple[tuple[int, int], int, bool]:
     """Size and channels of the prepared images, and whether all others are refused."""
     rows = []
     for images in parquet_files.images(first, 0, min(_LOOKED_AT, sum(first.rows))):
@@ -191,7 +209,8 @@ def _size(parts: dict[str, list[Part]], first: Part, wanted: Wanted):
         own, channels = (found.pop() if len(found) == 1 else None), 3
         if own and own[0] != own[1]:
             own = None  # photographs of one camera, which are to be cut
-    exact = own is not None and wanted.size in (None, own)
+    # Whoever names a size wants image files of other sizes resized, and not refused.
+    exact = own is not None and wanted.size in ((None, own) if first.nested else (None,))
     return (own if exact else wanted.size or own or DEFAULT_SIZE), channels, exact
 
 
@@ -208,7 +227,11 @@ def _split(parts: list[Part], labels: list[np.ndarray], size: tuple[int, int], c
                 for images in parquet_files.images(part, row, last):
                     names = [f'{part.path.name}[{k}]' for k in range(row, row + len(images))]
                     some = label_N[row:row + len(images)].tolist()
-                    yield _task(names, some, images, part.nested, size, channels, exact, crop)
+                    if part.nested:
+                        arguments = images, size, channels, exact, crop
+                        yield Task(names, some, encode_nested, arguments)
+                    else:
+                        yield Task(names, some, encode_contents, (images, size, exact, crop))
                     row += len(images)
             before += len(label_N)
 
@@ -216,15 +239,8 @@ def _split(parts: list[Part], labels: list[np.ndarray], size: tuple[int, int], c
     return Split(sum(map(len, labels)), identity(lines), tasks, notes)
 
 
-def _task(names, labels, images, nested, size, channels, exact, crop) -> Task:
-    if not nested:
-        return Task(names, labels, encode_contents, (images, size, exact, crop))
-    arguments = (images, size, channels, exact, crop)
-    return Task(names, labels, encode_nested, arguments)
-
-
 def encode_nested(images: list[np.ndarray], size: tuple[int, int], channels: int, exact: bool,
-                  crop: str):
+                  crop: str) -> list[Encoded]:
     """PNG files of arrays; those of other channels or, if `exact`, of another size are refused."""
     encoded = []
     for image in images:

@@ -8,12 +8,10 @@ import os
 from typing import NamedTuple
 
 from tarflow_jax.data import listing as listings
+from tarflow_jax.data.image_files import SUFFIXES
 from tarflow_jax.data.listing import File, Listing
 from tarflow_jax.data.splits import Group, Pictures, split_in_path
 
-IMAGES = (
-    'jpg', 'jpeg', 'png', 'webp', 'avif', 'jp2', 'bmp', 'gif', 'tif', 'tiff', 'ppm', 'pgm', 'tga',
-)
 _LABELS = ('cls', 'json')
 _KEYS = ('label', 'cls', 'class', 'class_id', 'class_name')
 _MAX_LABEL_BYTES = 2**24
@@ -30,8 +28,10 @@ def find(listing: Listing) -> Pictures | None:
     Raises:
         ValueError: a label is damaged, or some samples have one and others do not.
     """
-    samples, siblings = _samples(listing)
-    if not samples or 2 * siblings < len(samples):
+    in_tars = [file for file in listing.files if file.path.endswith('.tar')]
+    samples, siblings = _samples(in_tars)
+    others = len(listing.files) - len(in_tars)
+    if not samples or 2 * siblings < len(samples) or others and _any_image(listing):
         return None
     labelled = any(sample.label for sample in samples)
     if labelled:
@@ -42,8 +42,14 @@ def find(listing: Listing) -> Pictures | None:
                 'other images have; add it, or take the image away.'
             )
     labels = [_label(sample.label) for sample in samples] if labelled else []
-    if None in labels:  # a .json that says nothing of classes
-        labels = []
+    if labels and not any(label is not None for label in labels):
+        labels = []  # the .json files say nothing of classes
+    if None in labels:
+        image = samples[labels.index(None)].image
+        raise ValueError(
+            f'{image.path} holds {image.name} without a class in its .json, which other images '
+            'have; add it, or take the image away.'
+        )
     numbers = bool(labels) and all(type(label) is int for label in labels)
     if labels and not numbers and any(type(label) is int for label in labels):
         raise ValueError(
@@ -67,13 +73,20 @@ def find(listing: Listing) -> Pictures | None:
     return Pictures(groups, classes)
 
 
-def _samples(listing: Listing) -> tuple[list[_Sample], int]:
+def _any_image(listing: Listing) -> bool:
+    """Whether there are images outside of tars."""
+    return any(
+        file.name.lower().rpartition('.')[2] in SUFFIXES
+        for file in listing.files if not file.path.endswith('.tar')
+    )
+
+
+def _samples(in_tars: list[File]) -> tuple[list[_Sample], int]:
     """The images in tars, each with its label, and how many have a sibling of another kind."""
     samples, siblings = [], 0
-    in_tars = (file for file in listing.files if file.path.endswith('.tar'))
     for _, files in itertools.groupby(in_tars, _key):  # they are sorted by name
         found = {file.name.rpartition('/')[2].partition('.')[2].lower(): file for file in files}
-        image = next((found[kind] for kind in IMAGES if kind in found), None)
+        image = next((found[kind] for kind in SUFFIXES if kind in found), None)
         if image is None:
             continue
         label = next((found[kind] for kind in _LABELS if kind in found), None)
@@ -81,7 +94,7 @@ def _samples(listing: Listing) -> tuple[list[_Sample], int]:
         # A folder inside of the tar may be a class, whatever lies beside its images.
         folder, tar = os.path.dirname(image.name), os.path.basename(image.path)
         in_folder = folder and os.path.basename(folder) != tar.removesuffix('.tar')
-        siblings += 'cls' in found or not in_folder and any(kind not in IMAGES for kind in found)
+        siblings += 'cls' in found or not in_folder and any(kind not in SUFFIXES for kind in found)
     return samples, siblings
 
 

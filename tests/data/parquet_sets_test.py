@@ -122,6 +122,7 @@ def damage_page(path):
     (lambda path: pq.write_table(pa.table({'image': ['a']}), path), 'neither bytes nor lists of whole'),
     (lambda path: pq.write_table(pa.table({'image': [[[0.5]]]}), path), 'neither bytes nor lists of'),
     (lambda path: pq.write_table(pa.table({'image': [b'x'], 'label': [0.5]}), path), 'prepare one set'),
+    (lambda path: pq.write_table(table([0], [0]).set_column(1, 'label', [['cat']]), path), 'others with names'),
     (lambda path: pq.write_table(table([0], [3]), path), 'holds the label 3, and its schema names 3'),
     (lambda path: pq.write_table(table([0], [-2]), path), 'holds labels beyond a million'),
     (lambda path: pq.write_table(table([0], [-1]), path), 'has no label in its row 0'),
@@ -133,12 +134,18 @@ def test_refuses(hub, tmp_path, damage, says, capfd):
     assert says in last_error(capfd)
 
 
+def test_rows_beside_image_files_are_no_set(classes, tmp_path):
+    pq.write_table(pa.table({'age': [1]}), classes / 'train-metadata.parquet')
+    run(classes, tmp_path / 'out', '--size=8')
+    assert elements(tmp_path / 'out', 'train')[1] == [0, 0, 0, 0, 1, 1]
+
+
 def test_names_without_a_split(hub, tmp_path, capfd):
     path = (hub / 'data' / 'test-00000-of-00001.parquet').rename(hub / 'data' / 'part.parquet')
     run(path, tmp_path / 'out', code=2)
-    assert 'says no split, such as train-00000-of-00001.parquet does' in last_error(capfd)
+    assert 'says no split, as train-00000-of-00001.parquet does; say which' in last_error(capfd)
     run(hub, tmp_path / 'out', '--test_fraction=0.1', '--split=train', code=2)
-    assert 'says no split' in last_error(capfd)
+    assert 'rename it, or prepare it alone' in last_error(capfd)
     path.unlink()
     run(hub, tmp_path / 'out', '--test_fraction=0.1', code=2)
     assert '--test_fraction is 0.1, but' in last_error(capfd)

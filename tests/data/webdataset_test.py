@@ -63,6 +63,7 @@ def test_kinds_of_labels(tmp_path, label, classes, labels):
     ({'a.png': b'x', 'a.cls': ''}, 'holds a damaged 00000/a.cls (the label is'),
     ({'a.png': b'x', 'a.cls': b'\xff'}, 'holds a damaged 00000/a.cls ('),
     ({'a.png': b'x', 'a.json': '{"label": [1]}'}, 'holds a damaged 00000/a.json (the label is'),
+    ({'a.png': b'x', 'a.json': '{"label": 1}', 'b.png': b'x', 'b.json': '{}'}, 'holds 00000/b.png without a class'),
     ({'a.png': b'x', 'a.json': '[' * 10**5}, 'holds a damaged 00000/a.json ('),
     ({'a.png': b'x', 'a.cls': 1, 'b.png': b'x', 'b.cls': 'cat'}, 'both names and numbers as labels'),
 ])
@@ -70,6 +71,15 @@ def test_labels_that_are_refused(tmp_path, content, says, capfd):
     write_shard(tmp_path / 'shards' / '00000.tar', content)
     run(tmp_path / 'shards', tmp_path / 'out', '--size=8', '--split=train', code=2)
     assert says in last_error(capfd)
+
+
+def test_tars_beside_other_images_are_folders(tmp_path):
+    write_shard(tmp_path / 'train' / 'dog.tar', samples(range(2)))
+    (tmp_path / 'train' / 'cat').mkdir()
+    (tmp_path / 'train' / 'cat' / '1.png').write_bytes(encoded(picture(9)))
+    run(tmp_path / 'train', tmp_path / 'out', '--size=8')
+    assert manifest(tmp_path / 'out')['classes'] == ['cat', 'dog']
+    assert elements(tmp_path / 'out', 'train')[1] == [0, 1, 1]
 
 
 def test_shards_of_which_only_some_say_their_split(tmp_path, capfd):
