@@ -4,14 +4,7 @@ from pathlib import Path
 
 from tarflow_jax.data import imagenet_labels, sizes
 from tarflow_jax.data.listing import File, Listing
-from tarflow_jax.data.splits import (
-    Group,
-    Pictures,
-    Wanted,
-    chosen,
-    set_name,
-    split_of_folder,
-)
+from tarflow_jax.data.splits import Group, Pictures, Wanted, chosen, set_name, split_of_folder
 
 DOWNSAMPLED = 'downsampled_imagenet/{0}x{0}'
 _KAGGLE = ('ILSVRC/Data/CLS-LOC', 'Data/CLS-LOC')  # where the images are
@@ -83,7 +76,7 @@ def _unwrapped(placed: _Placed, splits: bool = False) -> _Placed:
     """Without the folders that hold all the rest, such as afhq/ around afhq/train/cat/1.jpg.
 
     A folder around nothing but files is a class, and kept, unless it is named like a split and
-    `splits` lets these go too.
+    `splits` lets these go too. Files may lie beside folders of splits, as a README does.
     """
     while True:
         files = [parts for parts, file in placed if file]
@@ -92,7 +85,8 @@ def _unwrapped(placed: _Placed, splits: bool = False) -> _Placed:
             return placed
         is_split = bool(split_of_folder(next(iter(tops))))
         depth = 2 if is_split else 3
-        if (is_split and not splits) or min(map(len, files)) < depth:
+        of_splits = any(len(parts) > 2 and split_of_folder(parts[1]) for parts in files)
+        if (is_split and not splits) or (min(map(len, files)) < depth and not of_splits):
             return placed
         placed = [(parts[1:], file) for parts, file in placed if parts[1:]]
 

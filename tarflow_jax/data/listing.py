@@ -190,14 +190,14 @@ def _add_member(file, member: tarfile.TarInfo, path: str, prefix: str, listing: 
 def _place(name: str, listing: Listing) -> str | None:
     """The name without empty and . parts; None, and a note where it is due, if it is left out."""
     parts = [part for part in name.split('/') if part not in ('', '.')]
-    for k, part in enumerate(parts, 1):
-        if part.lower() in _IGNORED:
-            listing.notes[printable('/'.join(parts[:k]))] = 'is ignored because of its name'
-            return None
-        if part.startswith('.'):
-            return None
     plain = '/'.join(parts)
-    if printable(plain) != plain:
+    if not _IGNORED.isdisjoint(plain.lower().split('/')):
+        first = next(k for k, part in enumerate(parts, 1) if part.lower() in _IGNORED)
+        listing.notes[printable('/'.join(parts[:first]))] = 'is ignored because of its name'
+        return None
+    if '/.' in f'/{plain}':  # hidden
+        return None
+    if not plain.isascii() and printable(plain) != plain:
         listing.problems[printable(plain)] = 'has a name that is not UTF-8 and was left out'
         return None
     return plain or None

@@ -88,7 +88,7 @@ def recognise(source: Path, wanted: Wanted) -> Originals | None:
 
 
 def _find(source: Path) -> list[Path]:
-    """The .parquet files; none where image files lie beside them, which they then tell of."""
+    """The .parquet files; none if image files lie beside them, of which they are only metadata."""
     if source.is_file():
         return [source] if source.suffix == '.parquet' else []
     found = []

@@ -207,6 +207,14 @@ def test_test_fraction_of_a_source_with_splits(classes, tmp_path, capfd):
     assert 'holds the split(s) train, validation; leave --test_fraction away' in last_error(capfd)
 
 
+def test_a_folder_around_splits_may_hold_other_files(classes, tmp_path):
+    (classes / 'README').write_text('hello')
+    run(pack(classes, tmp_path / 'all.tar', 'pets'), tmp_path / 'out', '--size=8')
+    assert list(manifest(tmp_path / 'out')['splits']) == ['train', 'validation']
+    notes = manifest(tmp_path / 'out')['splits']['train']['notes']['list']
+    assert notes == [['pets/README', 'lies outside the splits and was left out']]
+
+
 def test_a_kit_that_unpacks_to_too_much(tmp_path, monkeypatch, capfd):
     from tarflow_jax.data import imagenet_labels
 
