@@ -140,7 +140,8 @@ def _rows_at_once(part: Part, group) -> int:
             raise ValueError(f'a row group promises {column.num_values} numbers')
         unpacked, packed = column.total_uncompressed_size, column.total_compressed_size
         with open(part.path, 'rb') as file:
-            file.seek(column.dictionary_page_offset or column.data_page_offset)
+            # A damaged offset may be negative.
+            file.seek(max(column.dictionary_page_offset or column.data_page_offset, 0))
             page = _page_bytes(file.read(32))
         if page > unpacked or unpacked > max(BOMB_BYTES, BOMB_RATIO * packed):
             raise ValueError(

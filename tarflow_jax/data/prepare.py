@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
                 features=given.features, strict=given.strict, workers=given.workers,
             )
     except (ValueError, FileNotFoundError) as error:
-        log.error('error: %s', error)
+        log.error('error: %s', str(error).replace('\n', r'\n'))  # which names of files may hold
         return 2
     except (OSError, BrokenProcessPool) as error:
         log.error('error: %s; the same command goes on.', str(error).rstrip('.'))
