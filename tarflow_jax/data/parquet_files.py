@@ -11,7 +11,7 @@ IMAGE_COLUMNS = ('image', 'img')
 LABEL_COLUMNS = ('label', 'labels', 'fine_label')
 _LABELS_AT_ONCE = 2**16
 _IMAGES_AT_ONCE = 64
-_BYTES_AT_ONCE = 2**26
+_BYTES_AT_ONCE = 2**24
 _FEW_ROWS = 10**6
 _MAX_VALUES = 2**29  # of lists in one row group
 _MAX_FOOTER_ITEMS = 10**7
@@ -130,7 +130,7 @@ def _of_group(part: Part, group: int, start: int, stop: int) -> Iterator[list]:
 
 
 def _rows_at_once(part: Part, group) -> int:
-    """As many rows as take 64 MiB at most, as far as the footer and the dictionaries tell."""
+    """As many rows as take 16 MiB at most, as far as the footer and the dictionaries tell."""
     largest = 1
     for k in range(group.num_columns):
         column = group.column(k)
