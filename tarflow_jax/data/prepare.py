@@ -62,9 +62,10 @@ from etils import epath
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tarflow_jax import __version__
-from tarflow_jax.data import cropping, feature_files, originals, shards, sizes
+from tarflow_jax.data import feature_files, originals, shards, sizes
 from tarflow_jax.data import manifest as manifests
 from tarflow_jax.data.cores import available_cores
+from tarflow_jax.data.cropping import RULES
 from tarflow_jax.data.splits import Split, Wanted, images_per_shard
 
 log = logging.getLogger('tarflow_jax')
@@ -348,7 +349,7 @@ def _parser() -> argparse.ArgumentParser:
         help="64, or HEIGHTxWIDTH such as 48x32; the source's own, or 64 for photographs",
     )
     parser.add_argument(
-        '--crop', default='torchvision', choices=cropping.RULES,
+        '--crop', default='torchvision', choices=RULES,
         help='how photographs are made that size',
     )
     parser.add_argument('--split', help='the split that SOURCE is, or the one wanted of it')

@@ -173,44 +173,6 @@ def test_what_the_first_version_began_goes_on(tmp_path, options, plan):
     ]
 
 
-def test_sets_of_versions_without_other_crops_are_already_prepared(classes, tmp_path, capfd):
-    out = tmp_path / 'out'
-    run(classes, out, '--size=12')
-    # As those versions wrote it; a test above holds that plans are theirs.
-    text = (out / 'manifest.json').read_text()
-    made = json.loads(text)
-    assert made['image'].pop('crop') == 'torchvision'
-    (out / 'manifest.json').write_text(json.dumps(made, indent=1, ensure_ascii=False) + '\n')
-    before = content(out)
-    run(classes, out, '--size=12')
-    assert 'already prepared' in capfd.readouterr().err and content(out) == before
-    run(classes, out, '--size=12', '--crop=edm', code=2)
-    assert "with image {'size': 12, 'channels': 3, 'encoding': 'png'}, and" in last_error(capfd)
-    save(classes / 'test' / 'cat' / '1.png', picture(1))
-    run(classes / 'test', out, '--size=12')
-    assert 'crop' not in manifest(out)['image'] and len(manifest(out)['splits']) == 3
-
-
-def test_crops(classes, tmp_path, capfd):
-    plans = set()
-    for rule in cropping.RULES:
-        out = tmp_path / rule
-        run(classes, out, '--size=12', f'--crop={rule}')
-        made = manifest(out)
-        assert made['image']['crop'] == rule
-        assert made['preprocessing'] == cropping.describe((12, 12), rule)
-        wanted = [cropping.resize_and_crop(Image.fromarray(picture(k)), (12, 12), rule) for k in range(6)]
-        np.testing.assert_array_equal(elements(out, 'train')[0], np.stack(wanted))
-        plans.add(made['splits']['train']['plan'])
-        run(classes, out, '--size=12', f'--crop={rule}')
-        assert 'already prepared' in capfd.readouterr().err
-    assert len(plans) == 3
-    run(classes, tmp_path / 'edm', '--size=12', '--crop=adm', code=2)
-    assert 'give another --out' in last_error(capfd)
-    run(classes, tmp_path / 'new', '--size=8x4', '--crop=edm', code=2)
-    assert '--size is 8x4, but --crop=edm makes squares' in last_error(capfd)
-
-
 def test_rectangles(classes, tmp_path):
     out = tmp_path / 'out'
     run(classes, out, '--size=8x4')
@@ -249,6 +211,44 @@ def test_rectangular_idx(tmp_path, small_shards):
         elements(tmp_path / 'cut', 'train')[0], images[:, :, 2:10, None]
     )
     assert len(manifest(tmp_path / 'cut')['splits']['train']['shards']) == 1
+
+
+def test_sets_of_versions_without_other_crops_are_already_prepared(classes, tmp_path, capfd):
+    out = tmp_path / 'out'
+    run(classes, out, '--size=12')
+    # As those versions wrote it; a test above holds that plans are theirs.
+    text = (out / 'manifest.json').read_text()
+    made = json.loads(text)
+    assert made['image'].pop('crop') == 'torchvision'
+    (out / 'manifest.json').write_text(json.dumps(made, indent=1, ensure_ascii=False) + '\n')
+    before = content(out)
+    run(classes, out, '--size=12')
+    assert 'already prepared' in capfd.readouterr().err and content(out) == before
+    run(classes, out, '--size=12', '--crop=edm', code=2)
+    assert "with image {'size': 12, 'channels': 3, 'encoding': 'png'}, and" in last_error(capfd)
+    save(classes / 'test' / 'cat' / '1.png', picture(1))
+    run(classes / 'test', out, '--size=12')
+    assert 'crop' not in manifest(out)['image'] and len(manifest(out)['splits']) == 3
+
+
+def test_crops(classes, tmp_path, capfd):
+    plans = set()
+    for rule in cropping.RULES:
+        out = tmp_path / rule
+        run(classes, out, '--size=12', f'--crop={rule}')
+        made = manifest(out)
+        assert made['image']['crop'] == rule
+        assert made['preprocessing'] == cropping.describe((12, 12), rule)
+        wanted = [cropping.resize_and_crop(Image.fromarray(picture(k)), (12, 12), rule) for k in range(6)]
+        np.testing.assert_array_equal(elements(out, 'train')[0], np.stack(wanted))
+        plans.add(made['splits']['train']['plan'])
+        run(classes, out, '--size=12', f'--crop={rule}')
+        assert 'already prepared' in capfd.readouterr().err
+    assert len(plans) == 3
+    run(classes, tmp_path / 'edm', '--size=12', '--crop=adm', code=2)
+    assert 'give another --out' in last_error(capfd)
+    run(classes, tmp_path / 'new', '--size=8x4', '--crop=edm', code=2)
+    assert '--size is 8x4, but --crop=edm makes squares' in last_error(capfd)
 
 
 def make_hostile(folder):
