@@ -7,6 +7,7 @@ import re
 
 from tarflow_jax.data import image_files
 from tarflow_jax.data import listing as listings
+from tarflow_jax.data.image_files import SUFFIXES
 from tarflow_jax.data.listing import File, Listing
 from tarflow_jax.data.splits import Group, Pictures
 
@@ -34,7 +35,10 @@ def find(listing: Listing) -> Pictures | None:
     if not isinstance(content, dict) or 'labels' not in content:
         return None
     prefix = index.name.removesuffix(INDEX)
-    files = [file for file in listing.files if file is not index and file.name.startswith(prefix)]
+    files = [
+        file for file in listing.files
+        if file.name.startswith(prefix) and file.name.lower().rpartition('.')[2] in SUFFIXES
+    ]
     if not content['labels']:
         return _pictures(files, None)
     try:

@@ -131,7 +131,7 @@ def split_in_path(path: str) -> str | None:
 def set_name(source: Path) -> str:
     """The name of a set: that of its folder or archive, or of the folder around its only split."""
     source = source.absolute()
-    name = re.sub(r'\.(tar|zip|parquet)$', '', source.name)
+    name = re.sub(r'(-\d{5}-of-\d{5})?\.(tar|zip|parquet)$', '', source.name)
     name = source.parent.name if split_of_folder(name) else name
     return printable(name)
 

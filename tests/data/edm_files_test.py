@@ -16,14 +16,15 @@ def name_of(k):
     return f'{k // 5:05d}/img{k:08d}.png'
 
 
-def write(path, labels, **content):
+def write(path, labels):
     """As dataset_tool.py does: stored, and dataset.json last; no file of labels for `...`."""
     with zipfile.ZipFile(path, 'w', zipfile.ZIP_STORED) as archive:
         for k in range(COUNT):
             archive.writestr(name_of(k), encoded(picture(k)))
         if labels is not ...:
             labels = labels and [[name_of(k), label] for k, label in enumerate(labels)]
-            archive.writestr('dataset.json', json.dumps({'labels': labels, **content}))
+            archive.writestr('dataset.json', json.dumps({'labels': labels}))
+            archive.writestr('LICENSE.txt', 'free')
     return path
 
 
