@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 import tarflow_jax as tfj
+from tarflow_jax.data.cores import available_cores
 
 SIZES = {
     'toy': dict(image_size=28, image_channels=1, patch_size=4, width=128),
@@ -51,7 +52,7 @@ def official_model(checkout: str, model: tfj.TarFlow, variables):
     import torch
     import transformer_flow
 
-    torch.set_num_threads(cores())
+    torch.set_num_threads(available_cores())
     theirs = transformer_flow.Model(
         in_channels=model.image_channels,
         img_size=model.image_size,
@@ -67,10 +68,6 @@ def official_model(checkout: str, model: tfj.TarFlow, variables):
         missing, unexpected = theirs.load_state_dict(safetensors.torch.load_file(path), strict=False)
     assert not unexpected and all('attn_mask' in name for name in missing), (missing, unexpected)
     return theirs
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def in_turn(functions: dict, repeats: int, warm_up: int = 2) -> dict[str, list[float]]:
@@ -106,7 +103,7 @@ def interleaved(ours, theirs, repeats: int) -> dict:
 
 
 def versions(with_official: bool) -> dict:
-    found = {'jax': jax.__version__, 'cores': cores(), 'devices': jax.device_count()}
+    found = {'jax': jax.__version__, 'cores': available_cores(), 'devices': jax.device_count()}
     if with_official:
         import torch
 

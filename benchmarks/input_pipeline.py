@@ -13,6 +13,7 @@ import logging
 import os
 import pickle
 import resource
+import shutil
 import sys
 import tempfile
 import time
@@ -22,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from tarflow_jax.data import pipeline, prepare, sources
+from tarflow_jax.data.cores import available_cores
 
 SIZE = 64
 PHOTO_SIZE = (375, 500)
@@ -61,6 +63,19 @@ def write_photographs(folder: Path, count: int) -> None:
         os.link(folder / 'cat' / f'{i % DISTINCT:06d}.jpg', folder / 'dog' / f'{i:06d}.jpg')
 
 
+def write_archives(photographs: Path, archive: Path, rows: Path) -> None:
+    """The same photographs in a zip, deflated, and in a parquet file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    shutil.make_archive(str(archive.with_suffix('')), 'zip', photographs)
+    paths = sorted(photographs.rglob('*.jpg'))
+    labels = [path.parent.name for path in paths]
+    # With its number behind each, or those that are equal would be kept once.
+    images = [path.read_bytes() + b'%d' % k for k, path in enumerate(paths)]
+    pyarrow.parquet.write_table(pyarrow.table({'image': images, 'label': labels}), rows)
+
+
 def write_pictures(folder: Path, count: int) -> None:
     """PNG files in one class folder, as the official code reads ImageNet64."""
     rng = np.random.default_rng(0)
@@ -83,7 +98,7 @@ def measured(what: str, count: int, seconds: float, cpu: float, **about) -> None
     print(json.dumps({
         'what': what, **about, 'images': count, 'seconds': round(seconds, 2),
         'images_per_second': round(count / seconds), 'images_per_core_second': round(count / cpu),
-        'cores': len(os.sched_getaffinity(0)),
+        'cores': available_cores(),
     }), flush=True)
 
 
@@ -167,7 +182,7 @@ def main():
     parser.add_argument('--photographs', type=int, default=2_000, help='500x375 JPEGs to prepare')
     parser.add_argument('--batch', type=int, default=256)
     parser.add_argument('--batches', type=int, default=100, help='to read, of the training set')
-    parser.add_argument('--workers', type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument('--workers', type=int, default=available_cores())
     parser.add_argument('--official', help='a checkout of github.com/apple/ml-tarflow to compare with')
     args = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -185,6 +200,13 @@ def main():
             '500x375 JPEG', folder / 'photographs', folder / 'small', args.photographs,
             args.workers, 'train',
         )
+        archive, rows = folder / 'photographs.zip', folder / 'photographs.parquet'
+        write_archives(folder / 'photographs', archive, rows)
+        for source in (archive, rows):
+            time_preparation(
+                f'500x375 JPEG in {source.suffix}', source, folder / f'small{source.suffix}',
+                args.photographs, args.workers, 'train',
+            )
         time_source(prepared, 5_000)
         time_tfds(prepared, 5_000)
         for workers in (0, 1, 2):

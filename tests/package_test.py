@@ -20,7 +20,7 @@ ROOMS = {
     'flow': ({'jax', 'flax'}, set()),
     'sampling': ({'jax'}, {'flow', 'files'}),
     'data': (
-        {'absl', 'array_record', 'etils', 'grain', 'PIL', 'tensorflow_datasets', 'tqdm'},
+        {'absl', 'array_record', 'etils', 'grain', 'PIL', 'pyarrow', 'tensorflow_datasets', 'tqdm'},
         {'__version__'},
     ),
     'training': (

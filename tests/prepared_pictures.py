@@ -1,6 +1,7 @@
 """Small sets of images as people have them, the command that prepares them, and what comes out."""
 
 import hashlib
+import io
 import json
 import pickle
 import tarfile
@@ -20,6 +21,12 @@ def picture(seed, shape=(SIZE, SIZE, 3)):
 def save(path, image, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(path, **options)
+
+
+def encoded(image, kind='PNG'):
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, kind)
+    return data.getvalue()
 
 
 def run(source, out, *more, code=0):

@@ -1,24 +1,26 @@
 """The downsampled ImageNet as the ImageNet site serves it: train_data_batch_1 and so on.
 
 Each is a pickle of a dict: `data`, uint8 [N, 3*S*S], the channels one after another; `labels`, a
-list of 1 to 1000; often `mean`. A pickle is a program, so this one may name nothing but NumPy's
-arrays, and even these are not NumPy's here but stand-ins that take only what an array of plain
-numbers needs. Source: the protocol of `numpy.ndarray.__reduce__`, and `pickletools`.
+list of 1 to 1000; often `mean`. Or it is a .npz of the same arrays, in its zip or unpacked.
 """
 
 import math
-import mmap
-import pickle
+import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from tarflow_jax.data import npz_files, safe_pickle, sizes, zip_files
+from tarflow_jax.data.splits import Originals, Wanted, array_split, chosen, identity
+
+BOX_RESIZED = 'imagenet_resized/{0}x{0} (box-resized, ImageNet site)'
 NUM_CLASSES = 1000
 TRAIN_NAMES = tuple(f'train_data_batch_{k}' for k in range(1, 11))
 VALIDATION_NAME = 'val_data'
 CLASS_NAMES_FILE = 'map_clsloc.txt'
-_LARGE = 2**20
+_ZIP_NAME = re.compile(r'(imagenet\d+_(?:train|val))(?:_part[12])?(?:_npz)?\.zip', re.IGNORECASE)
 
 
 class Batch(NamedTuple):
@@ -31,26 +33,142 @@ class Batch(NamedTuple):
         """uint8 [stop - start, S, S, 3], in memory."""
         return np.ascontiguousarray(self.pixel_Nx3xSxS[start:stop].transpose(0, 2, 3, 1))
 
+    @property
+    def side(self) -> int:
+        """S."""
+        return self.pixel_Nx3xSxS.shape[-1]
 
-def find(folder: Path) -> dict[str, list[Path]]:
-    """The files of each split in the folder; empty if it holds none.
+
+class Place(NamedTuple):
+    """Where one batch is."""
+
+    name: str  # without .npz
+    path: Path  # the pickle, the .npz, or the zip that holds it
+    size: int
+    member: zip_files.Member | None = None  # the .npz in the zip
+
+
+def recognise(source: Path, wanted: Wanted) -> Originals | None:
+    """The batches in a folder or zip; None if there are none.
+
+    Raises:
+        FileNotFoundError: some of the ten training files are missing.
+        ValueError: a file is damaged, they do not fit each other, or are of another size.
+    """
+    found = find(source)
+    if not found:
+        return None
+    made, sides = {}, {}
+    for split, places in chosen(found, wanted.split, source).items():
+        batches = [(place, _open(place)) for place in places]
+        sides |= {place.path: batch.side for place, batch in batches}
+        own = min(sides.values())
+        made[split] = array_split(
+            [(place.name, batch.label_N, batch.images) for place, batch in batches],
+            identity((place.path.name, place.size) for place in places), sizes.pair(own),
+        )
+    odd = next((path for path in sides if sides[path] != own), None)
+    if odd:
+        raise ValueError(
+            f'{odd} holds images of size {sides[odd]}, other files of {own}; keep only one of the '
+            'sets in the folder.'
+        )
+    if wanted.size not in (None, (own, own)):
+        asked = sizes.text(wanted.size)
+        raise ValueError(
+            f'--size is {asked}, but {source} holds images of size {own}, resized by the ImageNet '
+            f'site; leave --size away, or fetch the files of size {asked}.'
+        )
+    folder = source if source.is_dir() else source.parent
+    return Originals(
+        BOX_RESIZED.format(own), sizes.pair(own), 3, class_names(folder),
+        'none: the pixels are those of the files, resized by the ImageNet site with a box filter',
+        made,
+    )
+
+
+def find(source: Path) -> dict[str, list[Place]]:
+    """The batches of each split in a folder or a zip; empty if there are none.
+
+    Of `Imagenet64_train_part1_npz.zip` and its second part each stands for both.
 
     Raises:
         FileNotFoundError: some of the ten training files are there, but not all.
+        ValueError: a zip is damaged, or holds pickles.
     """
+    if source.is_dir():
+        there = _in_folder(source)
+    elif match := _ZIP_NAME.fullmatch(source.name):
+        parts = [path for path in sorted(source.parent.iterdir())
+                 if _ZIP_NAME.fullmatch(path.name) and path.name.startswith(match[1])]
+        there = _in_zips(parts)
+    else:
+        return {}
     found = {}
-    there = [name for name in TRAIN_NAMES if (folder / name).is_file()]
-    if there:
-        missing = [name for name in TRAIN_NAMES if name not in there]
+    missing = [name for name in TRAIN_NAMES if name not in there]
+    if len(missing) < len(TRAIN_NAMES):
         if missing:
             raise FileNotFoundError(
-                f'{folder} lacks {", ".join(missing)} of the ten train_data_batch files; unpack '
-                'both parts of the training set into it.'
+                f'{source} lacks {", ".join(missing)} of the ten train_data_batch files; put both '
+                'parts of the training set into one folder.'
             )
-        found['train'] = [folder / name for name in there]
-    if (folder / VALIDATION_NAME).is_file():
-        found['validation'] = [folder / VALIDATION_NAME]
+        found['train'] = [there[name] for name in TRAIN_NAMES]
+    if VALIDATION_NAME in there:
+        found['validation'] = [there[VALIDATION_NAME]]
     return found
+
+
+def _in_folder(folder: Path) -> dict[str, Place]:
+    names = set(os.listdir(folder))
+    there = _in_zips([folder / name for name in sorted(names) if _ZIP_NAME.fullmatch(name)])
+    for name in (*TRAIN_NAMES, VALIDATION_NAME):
+        for file in (name, f'{name}.npz'):
+            if file in names and (folder / file).is_file():
+                there[name] = Place(name, folder / file, (folder / file).stat().st_size)
+                break
+    return there
+
+
+def _in_zips(paths: list[Path]) -> dict[str, Place]:
+    there = {}
+    for path in paths:
+        with open(path, 'rb') as file:
+            try:
+                members = list(zip_files.members(file))
+            except ValueError as error:
+                raise ValueError(
+                    f'{path} is no zip, truncated or damaged ({error}); fetch it again.'
+                ) from error
+        for member in members:
+            name = os.path.basename(member.name)
+            if name in (*TRAIN_NAMES, VALIDATION_NAME):
+                raise ValueError(
+                    f'{path} holds the pickle {member.name}; unpack it and give the folder.'
+                )
+            name = name.removesuffix('.npz')
+            if name in (*TRAIN_NAMES, VALIDATION_NAME):
+                there[name] = Place(name, path, member.size, member)
+    return there
+
+
+def _open(place: Place) -> 'Batch | _Npz':
+    if place.member is None and place.path.suffix != '.npz':
+        return read_batch(place.path)
+    try:
+        batch = npz_files.NpzBatch(str(place.path), place.member)
+    except Exception as error:  # NumPy raises nearly anything for a damaged header
+        inside = f' ({place.member.name})' if place.member else ''
+        raise ValueError(
+            f'{place.path}{inside} is truncated, damaged or no file of the ImageNet site: {error}; '
+            'fetch it again.'
+        ) from error
+    return _Npz(batch.side, _labels(batch.labels, place.path), batch.images)
+
+
+class _Npz(NamedTuple):
+    side: int
+    label_N: np.ndarray
+    images: Any
 
 
 def class_names(folder: Path) -> list[str]:
@@ -83,7 +201,7 @@ def read_batch(path: Path) -> Batch:
             labels do not fit each other.
     """
     try:
-        content = _unpickle(path)
+        content = safe_pickle.read_file(path)
     except Exception as error:  # a damaged pickle may raise anything
         raise ValueError(
             f'{path} is truncated, damaged or no file of the ImageNet site ({error}); fetch it '
@@ -92,7 +210,7 @@ def read_batch(path: Path) -> Batch:
     if not isinstance(content, dict) or not {'data', 'labels'} <= content.keys():
         raise ValueError(f'{path} holds no dict with data and labels; fetch it again.')
     data, labels = content['data'], content['labels']
-    pixels = data.array() if isinstance(data, _Array) else np.zeros(0)
+    pixels = data.array() if isinstance(data, safe_pickle.Array) else np.zeros(0)
     label_N = _labels(labels, path)
     if pixels.dtype != np.uint8 or pixels.ndim != 2:
         raise ValueError(f'{path} holds data other than uint8 [N, 3*S*S]; fetch it again.')
@@ -111,7 +229,7 @@ def read_batch(path: Path) -> Batch:
 
 
 def _labels(labels: Any, path: Path) -> np.ndarray:
-    values = labels.array() if isinstance(labels, _Array) else labels
+    values = labels.array() if isinstance(labels, safe_pickle.Array) else labels
     whole = (isinstance(values, np.ndarray) and values.dtype.kind in 'iu' and values.ndim == 1) or (
         isinstance(values, list) and all(type(label) is int for label in values)
     )
@@ -123,104 +241,3 @@ def _labels(labels: Any, path: Path) -> np.ndarray:
             f'{path} holds the label {wrong[0]}, not of 1 to {NUM_CLASSES}; fetch it again.'
         )
     return np.asarray(values, np.int32) - 1
-
-
-def _unpickle(path: Path) -> Any:
-    with open(path, 'rb') as file:
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return _Unpickler(_Mapped(content), encoding='latin1').load()
-
-
-# The unpickler in Python, because the one in C takes room for any index a file names in its memo,
-# and would read the pixels into memory.
-class _Unpickler(pickle._Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _ALLOWED[module.replace('numpy._core.', 'numpy.core.'), name]
-        except KeyError:
-            raise pickle.UnpicklingError(f'it asks for {module}.{name}'[:200]) from None
-
-
-class _Mapped:
-    """What an unpickler needs of a file; long reads give views of the file, which cost nothing."""
-
-    def __init__(self, content: mmap.mmap):
-        self._content, self._view, self._at = content, memoryview(content), 0
-
-    def read(self, count: int) -> bytes | memoryview:
-        taken = self._view[self._at:self._at + count]
-        if len(taken) < count:
-            raise EOFError(f'{len(self._view)} bytes, and more were promised')
-        self._at += count
-        return taken if count >= _LARGE else bytes(taken)
-
-    def readline(self) -> bytes:
-        self._content.seek(self._at)
-        line = self._content.readline()
-        self._at += len(line)
-        return line
-
-
-class _DType:
-    """In place of numpy.dtype: takes plain numbers, refuses objects."""
-
-    __slots__ = ('dtype',)
-
-    def __init__(self, text: Any):
-        self.dtype = np.dtype(text if isinstance(text, str) else 'O')
-        if self.dtype.kind not in 'biuf':
-            raise pickle.UnpicklingError(f'it holds an array of {text!r}'[:200])
-
-    def __setstate__(self, state: Any) -> None:
-        self.dtype = self.dtype.newbyteorder('>' if state[1] == '>' else '<')
-
-
-class _Array:
-    """In place of numpy.ndarray."""
-
-    __slots__ = ('_shape', '_dtype', '_fortran', '_raw')
-
-    def __setstate__(self, state: Any) -> None:
-        _, self._shape, dtype, self._fortran, raw = state
-        self._dtype = dtype.dtype
-        self._raw = raw.encode('latin1') if isinstance(raw, str) else raw
-
-    def array(self) -> np.ndarray:
-        flat = np.frombuffer(self._raw, self._dtype)
-        return flat.reshape(self._shape, order='F' if self._fortran else 'C')
-
-
-class _Callable:
-    """A function that a pickle may call and, unlike a function, cannot set attributes of."""
-
-    __slots__ = ('_call',)
-
-    def __init__(self, call):
-        self._call = call
-
-    def __call__(self, *args: Any) -> Any:
-        return self._call(*args)
-
-    def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError('it changes what it calls')
-
-
-def _buffer_array(raw: Any, dtype: Any, shape: Any, order: Any) -> _Array:
-    made = _Array()
-    made.__setstate__((1, shape, dtype, order == 'F', raw))
-    return made
-
-
-def _encode_latin1(text: str, encoding: str) -> bytes:
-    if encoding != 'latin1':
-        raise pickle.UnpicklingError(f'it encodes as {encoding!r}'[:200])
-    return text.encode('latin1')
-
-
-_ALLOWED = {
-    ('numpy', 'ndarray'): 'ndarray',
-    ('numpy', 'dtype'): _Callable(lambda text, *_: _DType(text)),
-    ('numpy.core.multiarray', '_reconstruct'): _Callable(lambda *_: _Array()),
-    ('numpy.core.numeric', '_frombuffer'): _Callable(_buffer_array),
-    ('_codecs', 'encode'): _Callable(_encode_latin1),
-}

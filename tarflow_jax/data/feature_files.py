@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from tarflow_jax.data.originals import Originals, Split, Task
+from tarflow_jax.data.splits import Originals, Split, Task
 
 log = logging.getLogger('tarflow_jax')
 
@@ -32,7 +32,9 @@ def attach(found: Originals, path: str) -> Originals:
             image.
     """
     arrays = any(part.names is None for part in found.splits.values())
-    kind, what = ('.npy', 'batch or IDX files') if arrays else ('.csv', 'image files')
+    kind, what = ('.npy', 'parquet, CIFAR, batch or IDX files') if arrays else (
+        '.csv', 'image files'
+    )
     if not path.endswith(kind):
         raise ValueError(f'--features is {path}, but features of {what} are in a {kind}; give one.')
     try:

@@ -12,6 +12,8 @@ UINT8 = 0x08
 MAX_DIMS = 4
 MAX_BYTES = 4 * 2**30
 CHUNK_BYTES = 2**20
+# Images deflate by far less, unless they are few or all the same.
+BOMB_BYTES, BOMB_RATIO = 2**28, 100
 
 
 def read_idx(path):
@@ -104,6 +106,12 @@ def _parse(file, path):
         raise ValueError(
             f'{path} is too large: its header promises {promised} bytes (shape {shape}), more '
             'than 4 GiB; fetch it again, or prepare such a set as array_record.'
+        )
+    held = path.stat().st_size
+    if isinstance(file, gzip.GzipFile) and promised > max(BOMB_BYTES, BOMB_RATIO * held):
+        raise ValueError(
+            f'{path} is a decompression bomb: it promises {promised} bytes (shape {shape}) and has '
+            f'{held}; fetch it again.'
         )
 
     data = _read_up_to(file, promised)

@@ -1,72 +1,134 @@
-"""What lies in a folder or a tar: the place of every file, without reading any of them.
+"""What lies in a folder, a tar or a zip: the place of every file, without reading any of them.
 
-A tar counts as a folder, also one inside a folder or, as in ImageNet's, inside a tar.
+A tar counts as a folder, also one inside a folder or, as in ImageNet's, inside a tar. So does a
+zip, alone or in a folder of zips.
 """
 
+import errno
 import os
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from tarflow_jax.data import tar_files, zip_files
 
 UNREADABLE = -1  # in place of a size
 _COMPRESSED = {
     b'\x1f\x8b': 'gzip', b'BZh': 'bzip2', b'\xfd7zXZ': 'xz', b'\x28\xb5\x2f\xfd': 'zstd',
-    b'PK\x03\x04': 'zip',
+}
+_BESIDE_ZIPS = ('.zip', '.txt', '.csv', '.json', '.md')
+_ZIP = (b'PK\x03\x04', b'PK\x05\x06')
+# What systems and programs leave behind beside people's files.
+_IGNORED = {
+    '__macosx', '.ipynb_checkpoints', '@eadir', '#recycle', 'lost+found', '$recycle.bin',
+    'system volume information', 'thumbs.db', 'desktop.ini',
 }
 
 
 class File(NamedTuple):
-    """Bytes [offset, offset + size) of the file at `path`; `size` may be UNREADABLE."""
+    """Bytes [offset, offset + size) of the file at `path`; `size` may be UNREADABLE.
+
+    In a zip `offset` is that of the member's header, and `packed` says how to unpack it.
+    """
 
     name: str  # relative to what was listed, with / between its parts
     path: str
     offset: int
     size: int
+    packed: zip_files.Packed | None = None
 
 
 class Listing(NamedTuple):
     files: list[File]
     folders: set[str]  # all of them, so that empty ones are known
+    notes: dict[str, str]  # what was ignored by its name, and why
+    problems: dict[str, str]  # what had to be left out, and why
+
+
+def printable(name: str) -> str:
+    """The name, with what is not UTF-8 in it as \\xNN."""
+    return name.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
 
 
 def list_source(source: Path) -> Listing:
-    """All files of a folder or tar, in the order of their names; hidden ones (.NAME) are left out.
+    """All files of a folder, tar or zip, in the order of their names; hidden ones are left out.
 
     Raises:
-        ValueError: a tar is compressed, truncated or damaged, or links of folders go in circles.
-        OSError: a folder or tar cannot be read.
+        ValueError: a tar or zip is compressed, truncated or damaged.
+        OSError: a folder, tar or zip cannot be read.
     """
-    listing = Listing([], set())
+    listing = Listing([], set(), {}, {})
     if source.is_dir():
         _list_folder(source, '', listing, ())
     else:
-        _list_tar(str(source), '', listing)
+        _list_archive(str(source), '', listing)
     listing.files.sort(key=lambda file: file.name.split('/'))
     return listing
 
 
+def read(file: File) -> bytes:
+    """All bytes of a file.
+
+    Raises:
+        ValueError: it is a damaged member of a zip; says what is wrong, not where.
+        OSError: it cannot be read, or has changed since it was listed.
+    """
+    try:
+        with open(file.path, 'rb') as opened:
+            if file.packed is not None:
+                return zip_files.read(opened, file.offset, file.size, file.packed)
+            opened.seek(file.offset)
+            data = opened.read(file.size)
+    except FileNotFoundError as error:
+        raise OSError(f'{file.path} is not there any more') from error
+    except EOFError:
+        data = b''
+    if len(data) != file.size:  # changed, or on a drive that went away
+        raise OSError(f'{file.path} became shorter since it was listed')
+    return data
+
+
 def _list_folder(folder, prefix: str, listing: Listing, above: tuple) -> None:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith('.'):
+    try:
+        with os.scandir(folder) as found:
+            entries = [(entry, _is_folder(entry)) for entry in found]
+    except PermissionError as error:
+        if not prefix:
+            raise
+        listing.problems[prefix[:-1]] = f'cannot be read ({error.strerror}) and was left out'
+        return
+    of_zips = all(entry.name.endswith(_BESIDE_ZIPS) for entry, _ in entries)
+    for entry, is_folder in entries:
+        name = _place(prefix + entry.name, listing)
+        if name is None:
+            continue
+        if is_folder:
+            key = (entry.stat().st_dev, entry.stat().st_ino)
+            if key in above:
+                listing.problems[name] = 'is a link to a folder that holds it and was left out'
                 continue
-            name = prefix + entry.name
-            if entry.is_dir():
-                key = (entry.stat().st_dev, entry.stat().st_ino)
-                if key in above:
-                    raise ValueError(f'{entry.path} links to a folder that holds it; remove it.')
-                listing.folders.add(name)
-                _list_folder(entry.path, f'{name}/', listing, (*above, key))
-            elif not entry.is_file():  # a link to nothing, or a device
-                listing.files.append(File(name, entry.path, 0, UNREADABLE))
-            elif name.endswith('.tar'):
-                _list_tar(entry.path, name.removesuffix('.tar') + '/', listing)
-            else:
-                listing.files.append(File(name, entry.path, 0, entry.stat().st_size))
+            listing.folders.add(name)
+            _list_folder(entry.path, f'{name}/', listing, (*above, key))
+        elif is_folder is None or not entry.is_file():  # a link to nothing, or a device
+            listing.files.append(File(name, entry.path, 0, UNREADABLE))
+        elif name.endswith('.tar') or (name.endswith('.zip') and of_zips):
+            _list_archive(entry.path, name[:-len('.tar')] + '/', listing)
+        else:
+            listing.files.append(File(name, entry.path, 0, entry.stat().st_size))
 
 
-def _list_tar(path: str, prefix: str, listing: Listing) -> None:
+def _is_folder(entry: os.DirEntry) -> bool | None:
+    """None if it is a link to itself."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return None
+
+
+def _list_archive(path: str, prefix: str, listing: Listing) -> None:
+    """Lists a tar or, if its first bytes say so, a zip."""
     with open(path, 'rb') as file:
         magic = file.read(6)
         for start, kind in _COMPRESSED.items():
@@ -76,21 +138,38 @@ def _list_tar(path: str, prefix: str, listing: Listing) -> None:
                     'give the folder or the .tar inside.'
                 )
         if prefix:
-            listing.folders.add(prefix.removesuffix('/'))
+            listing.folders.add(prefix[:-1])
+        is_zip = magic.startswith(_ZIP) or path.endswith('.zip')
         try:
-            for member in _members(file, 0):
-                _add_member(file, member, path, prefix, listing)
-        except tarfile.TarError as error:
+            if is_zip:
+                for entry in zip_files.members(file):
+                    _add_zipped(entry, path, prefix, listing)
+            else:
+                for member in tar_files.members(file, 0, os.fstat(file.fileno()).st_size):
+                    _add_member(file, member, path, prefix, listing)
+        except ValueError as error:
             raise ValueError(
-                f'{path} is no tar, truncated or damaged ({error}); fetch it again.'
+                f'{path} is no {"zip" if is_zip else "tar"}, truncated or damaged ({error}); fetch '
+                'it again.'
             ) from error
 
 
-def _add_member(file, member: tarfile.TarInfo, path: str, prefix: str, listing: Listing) -> None:
-    name = _clean(member.name)
+def _add_zipped(entry: zip_files.Member, path: str, prefix: str, listing: Listing) -> None:
+    name = _place(prefix + entry.name, listing)
     if name is None:
         return
-    name = prefix + name
+    if entry.name.endswith('/'):
+        listing.folders.add(name)
+    elif entry.why_not:
+        listing.problems[name] = f'{entry.why_not} and was left out'
+    else:
+        listing.files.append(File(name, path, entry.offset, entry.size, entry.packed))
+
+
+def _add_member(file, member: tarfile.TarInfo, path: str, prefix: str, listing: Listing) -> None:
+    name = _place(prefix + member.name, listing)
+    if name is None:
+        return
     if member.isdir():
         listing.folders.add(name)
     elif not member.isreg() or member.issparse():
@@ -98,26 +177,27 @@ def _add_member(file, member: tarfile.TarInfo, path: str, prefix: str, listing: 
     elif name.endswith('.tar'):
         inner = name.removesuffix('.tar')
         listing.folders.add(inner)
-        for part in _members(file, member.offset_data):
-            inside = _clean(part.name)
+        stop = member.offset_data + member.size
+        for part in tar_files.members(file, member.offset_data, stop):
+            inside = _place(f'{inner}/{part.name}', listing)
             if inside is not None and not part.isdir():
                 size = part.size if part.isreg() and not part.issparse() else UNREADABLE
-                listing.files.append(File(f'{inner}/{inside}', path, part.offset_data, size))
+                listing.files.append(File(inside, path, part.offset_data, size))
     else:
         listing.files.append(File(name, path, member.offset_data, member.size))
 
 
-def _members(file, offset: int) -> Iterator[tarfile.TarInfo]:
-    """The members of the tar that starts at `offset` of a file; offsets are those of the file."""
-    file.seek(offset)
-    # tarfile takes where the file stands for the start; what it reports counts from the file's.
-    with tarfile.TarFile(fileobj=file) as tar:
-        while (member := tar.next()) is not None:
-            yield member
-            tar.members.clear()  # a million of them would need a gigabyte
-
-
-def _clean(name: str) -> str | None:
-    """The name without empty and . parts; None if a part of it is hidden."""
+def _place(name: str, listing: Listing) -> str | None:
+    """The name without empty and . parts; None, and a note where it is due, if it is left out."""
     parts = [part for part in name.split('/') if part not in ('', '.')]
-    return None if not parts or any(part.startswith('.') for part in parts) else '/'.join(parts)
+    plain = '/'.join(parts)
+    if not _IGNORED.isdisjoint(plain.lower().split('/')):
+        first = next(k for k, part in enumerate(parts, 1) if part.lower() in _IGNORED)
+        listing.notes[printable('/'.join(parts[:first]))] = 'is ignored because of its name'
+        return None
+    if '/.' in f'/{plain}':  # hidden
+        return None
+    if not plain.isascii() and printable(plain) != plain:
+        listing.problems[printable(plain)] = 'has a name that is not UTF-8 and was left out'
+        return None
+    return plain or None

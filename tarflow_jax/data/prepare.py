@@ -1,23 +1,45 @@
 """Prepares a set of images for training: sharded ArrayRecord that is read at random.
 
-    python -m tarflow_jax.data.prepare SOURCE --out=DIR [--size=64] [--split=NAME] [--name=NAME]
-        [--features=FILE] [--strict] [--workers=N]
+    python -m tarflow_jax.data.prepare SOURCE --out=DIR [--size=64] [--crop=RULE] [--split=NAME]
+        [--test_fraction=0.1] [--labels=FILE] [--name=NAME] [--features=FILE] [--strict]
+        [--workers=N]
 
 SOURCE is what people have, recognised by looking:
-  - a folder with the ImageNet site's ImageNet64 (or 32, 16, 8): train_data_batch_1 to 10, val_data,
-    and, for the names of the classes, map_clsloc.txt;
+  - folders or a .tar or .zip of CLASS/IMAGE (ImageNet, AFHQ), also below train/, val/ and test/,
+    or of images without classes;
+  - ImageNet's .tar of one .tar per class, its flat ILSVRC2012_img_val.tar, and Kaggle's layout
+    (ILSVRC/Data/CLS-LOC): the classes of validation images come from LOC_val_solution.csv or
+    ILSVRC2012_devkit_t12 (unpacked or .tar.gz), which are looked for beside SOURCE;
+  - the ImageNet site's ImageNet64 (or 32, 16, 8): a folder with train_data_batch_1 to 10, val_data,
+    and, for the names of the classes, map_clsloc.txt; or their .npz, as
+    Imagenet64_train_part1_npz.zip, _part2_npz.zip and Imagenet64_val_npz.zip, or unpacked;
   - the older ImageNet64: train_64x64 and valid_64x64, folders or .tar of PNG files;
-  - folders or a .tar of CLASS/IMAGE (ImageNet, AFHQ), also below train/, val/ and test/, and
-    ImageNet's .tar of one .tar per class: resized and cut as torchvision's Resize and CenterCrop;
+  - .parquet files of Hugging Face, one or a folder of them: a column image or img, and label,
+    labels or fine_label;
+  - a .zip or folder of StyleGAN's or EDM's dataset_tool.py, with or without labels in dataset.json;
+  - WebDataset shards, .tar files of KEY.jpg with KEY.cls or KEY.json;
+  - CIFAR-10 and CIFAR-100: the .tar.gz for Python, binary or MATLAB, or its folder;
   - a folder of IDX files (MNIST).
-Files whose name starts with a dot are left out. Images that cannot be used are named and skipped.
+Left out are files and folders whose name starts with a dot, and what systems leave behind, such as
+__MACOSX, @eaDir, lost+found and $RECYCLE.BIN. Images that cannot be used are named and skipped.
 
---size is one number for squares, or HEIGHTxWIDTH such as 48x32: photographs are resized, keeping
-their aspect, until they cover it, and the middle is cut out.
+--size is one number for squares, or HEIGHTxWIDTH such as 48x32. Without it, arrays, EDM's sets and
+parquet files of squares keep their size, and photographs become 64x64.
+
+--crop says how photographs are made that size: torchvision (Resize and CenterCrop, bilinear; also
+for rectangles), edm (dataset_tool.py's center-crop, Lanczos) or adm (guided-diffusion's
+center_crop_arr, box and bicubic).
+
+--test_fraction puts a part of a source without splits aside as the split test. Which images, their
+names decide, so that adding others moves none of them.
+
+--labels names the file of labels, LOC_val_solution.csv, ILSVRC2012_validation_ground_truth.txt
+(with meta.mat beside it) or ILSVRC2012_devkit_t12.tar.gz, where it is not beside SOURCE.
 
 --features adds a vector of numbers to each image. For image files FILE is a .csv with a header; its
 first column is the path of the image in SOURCE (train/cat/1.png), the others are the numbers. For
-batch and IDX files it is a .npy [N, F] of one split (--split=NAME), row k for image k.
+parquet, batch, CIFAR and IDX files it is a .npy [N, F] of one split (--split=NAME), row k for
+image k.
 
 DIR, a folder or gs://BUCKET/FOLDER, gets the shards, manifest.json, and what TFDS needs to read
 them: train with --config.data.source=prepared --config.data.path=DIR. The same command goes on
@@ -43,6 +65,8 @@ from tarflow_jax import __version__
 from tarflow_jax.data import feature_files, kinds, originals, shards, sizes
 from tarflow_jax.data import manifest as manifests
 from tarflow_jax.data.cores import available_cores
+from tarflow_jax.data.cropping import RULES
+from tarflow_jax.data.splits import Split, Wanted, images_per_shard
 
 log = logging.getLogger('tarflow_jax')
 
@@ -67,11 +91,12 @@ def main(argv: list[str]) -> int:
     try:
         with logging_redirect_tqdm():
             prepare(
-                given.source, given.out, size=given.size, split=given.split, name=given.name,
+                given.source, given.out, size=given.size, crop=given.crop, split=given.split,
+                test_fraction=given.test_fraction, labels=given.labels, name=given.name,
                 features=given.features, strict=given.strict, workers=given.workers,
             )
     except (ValueError, FileNotFoundError) as error:
-        log.error('error: %s', error)
+        log.error('error: %s', str(error).replace('\n', r'\n'))  # which names of files may hold
         return 2
     except (OSError, BrokenProcessPool) as error:
         log.error('error: %s; the same command goes on.', str(error).rstrip('.'))
@@ -83,8 +108,10 @@ def main(argv: list[str]) -> int:
 
 
 def prepare(source: str, out: str, *, size: int | tuple[int, int] | None = None,
-            split: str | None = None, name: str | None = None, features: str | None = None,
-            strict: bool = False, workers: int = 1) -> None:
+            crop: str = 'torchvision', split: str | None = None,
+            test_fraction: float | None = None, labels: str | None = None,
+            name: str | None = None, features: str | None = None, strict: bool = False,
+            workers: int = 1) -> None:
     """Prepares the splits of a source in a folder, as far as this is not done yet.
 
     Args:
@@ -92,7 +119,10 @@ def prepare(source: str, out: str, *, size: int | tuple[int, int] | None = None,
         out: the folder, local or gs://.
         size: one number for squares, or (height, width); None is the source's own, or 64 for
             photographs.
+        crop: how photographs are made that size, see `cropping`.
         split: the one split that the source is, or that is wanted of it; None is all.
+        test_fraction: the part of a source without splits that becomes its split `test`.
+        labels: a file with the classes of ImageNet's validation images; None looks for it.
         name: of the set; None is the one that the source goes by.
         features: a .csv or .npy with features of the images; None is none.
         strict: whether an image that cannot be used is an error.
@@ -106,16 +136,19 @@ def prepare(source: str, out: str, *, size: int | tuple[int, int] | None = None,
     folder = manifests.folder_path(out)
     _check_place(folder, source)
     before = manifests.read(folder)
-    found = originals.recognise(
-        source, size=None if size is None else sizes.pair(size), split=split, name=name,
-        classes=before and before['classes'],
+    wanted = Wanted(
+        None if size is None else sizes.pair(size), split, crop, labels, test_fraction,
+        before and before['classes'],
     )
+    found = originals.recognise(source, wanted=wanted, name=name)
     if features is not None:
         found = feature_files.attach(found, features)
     settings = _settings(found)
     if before:
+        if 'crop' not in before['image'] and found.crop == 'torchvision':
+            del settings['image']['crop']  # as versions before the other rules wrote it
         _check_same(folder, before, settings)
-    per_shard = originals.images_per_shard(found.size, found.channels)
+    per_shard = images_per_shard(found.size, found.channels)
     plans = {key: _plan(settings, part.identity, per_shard) for key, part in found.splits.items()}
     _check_notes(found.splits, strict)
     _begin(folder, plans, before)
@@ -162,6 +195,8 @@ def _settings(found: originals.Originals) -> dict[str, Any]:
         'preprocessing': found.preprocessing,
         'classes': found.classes,
     }
+    if found.crop is not None:  # a set whose images are not cropped has no such key
+        settings['image']['crop'] = found.crop
     if found.features is not None:  # a set without them has no such key
         settings['features'] = found.features
     return settings
@@ -205,11 +240,14 @@ def _columns(features: list[str] | None) -> str:
 
 def _plan(settings: dict, identity: str, per_shard: int) -> str:
     """Tells whether shards on the disk are those that this command would write."""
-    text = json.dumps([manifests.FORMAT, settings, identity, per_shard])
+    image = settings['image']
+    if image.get('crop') == 'torchvision':  # which versions before the other rules did not name
+        image = {key: value for key, value in image.items() if key != 'crop'}
+    text = json.dumps([manifests.FORMAT, settings | {'image': image}, identity, per_shard])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _check_notes(splits: dict[str, originals.Split], strict: bool) -> None:
+def _check_notes(splits: dict[str, Split], strict: bool) -> None:
     for key, part in splits.items():
         for name, note in part.notes:
             log.info('%s: %s %s', key, name, note)
@@ -284,7 +322,7 @@ def _check_skipped(where: str, skipped: list, strict: bool) -> None:
         )
 
 
-def _entry(key: str, part: originals.Split, plan: str, told: list[dict]) -> dict[str, Any]:
+def _entry(key: str, part: Split, plan: str, told: list[dict]) -> dict[str, Any]:
     """What the manifest says of a split."""
     skipped = [item for shard in told for item in shard['skipped']]
     notes = [list(note) for note in part.notes]
@@ -305,13 +343,24 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument('source', metavar='SOURCE', help='folder or .tar')
+    parser.add_argument('source', metavar='SOURCE', help='folder, archive or file')
     parser.add_argument('--out', required=True, metavar='DIR', help='where to write')
     parser.add_argument(
         '--size', type=_size,
         help="64, or HEIGHTxWIDTH such as 48x32; the source's own, or 64 for photographs",
     )
+    parser.add_argument(
+        '--crop', default='torchvision', choices=RULES,
+        help='how photographs are made that size',
+    )
     parser.add_argument('--split', help='the split that SOURCE is, or the one wanted of it')
+    parser.add_argument(
+        '--test_fraction', type=float, metavar='PART',
+        help='the part of a source without splits to put aside as test, such as 0.1',
+    )
+    parser.add_argument(
+        '--labels', metavar='FILE', help="classes of ImageNet's validation images, see above"
+    )
     parser.add_argument('--name', help='name of the set; the one that SOURCE goes by')
     parser.add_argument(
         '--features', metavar='FILE', help='.csv or .npy of numbers for each image, see above'

@@ -28,7 +28,7 @@ from etils import epath
 
 from tarflow_jax.data import manifest as manifests
 from tarflow_jax.data.image_files import Encoded
-from tarflow_jax.data.originals import Split, Task
+from tarflow_jax.data.splits import Split, Task
 
 log = logging.getLogger('tarflow_jax')
 

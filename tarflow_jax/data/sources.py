@@ -219,7 +219,7 @@ def idx_folder(path, split):
         'kind': kinds.IDX,
         'split': split,
         'images': len(image),
-        'pixels_sha256': hashlib.sha256(image.tobytes()).hexdigest(),
+        'pixels_sha256': hashlib.sha256(image).hexdigest(),
     }
     return InMemory(image_NxHxWxC, label.astype(np.int32), about)
 

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tarflow_jax import files
-from tarflow_jax.data import image_files, kinds, manifest, originals, shards, sizes, sources
+from tarflow_jax.data import image_files, kinds, manifest, shards, sizes, sources, splits
 from tarflow_jax.evaluation.over_set import View
 
 ABOUT = 'samples.json'
@@ -61,11 +61,11 @@ def write_array_record(
     count, size, channels = shape[0], tuple(shape[1:3]), shape[3]
     images = (image for piece in pieces for image in piece)
 
-    def tasks(start: int, stop: int) -> Iterator[originals.Task]:
-        for first in range(start, stop, originals.IMAGES_PER_TASK):
-            rows = range(first, min(first + originals.IMAGES_PER_TASK, stop))
+    def tasks(start: int, stop: int) -> Iterator[splits.Task]:
+        for first in range(start, stop, splits.IMAGES_PER_TASK):
+            rows = range(first, min(first + splits.IMAGES_PER_TASK, stop))
             batch = np.stack(list(itertools.islice(images, len(rows))))
-            yield originals.Task(
+            yield splits.Task(
                 [f'sample {row}' for row in rows],
                 [-1] * len(rows) if labels is None else labels[rows.start : rows.stop].tolist(),
                 image_files.encode_array, (batch, size),
@@ -74,11 +74,11 @@ def write_array_record(
     temporary = path.with_name(f'{path.name}.tmp')
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / manifest.PROGRESS).mkdir(parents=True)
-    places = shards.bounds(count, originals.images_per_shard(size, channels))
+    places = shards.bounds(count, splits.images_per_shard(size, channels))
     names = shards.names('samples', SPLIT, len(places))
     with futures.ThreadPoolExecutor(ENCODERS) as pool, tqdm(disable=True) as progress:
         told = shards.write(
-            manifest.folder_path(str(temporary)), originals.Split(count, '', tasks, []),
+            manifest.folder_path(str(temporary)), splits.Split(count, '', tasks, []),
             dict(zip(names, places)), pool=pool, workers=ENCODERS, labelled=labels is not None,
             strict=True, progress=progress,
         )

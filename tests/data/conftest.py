@@ -6,7 +6,7 @@ from concurrent import futures
 import pytest
 from prepared_pictures import SIZE, picture, save
 
-from tarflow_jax.data import originals, shards
+from tarflow_jax.data import shards, splits
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def classes(tmp_path):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(originals, 'SHARD_PIXEL_BYTES', 2 * SIZE * SIZE * 3)
+    monkeypatch.setattr(splits, 'SHARD_PIXEL_BYTES', 2 * SIZE * SIZE * 3)
 
 
 @pytest.fixture

@@ -185,8 +185,8 @@ def write_digits(folder, count=5):
 
 @pytest.mark.parametrize('dtype', [np.float32, np.float64, np.int16])
 def test_npy(tmp_path, dtype, small_shards, monkeypatch):
-    monkeypatch.setattr('tarflow_jax.data.originals.SHARD_PIXEL_BYTES', 2 * 6 * 4)
-    monkeypatch.setattr('tarflow_jax.data.originals.IMAGES_PER_TASK', 1)
+    monkeypatch.setattr('tarflow_jax.data.splits.SHARD_PIXEL_BYTES', 2 * 6 * 4)
+    monkeypatch.setattr('tarflow_jax.data.splits.IMAGES_PER_TASK', 1)
     write_digits(tmp_path / 'digits')
     made = {}
     for split in ('train', 'test'):
@@ -227,7 +227,7 @@ def test_refused_files(classes, tmp_path, capfd):
     (tmp_path / 'words.npy').write_text('hello')
     for source, name, says in (
         ('digits', 'f.npy', 'holds the features of one split, and this source has train and test;'),
-        ('digits', 'f.csv', 'features of batch or IDX files are in a .npy; give one'),
+        ('digits', 'f.csv', 'features of parquet, CIFAR, batch or IDX files are in a .npy; give one'),
         ('pets', 'f.npy', 'features of image files are in a .csv; give one'),
         ('pets', 'f.csv', 'f.csv is not there; correct --features'),
     ):

@@ -104,6 +104,17 @@ def test_refuses_damaged_gzip(tmp_path):
     assert 'is damaged' in refusal(tmp_path / 'flip.gz', good[:10] + b'\xff' * 40 + good[50:])
 
 
+def test_a_bomb_is_not_unpacked(tmp_path):
+    with gzip.open(tmp_path / 'bomb.gz', 'wb') as file:
+        file.write(b'\0\0\x08\x03' + struct.pack('>3I', 2**15, 100, 100))
+        file.write(bytes(2**20))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match='bomb.gz is a decompression bomb: it promises 327680000'):
+        read_idx(tmp_path / 'bomb.gz')
+    assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
+    tracemalloc.stop()
+
+
 @pytest.mark.parametrize('sizes, says', [
     ((2**32 - 1,) * 4, 'is too large: its header promises 340282366604025813516997721482669850625'),
     ((4 * 2**20, 32, 32, 1), '4294967296 bytes, 0 were read'),

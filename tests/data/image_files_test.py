@@ -171,6 +171,17 @@ def test_bad_files_have_a_reason(tmp_path, data, says):
     assert '\n' not in encoded.reason
 
 
+@pytest.mark.parametrize('kind, options', [
+    ('AVIF', {'quality': 100, 'subsampling': '4:4:4'}), ('JPEG2000', {}), ('TGA', {}), ('WEBP', {'lossless': True}),
+])
+def test_rarer_formats(tmp_path, kind, options):
+    pixels = np.zeros((8, 8, 3), np.uint8) + np.array([200, 30, 90], np.uint8)
+    path = tmp_path / ('image.tga' if kind == 'TGA' else 'image')
+    path.write_bytes(save(Image.fromarray(pixels), kind, **options))
+    assert np.abs(read_png(encode(path).png).astype(int) - pixels).max() <= 2
+    assert image_files.size_of(File('image.tga', str(path), 0, path.stat().st_size)) == (8, 8)
+
+
 def test_exact_refuses_other_sizes(tmp_path):
     Image.fromarray(ramp(8, 9)).save(tmp_path / 'wide.png')
     assert encode(tmp_path / 'wide.png', exact=True).reason == 'is 9x8, not 8x8'

@@ -73,7 +73,7 @@ def test_about_and_pickle(classes, tmp_path):
     assert source.about == {
         'dataset': 'pets', 'kind': 'photographs/torchvision', 'split': 'train', 'images': 6,
         'skipped': 0, 'classes': 2,
-        'image': {'size': 8, 'channels': 3, 'encoding': 'png'},
+        'image': {'size': 8, 'channels': 3, 'encoding': 'png', 'crop': 'torchvision'},
         'preprocessing': manifest(out)['preprocessing'],
         'manifest_sha256': hashlib.sha256((out / 'manifest.json').read_bytes()).hexdigest(),
     }

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,9 +55,9 @@ def test_interrupt_and_failure_have_codes(classes, tmp_path, monkeypatch, capfd)
 
 SLOWLY = """
 import sys, time
-from tarflow_jax.data import originals, prepare, shards
+from tarflow_jax.data import prepare, shards, splits
 
-originals.SHARD_PIXEL_BYTES = 2 * 8 * 8 * 3
+splits.SHARD_PIXEL_BYTES = 2 * 8 * 8 * 3
 write_shard = shards._write_shard
 
 def slowly(*args):
@@ -88,17 +89,43 @@ def alive(pid):
         return False
 
 
+def as_folder(folder):
+    return folder
+
+
+def as_zip(folder):
+    return Path(shutil.make_archive(folder, 'zip', folder))
+
+
+def as_parquet(folder):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    made = folder.with_name('rows')
+    made.mkdir()
+    for split in ('train', 'val'):
+        paths = sorted((folder / split).rglob('*.*'))
+        rows = {'image': [p.read_bytes() for p in paths], 'label': [p.parent.name for p in paths]}
+        pq.write_table(pa.table(rows), made / f'{split}.parquet', row_group_size=5)
+    return made
+
+
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='looks into /proc')
-def test_killed_and_started_again_is_the_same_to_the_byte(classes, tmp_path, small_shards, capfd):
+@pytest.mark.parametrize('kind', [
+    as_folder, pytest.param(as_zip, marks=pytest.mark.slow),
+    pytest.param(as_parquet, marks=pytest.mark.slow),
+])
+def test_killed_and_started_again_is_the_same_to_the_byte(kind, classes, tmp_path, small_shards, capfd):
     for k in range(10, 20):
         save(classes / 'train' / 'dog' / f'{k}.png', picture(k))
     (classes / 'train' / 'cat' / '0words.jpg').write_text('hello')
-    run(classes, tmp_path / 'whole', '--size=8')
+    source = kind(classes)
+    run(source, tmp_path / 'whole', '--size=8')
     out = tmp_path / 'out'
     (tmp_path / 'slowly.py').write_text(SLOWLY)
     environment = {**os.environ, 'PYTHONPATH': str(Path(tarflow_jax.__file__).parents[1])}
     started = subprocess.Popen(
-        [sys.executable, str(tmp_path / 'slowly.py'), str(classes), f'--out={out}', '--size=8',
+        [sys.executable, str(tmp_path / 'slowly.py'), str(source), f'--out={out}', '--size=8',
          '--workers=2'], env=environment, stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 60
@@ -113,9 +140,9 @@ def test_killed_and_started_again_is_the_same_to_the_byte(classes, tmp_path, sma
         time.sleep(0.02)
     assert not any(alive(pid) for pid in workers)
 
-    run(classes, out, '--size=4', code=2)
+    run(source, out, '--size=4', code=2)
     assert 'begun with other images or options' in last_error(capfd)
-    run(classes, out, '--size=8')
+    run(source, out, '--size=8')
     assert 'shards are finished and kept' in capfd.readouterr().err
     assert content(out) == content(tmp_path / 'whole')
     untouched = [name for name, when in kept.items() if (out / name).stat().st_mtime_ns == when]

@@ -1,0 +1,101 @@
+"""The members of a tar, by `tarfile`, which believes more of what a tar says than is good."""
+
+import contextlib
+import gzip
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+_BLOCK = 512
+_MAX_HEADER_BYTES = 2**20  # of a long name or the attributes of one member
+_MAX_END_BYTES = 2**26
+
+
+def members(file: BinaryIO, start: int, stop: int) -> Iterator[tarfile.TarInfo]:
+    """The members of the tar in bytes [start, stop) of a file; offsets are those of the file.
+
+    Raises:
+        ValueError: the tar is damaged or truncated, or goes on behind its end.
+    """
+    file.seek(start)
+    try:
+        # tarfile takes where the file stands for the start; what it reports counts from the file's.
+        with tarfile.TarFile(fileobj=_Headers(file, stop)) as tar:
+            while (member := tar.next()) is not None:
+                name = member.name[:200]
+                if member.size < 0:
+                    raise ValueError(f'its member {name!r} has the size {member.size}')
+                if member.isreg() and not member.issparse():
+                    if member.offset_data + member.size > stop:
+                        raise ValueError(f'it is truncated within its member {name!r}')
+                yield member
+                tar.members.clear()  # a million of them would need a gigabyte
+            end = tar.offset
+    except (tarfile.TarError, ArithmeticError, LookupError, RecursionError) as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+    _check_end(file, end, stop)
+
+
+def gzipped(path: Path, limit: int, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the files in a small tar.gz whose names are wanted.
+
+    Raises:
+        ValueError: it is no tar.gz, damaged or truncated, or unpacks to more than `limit` bytes.
+    """
+    try:
+        with contextlib.ExitStack() as stack:
+            limited = _Limited(stack.enter_context(open(path, 'rb')), limit)
+            for member in (tar := stack.enter_context(tarfile.open(fileobj=limited, mode='r|'))):
+                if wanted(member.name) and member.isreg():
+                    if not 0 <= member.size <= limit:
+                        raise ValueError(f'its {member.name[:200]!r} has {member.size} bytes')
+                    yield member.name, tar.extractfile(member).read()
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error, RecursionError) as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+class _Limited:
+    """What a gzip file unpacks to, up to a limit."""
+
+    def __init__(self, file: BinaryIO, limit: int):
+        self._file, self._left = gzip.GzipFile(fileobj=file), limit
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self._left -= len(data)
+        if self._left < 0:
+            raise ValueError('it unpacks to more than such a file can hold')
+        return data
+
+
+def _check_end(file: BinaryIO, end: int, stop: int) -> None:
+    """Sees whether there are zeros where tarfile found no more members."""
+    file.seek(end)
+    block = file.read(min(_BLOCK, max(stop - end, 0)))
+    if len(block) < _BLOCK:
+        raise ValueError('it is truncated: it stops without the mark of its end')
+    if block.count(0) < _BLOCK:
+        raise ValueError(f'its header at byte {end} is damaged')
+    left = stop - end - _BLOCK
+    if left > _MAX_END_BYTES or file.read(left).strip(b'\0'):
+        raise ValueError(f'a header at byte {end} is zeros, and more follows')
+
+
+class _Headers:
+    """The file as tarfile sees it: it reads headers only, which are short."""
+
+    def __init__(self, file: BinaryIO, stop: int):
+        self._file, self._stop = file, stop
+        self.tell = file.tell
+
+    def seek(self, place: int) -> int:
+        if not 0 <= place <= self._stop:
+            raise tarfile.ReadError('it is truncated')
+        return self._file.seek(place)
+
+    def read(self, count: int = -1) -> bytes:
+        if not 0 <= count <= _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f'a header says that it has {count} bytes')
+        return self._file.read(count)

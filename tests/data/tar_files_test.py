@@ -1,0 +1,67 @@
+"""Tars that lie about themselves are refused, at once and in one sentence."""
+
+import tarfile
+
+import pytest
+from prepared_pictures import last_error, pack, run
+
+pytestmark = pytest.mark.usefixtures('in_threads')
+
+
+def with_size(data, name, size):
+    """The tar with the size of a member changed, and its checksum made right."""
+    at = data.index(name)
+    header = bytearray(data[at:at + 512])
+    header[124:136] = size
+    header[148:156] = b' ' * 8
+    header[148:156] = b'%06o\0 ' % sum(header)
+    return data[:at] + bytes(header) + data[at + 512:]
+
+
+def negative(number):
+    return b'\xff' + (256**11 + number).to_bytes(11, 'big')
+
+
+def big(number):
+    return b'\x80' + number.to_bytes(11, 'big')
+
+
+def long_name(size):
+    info = tarfile.TarInfo('././@LongLink')
+    info.type = tarfile.GNUTYPE_LONGNAME
+    return with_size(info.tobuf(tarfile.GNU_FORMAT), b'././@LongLink', size) + bytes(512)
+
+
+@pytest.mark.parametrize('change, says', [
+    (lambda data: with_size(data, b'train/cat/2.png', negative(-512)), 'damaged'),
+    (lambda data: with_size(data, b'train/cat/2.png', negative(-2**40)), 'damaged'),
+    (lambda data: with_size(data, b'train/cat/2.png', big(2**62)), 'truncated'),
+    (lambda data: data.replace(b'train/cat/2.png', b'train/cat/X.png'), 'header at byte'),
+    (lambda data: data[:data.index(b'train/cat/2.png')], 'without the mark of its end'),
+    (lambda data: data[:data.index(b'train/cat/2.png')] + bytes(512)
+     + data[data.index(b'train/cat/2.png') + 512:], 'is zeros, and more follows'),
+    (lambda data: data + data, 'is zeros, and more follows'),
+    (lambda data: long_name(big(2**40)) + data, 'a header says that it has 1099511627776 bytes'),
+    (lambda data: long_name(negative(-512)) + data, 'damaged'),
+    (lambda data: long_name(big(512)) * 3000 + data, 'damaged'),
+])
+def test_hostile_tars(classes, tmp_path, change, says, capfd):
+    path = tmp_path / 'pets.tar'
+    with tarfile.open(path, 'w', format=tarfile.USTAR_FORMAT) as tar:
+        tar.add(classes / 'train', 'train')
+    path.write_bytes(change(path.read_bytes()))
+    run(path, tmp_path / 'out', '--size=8', code=2)
+    said = last_error(capfd)
+    assert f'{path} is no tar, truncated or damaged (' in said and says in said
+
+
+def test_a_tar_within_a_tar_ends_within_it(classes, tmp_path, capfd):
+    (tmp_path / 'cat').mkdir()
+    for name in ('a', 'b'):
+        pack(classes / 'train' / 'cat', tmp_path / 'cat' / f'{name}.tar')
+    path = pack(tmp_path / 'cat', tmp_path / 'train.tar')
+    run(path, tmp_path / 'good', '--size=8')
+    data = path.read_bytes()
+    path.write_bytes(with_size(data, b'./b.tar', b'%011o\0' % 1536))
+    run(path, tmp_path / 'out', '--size=8', code=2)
+    assert 'train.tar is no tar, truncated or damaged' in last_error(capfd)
