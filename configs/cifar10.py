@@ -27,9 +27,9 @@ roofline of the chip: a run can only be slower. On one GPU they take, by the ari
 hours for `bpd` (an H100 at half of its float32 peak of 67 TFLOP/s) and 0.6 hours for `cond` (at 40%
 of its bfloat16 peak of 989 TFLOP/s).
 
-Data: CIFAR-10 in 32x32, not resized. FOLDER is the one that its site serves, cifar-10-batches-py:
+Data: CIFAR-10 in 32x32, not resized, from any of the three archives that its site serves:
 
-    python -m tarflow_jax.data.prepare FOLDER --out=data/cifar10
+    python -m tarflow_jax.data.prepare cifar-10-python.tar.gz --out=data/cifar10
 
 What TFDS prepared as array_record works too:
 `--config.data.source=tfds --config.data.name=cifar10 --config.data.path=DIR`.

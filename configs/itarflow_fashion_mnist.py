@@ -2,8 +2,8 @@
 
 The flow of the quickstart (fashion_mnist.py), 7-64-4-2, conditioned on the noise level and trained
 at all levels from 0.01 to 0.1 (Chen et al., arXiv 2604.20041), 0.6M parameters. Samples are drawn
-at the highest level and denoised in 10 steps. Unlike the large configs it keeps an average and clips
-gradients, and its blocks are equally deep: at this size that is better (docs/itarflow.md).
+at the highest level and denoised in 10 steps. Unlike the large configs it keeps an average, clips
+gradients, and has blocks of equal depth: at this size that is better (docs/itarflow.md).
 """
 
 from tarflow_jax import config as configs
