@@ -4,6 +4,8 @@ import os
 import re
 import shutil
 
+import jax
+import numpy as np
 import pytest
 from command_line import (
     COND_GRAY,
@@ -18,10 +20,13 @@ from command_line import (
     saved,
     start,
 )
-from parity_cases import FOLDER
+from parity_cases import FOLDER, Case
 
 from tarflow_jax import commands
+from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.metrics import MetricWriter
+from tarflow_jax.training.optimizer import adamw
+from tarflow_jax.training.state import abstract_state
 
 
 @pytest.fixture
@@ -274,6 +279,19 @@ def test_input_that_is_no_checkpoint(refused, images, tmp_path, mode):
     # A real one, of another model.
     refused([*common, f'--input={OFFICIAL}'], OFFICIAL, 'does not fit')
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('mode', ['sample', 'evaluate', 'report'])
+def test_checkpoint_that_is_not_finite(converted, images, tmp_path, capfd, mode):
+    workdir = shutil.copytree(converted, tmp_path / 'run')
+    model = Case('cond_gray').model
+    with Checkpoints(workdir, model, {}) as checkpoints:
+        state = abstract_state(model, adamw(lambda k: 0.1), ema=False)
+        state = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), state)
+        params = jax.tree.map(lambda leaf: leaf * np.float32(np.nan), state.params)
+        checkpoints.save(state._replace(params=params))
+    assert call(*flags(workdir, images, **COND_GRAY), f'--mode={mode}') == 2
+    assert f'{workdir}/checkpoints/1 holds parameters that are not finite' in capfd.readouterr().err
 
 
 LEVELS = {'model__noise_conditioned': True, 'train__noise': 'levels'}

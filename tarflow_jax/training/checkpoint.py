@@ -118,6 +118,10 @@ class Checkpoints:
         except Exception as error:  # Orbax passes on whatever its storage threads raise
             raise self._failure(_reason(error)) from error
 
+    def delete(self, step: int) -> None:
+        """Deletes the checkpoint of a step."""
+        self._manager.delete(step)
+
     def wait(self) -> None:
         """Returns once everything is on disk; raises CheckpointError if it could not be written."""
         try:
