@@ -22,7 +22,7 @@ from command_line import (
 )
 from parity_cases import FOLDER, Case
 
-from tarflow_jax import commands
+from tarflow_jax import commands, main
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.metrics import MetricWriter
 from tarflow_jax.training.optimizer import adamw
@@ -174,13 +174,27 @@ def refused(capfd):
 def test_bad_input(refused, images, tmp_path, given, words):
     (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\n')
     before = files(tmp_path)
-    # A flag given twice would be taken together where it is a list.
-    names = {flag.partition('=')[0] for flag in given}
-    fields = [f for f in flags(tmp_path, images) if f.partition('=')[0] not in names]
+    fields = flags(tmp_path, images)
     if given[0].startswith('--config='):
         fields = [f'--workdir={tmp_path}']
     refused([*fields, *given], *words)
     assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize('earlier', [
+    ['--config.model.layers_per_block=(1,1)'], ['--config.model.layers_per_block', '(1,1)'],
+    ['-config.model.layers_per_block=7', '--config.model.layers_per_block=8'],
+])
+@pytest.mark.parametrize('last', [
+    ['--config.model.layers_per_block=(3,3)'], ['--config.model.layers_per_block', '(3,3)']
+])
+def test_last_value_of_a_field_wins(earlier, last):
+    given = ['main', QUICKSTART, *earlier, '--config.seed=4', '--workdir=x', '--config.seed=5',
+             '--config.evaluate.levels=(0.1,)', *last, '--mode=sample']
+    parsed = main._parse(given)
+    assert parsed.config.model.layers_per_block == (3, 3)
+    assert parsed.config.evaluate.levels == (0.1,)
+    assert parsed.config.seed == 5 and parsed.workdir == 'x' and parsed.mode == 'sample'
 
 
 def test_missing_flags(refused):
