@@ -23,6 +23,7 @@ from command_line import (
 from parity_cases import FOLDER, Case
 
 from tarflow_jax import commands, main
+from tarflow_jax.training import lock
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.metrics import MetricWriter
 from tarflow_jax.training.optimizer import adamw
@@ -266,6 +267,14 @@ def test_workdir_without_a_checkpoint(refused, images, tmp_path, mode):
         f'{tmp_path}/run/checkpoints holds no checkpoint', 'train first',
     )
     assert not (tmp_path / 'run').exists()
+
+
+def test_workdir_that_another_run_writes_to(refused, trained, images):
+    with lock.held(trained):
+        before = files(trained)
+        refused(flags(trained, images), f'{trained} is written to by process {os.getpid()} on')
+        assert files(trained) == before
+        assert call(*flags(trained, images), '--mode=evaluate') == 0
 
 
 @pytest.mark.parametrize('below', ['', '/run'])

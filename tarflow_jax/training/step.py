@@ -98,10 +98,9 @@ def update(
 
     after = state._replace(params=params, ema_params=ema_params, opt_state=opt_state, prior=prior)
     # The norm is NaN if any gradient is, and it bounds the moments: a finite sum of squares has
-    # finite squares. A finite gradient can still overflow the parameters, and their average with
-    # them. Looking at all of the state would double the time that this takes to compile.
-    moved = params if ema_params is None else ema_params
-    finite = jnp.isfinite(metrics['gradient_norm']) & all_finite((moved, prior))
+    # finite squares. A finite gradient can still overflow the parameters. Looking at the moments
+    # and the average as well would read them once more, and take longer to compile.
+    finite = jnp.isfinite(metrics['gradient_norm']) & all_finite((params, prior))
     after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
     metrics['skipped'] = state.skipped + jnp.where(finite, 0, 1)
     return after._replace(step=state.step + 1, skipped=metrics['skipped']), metrics
