@@ -25,7 +25,7 @@ from tarflow_jax.evaluation.scores import Subject, check_names
 from tarflow_jax.flow.parameters import is_parameter
 from tarflow_jax.training import loop, sharding
 from tarflow_jax.training.checkpoint import Checkpoints
-from tarflow_jax.training.state import from_variables
+from tarflow_jax.training.state import all_finite, from_variables
 
 log = logging.getLogger(__name__)
 
@@ -383,7 +383,11 @@ def _check_average(checkpoints: Checkpoints, config) -> None:
 
 
 def _variables(plan, workdir, input_file, mesh):
-    """The variables to work with, on the devices; where they come from, as JSON values; classes."""
+    """The variables to work with, on the devices, where they come from, as JSON values, and their classes.
+
+    Raises:
+      ValueError: if one of them is not finite.
+    """
     if input_file:
         variables = official.load_official(input_file, plan.model)
         variables = jax.device_put(variables, sharding.shardings(variables, mesh))
@@ -394,7 +398,14 @@ def _variables(plan, workdir, input_file, mesh):
             }, known
     with Checkpoints(workdir, plan.model) as checkpoints:
         variables = checkpoints.restore_variables(functools.partial(sharding.placed, mesh=mesh))
-        return variables, _at_step(checkpoints.latest(), workdir), _classes_of(checkpoints)
+        step, known = checkpoints.latest(), _classes_of(checkpoints)
+    if not jax.jit(all_finite)(variables):
+        raise ValueError(
+            f'{checkpoints.folder / str(step)} holds parameters that are not finite; delete this '
+            'folder to take the checkpoint before it, or train again with a lower '
+            'train.peak_learning_rate.'
+        )
+    return variables, _at_step(step, workdir), known
 
 
 def _classes_in(input_file: str) -> class_order.Classes:

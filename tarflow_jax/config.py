@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict, FieldReference
 
+from tarflow_jax import config_ranges
 from tarflow_jax.data import pipeline, sources
 from tarflow_jax.flow.attention import KERNELS, PRECISIONS
 from tarflow_jax.flow.condition import Condition
@@ -225,11 +226,12 @@ class Schedule:
 
 
 def plan(config: ConfigDict) -> Plan:
-    """Checks the model, noise, guidance and sampling fields and makes the objects they name.
+    """Checks every field but those of the data and makes the objects they name.
 
     Raises:
       ValueError: one sentence that names the field, its value and the remedy.
     """
+    config_ranges.check(config)
     for field, choices in (
         ('model.dtype', DTYPES), ('model.residual_dtype', DTYPES),
         ('model.attention', ('auto', *KERNELS)),
@@ -244,11 +246,6 @@ def plan(config: ConfigDict) -> Plan:
         fields[field] = DTYPES[fields[field]]
     del fields['attention']  # a field of the layout
     fields['layers_per_block'] = tuple(fields['layers_per_block'])
-    if not all(isinstance(layers, int) for layers in fields['layers_per_block']):
-        raise ValueError(
-            f'model.layers_per_block {fields["layers_per_block"]} must hold whole numbers, one per '
-            'block, such as (4, 4, 4, 4).'
-        )
     model = named('model', TarFlow, **fields)
     t, s = config.train, config.sample
     recipe = named('train', Recipe, **{
@@ -261,32 +258,13 @@ def plan(config: ConfigDict) -> Plan:
         )
     guidance = named('guidance', Guidance, **config.guidance.to_dict())
     named('guidance', guidance.check, model, Condition(labels=(), features=()))
-    if not -1 <= s.label < max(model.num_classes, 1):
+    if s.label >= max(model.num_classes, 1):
         raise ValueError(
             f'sample.label {s.label} is outside 0..{model.num_classes - 1}, the classes of the '
             'model; -1 goes through all of them.'
         )
-    if s.denoise_steps < 0:
-        raise ValueError(f'sample.denoise_steps {s.denoise_steps} must not be negative.')
-    if not 0 < s.tolerance < 1:
-        raise ValueError(f'sample.tolerance {s.tolerance} must be above 0 and below 1.')
-    for field in ('model.unroll', 'sample.count', 'sample.batch_size', 'evaluate.batch_size',
-                  'evaluate.draws', 'evaluate.round_trip_images', 'evaluate.outliers.images',
-                  'evaluate.frechet.batch_size', 'report.rows', 'report.columns',
-                  'report.training_images', 'report.test_images'):
-        value = operator.attrgetter(field)(config)
-        if value < 1:
-            raise ValueError(f'{field} {value} must be at least 1.')
     if recipe.noise == 'levels':
         _check_levels(config.evaluate.levels, recipe)
-    for weight in config.report.guidance_weights:
-        if not (isinstance(weight, int | float) and math.isfinite(weight) and weight >= 0):
-            raise ValueError(
-                f'report.guidance_weights {tuple(config.report.guidance_weights)} must hold '
-                'numbers from 0 up, such as (1.0, 2.0).'
-            )
-    if not 0 <= config.seed < 2**32:
-        raise ValueError(f'seed {config.seed} is outside 0..{2**32 - 1}.')
     conditions = Conditions(
         model.num_classes, s.label, recipe.noise_std if model.noise_conditioned else None
     )
@@ -311,7 +289,7 @@ def _check_levels(levels, recipe: Recipe) -> None:
     if recipe.levels == 'log_normal':
         low, high = 0.0, math.inf
     for level in levels:
-        if not (isinstance(level, int | float) and 0 < level < math.inf and low <= level <= high):
+        if not low <= level <= high:
             raise ValueError(
                 f'evaluate.levels {tuple(levels)} must hold numbers from train.lowest_noise_std '
                 f'{recipe.lowest_noise_std} to train.noise_std {recipe.noise_std}, the levels of '
@@ -367,12 +345,6 @@ def schedule(config: ConfigDict, training_images) -> Schedule:
             f'train.batch_size {t.batch_size} is not a multiple of train.accumulation '
             f'{t.accumulation}; choose one that divides it.'
         )
-    for field in ('log_every', 'sample_every', 'checkpoint_every', 'stop_after_skipped'):
-        if t[field] < 1:
-            raise ValueError(f'train.{field} {t[field]} must be at least 1 step.')
-    for field in ('epochs', 'warmup_epochs'):
-        if not math.isfinite(t[field]):
-            raise ValueError(f'train.{field} {t[field]} must be a finite number.')
     steps_per_epoch = named('train', pipeline.steps_per_epoch, training_images, t.batch_size)
     total_steps = round(t.epochs * steps_per_epoch)
     warmup_steps = round(t.warmup_epochs * steps_per_epoch)

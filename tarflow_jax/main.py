@@ -130,6 +130,7 @@ def _flags(argv: list[str]) -> flags.FlagValues:
 
 def _parse(argv: list[str]) -> flags.FlagValues:
     """The flags of the command line; ValueError if they cannot be understood."""
+    argv = _last_of_tuples(argv)
     given = _flags(argv)
     _check_file(argv)
     try:
@@ -198,14 +199,33 @@ def _given_fields(argv: list[str]) -> list[str]:
     return [match[1] for match in found if match]
 
 
-def _fields(fields=None, prefix: str = '') -> list[str]:
-    """All names of the config, sections and fields, such as 'model' and 'model.width'."""
-    names = []
+def _fields(fields=None, prefix: str = '') -> dict:
+    """Sections and fields of the config with their defaults, such as 'model' and 'model.width'."""
+    found = {}
     for name, value in (configs.default().to_dict() if fields is None else fields).items():
-        names.append(prefix + name)
+        found[prefix + name] = value
         if isinstance(value, dict):
-            names += _fields(value, f'{prefix}{name}.')
-    return names
+            found |= _fields(value, f'{prefix}{name}.')
+    return found
+
+
+def _last_of_tuples(argv: list[str]) -> list[str]:
+    """Drops what was given for a tuple before its last value, to which config_flags would add it.
+
+    Of fields of other types the last value wins already.
+    """
+    tuples = {f'config.{name}' for name, value in _fields().items() if isinstance(value, tuple)}
+    groups: list[list[str]] = []  # each word, with the next one where that is its value
+    for word in argv:
+        if groups and len(groups[-1]) == 1 and groups[-1][0].lstrip('-') in tuples:
+            groups[-1].append(word)
+        else:
+            groups.append([word])
+    names = [group[0].partition('=')[0].lstrip('-') for group in groups]
+    return [
+        word for i, group in enumerate(groups) for word in group
+        if names[i] not in tuples or names[i] not in names[i + 1 :]
+    ]
 
 
 def _closest_fields(name: str) -> list[str]:

@@ -68,9 +68,11 @@ def write(workdir: Path, report: dict) -> None:
     path = workdir / FILE
     text = json.dumps(report, indent=2, default=_plain) + '\n'
     if path.exists() and (before := path.read_text()) != text:
-        # A copy: if anything fails here, evaluation.json is still there.
+        # A copy: if anything fails here, evaluation.json is still there. One is enough, however
+        # often it fails.
         names = (workdir / f'evaluation.{k}.json' for k in itertools.count())
-        files.write_text(next(name for name in names if not name.exists()), before)
+        free = (name for name in names if not name.exists() or name.read_text() == before)
+        files.write_text(next(free), before)
     files.write_text(path, text)
     log.info('scores are in %s', path)
 

@@ -4,6 +4,8 @@ import os
 import re
 import shutil
 
+import jax
+import numpy as np
 import pytest
 from command_line import (
     COND_GRAY,
@@ -18,10 +20,14 @@ from command_line import (
     saved,
     start,
 )
-from parity_cases import FOLDER
+from parity_cases import FOLDER, Case
 
-from tarflow_jax import commands
+from tarflow_jax import commands, main
+from tarflow_jax.training import lock
+from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.metrics import MetricWriter
+from tarflow_jax.training.optimizer import adamw
+from tarflow_jax.training.state import abstract_state
 
 
 @pytest.fixture
@@ -103,13 +109,15 @@ def refused(capfd):
     # Training.
     (['--config.seed=-1'], ['seed -1']),
     (['--config.seed=4294967296'], ['seed 4294967296']),
-    (['--config.train.epochs=0'], ['leave none of 0 for the rest', 'train.epochs']),
-    (['--config.train.epochs=-1'], ['train.epochs']),
+    (['--config.train.epochs=0'], ['train.epochs 0.0 must be above 0']),
+    (['--config.train.epochs=-1'], ['train.epochs -1.0 must be above 0 and finite']),
+    (['--config.train.epochs=0.1', '--config.train.warmup_epochs=0.5'],
+     ['train.warmup_epochs 0.5', 'leave none of 1 for the rest']),
     (['--config.train.epochs=nan'], ['train.epochs nan']),
     (['--config.train.epochs=inf'], ['train.epochs inf']),
     (['--config.train.batch_size=97'], ['train.batch_size is 97', '96 images']),
-    (['--config.train.batch_size=0'], ['train.batch_size is 0']),
-    (['--config.train.batch_size=-8'], ['train.batch_size is -8']),
+    (['--config.train.batch_size=0'], ['train.batch_size 0']),
+    (['--config.train.batch_size=-8'], ['train.batch_size -8']),
     (['--config.train.batch_size=12'], ['train.batch_size 12', '8 devices', 'multiple of 8']),
     (['--config.train.accumulation=0'], ['train.accumulation 0']),
     (['--config.train.accumulation=3'], ['train.accumulation 3', 'not a multiple']),
@@ -126,6 +134,10 @@ def refused(capfd):
     (['--config.train.label_dropout=2'], ['train.label_dropout 2.0']),
     (['--config.train.ema_decay=1'], ['train.ema_decay 1.0']),
     (['--config.train.clip_norm=-1'], ['train.clip_norm -1.0']),
+    (['--config.train.weight_decay=nan'], ['train.weight_decay nan must be at least 0 and finite']),
+    (['--config.train.b1=1.5'], ['train.b1 1.5 must be at least 0 and below 1']),
+    (['--config.data.workers=-1'], ['data.workers -1 must be at least 0']),
+    (['--config.model.image_size=large'], ['model.image_size large must be a whole number']),
     (['--config.train.log_every=0'], ['train.log_every 0']),
     (['--config.train.checkpoint_every=0'], ['train.checkpoint_every 0']),
     # Sampling and evaluation.
@@ -148,7 +160,7 @@ def refused(capfd):
     (['--config.evaluate.draws=0'], ['evaluate.draws 0']),
     (['--config.report.rows=0'], ['report.rows 0 must be at least 1']),
     (['--config.report.guidance_weights=(1.0,-2.0)'],
-     ['report.guidance_weights (1.0, -2.0)', 'from 0 up']),
+     ['report.guidance_weights (1.0, -2.0)', 'must hold numbers, each at least 0']),
     (['--config.model.num_classes=0', '--config.guidance.weight=1'],
      ['guidance.weight 1.0', 'class labels', 'temperature']),
     (['--config.model.num_classes=0', '--config.evaluate.metrics=("classification",)'],
@@ -170,13 +182,27 @@ def refused(capfd):
 def test_bad_input(refused, images, tmp_path, given, words):
     (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\n')
     before = files(tmp_path)
-    # A flag given twice would be taken together where it is a list.
-    names = {flag.partition('=')[0] for flag in given}
-    fields = [f for f in flags(tmp_path, images) if f.partition('=')[0] not in names]
+    fields = flags(tmp_path, images)
     if given[0].startswith('--config='):
         fields = [f'--workdir={tmp_path}']
     refused([*fields, *given], *words)
     assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize('earlier', [
+    ['--config.model.layers_per_block=(1,1)'], ['--config.model.layers_per_block', '(1,1)'],
+    ['-config.model.layers_per_block=7', '--config.model.layers_per_block=8'],
+])
+@pytest.mark.parametrize('last', [
+    ['--config.model.layers_per_block=(3,3)'], ['--config.model.layers_per_block', '(3,3)']
+])
+def test_last_value_of_a_field_wins(earlier, last):
+    given = ['main', QUICKSTART, *earlier, '--config.seed=4', '--workdir=x', '--config.seed=5',
+             '--config.evaluate.levels=(0.1,)', *last, '--mode=sample']
+    parsed = main._parse(given)
+    assert parsed.config.model.layers_per_block == (3, 3)
+    assert parsed.config.evaluate.levels == (0.1,)
+    assert parsed.config.seed == 5 and parsed.workdir == 'x' and parsed.mode == 'sample'
 
 
 def test_missing_flags(refused):
@@ -250,6 +276,14 @@ def test_workdir_without_a_checkpoint(refused, images, tmp_path, mode):
     assert not (tmp_path / 'run').exists()
 
 
+def test_workdir_that_another_run_writes_to(refused, trained, images):
+    with lock.held(trained):
+        before = files(trained)
+        refused(flags(trained, images), f'{trained} is written to by process {os.getpid()} on')
+        assert files(trained) == before
+        assert call(*flags(trained, images), '--mode=evaluate') == 0
+
+
 @pytest.mark.parametrize('below', ['', '/run'])
 def test_workdir_that_is_a_file(refused, images, tmp_path, below):
     (tmp_path / 'file').write_text('mine')
@@ -275,6 +309,19 @@ def test_input_that_is_no_checkpoint(refused, images, tmp_path, mode):
     # A real one, of another model.
     refused([*common, f'--input={OFFICIAL}'], OFFICIAL, 'does not fit')
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('mode', ['sample', 'evaluate', 'report'])
+def test_checkpoint_that_is_not_finite(converted, images, tmp_path, capfd, mode):
+    workdir = shutil.copytree(converted, tmp_path / 'run')
+    model = Case('cond_gray').model
+    with Checkpoints(workdir, model, {}) as checkpoints:
+        state = abstract_state(model, adamw(lambda k: 0.1), ema=False)
+        state = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), state)
+        params = jax.tree.map(lambda leaf: leaf * np.float32(np.nan), state.params)
+        checkpoints.save(state._replace(params=params))
+    assert call(*flags(workdir, images, **COND_GRAY), f'--mode={mode}') == 2
+    assert f'{workdir}/checkpoints/1 holds parameters that are not finite' in capfd.readouterr().err
 
 
 LEVELS = {'model__noise_conditioned': True, 'train__noise': 'levels'}

@@ -66,6 +66,27 @@ def test_what_it_takes_to_repeat_an_evaluation(workdir, images, capsys):
     assert f'step 2 of {workdir}' in printed
 
 
+def test_full_disk_leaves_the_scores_there(tmp_path, monkeypatch):
+    scoring.write(tmp_path, {'seed': 1})
+    before, write_text = (tmp_path / 'evaluation.json').read_text(), scoring.files.write_text
+
+    def full(path, text):
+        if path.name == 'evaluation.json':
+            raise OSError(28, 'No space left on device')
+        write_text(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring.files, 'write_text', full)
+        for _ in range(2):
+            with pytest.raises(OSError):
+                scoring.write(tmp_path, {'seed': 2})
+    assert {path.name for path in tmp_path.iterdir()} == {'evaluation.json', 'evaluation.0.json'}
+    assert {path.read_text() for path in tmp_path.iterdir()} == {before}
+    scoring.write(tmp_path, {'seed': 2})
+    assert (tmp_path / 'evaluation.0.json').read_text() == before
+    assert report_in(tmp_path) == {'seed': 2}
+
+
 def test_an_older_report_keeps_its_numbers(workdir, images):
     assert evaluate(workdir, images, 'bits_per_dim') == 0
     first = (workdir / 'evaluation.json').read_text()

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 
 from tarflow_jax import config as configs
+from tarflow_jax import files
 from tarflow_jax.ahead_of_time import cost, programs
 from tarflow_jax.ahead_of_time.chips import CHIPS, out_of_memory
 from tarflow_jax.ahead_of_time.topology import Topology
@@ -75,9 +76,8 @@ def compile_for(config, topology: Topology, program: str, save_to: Path | None =
         row['compile_seconds'] += time.perf_counter() - start
         text = compiled.as_text()
         if save_to:
-            save_to.mkdir(parents=True, exist_ok=True)
             name = f'{topology.name}_{part.name}'.replace(':', '_').replace(' ', '_')
-            (save_to / f'{name}.hlo.txt').write_text(text)
+            files.write_text(save_to / f'{name}.hlo.txt', text)
         costs = cost.analyse(text, topology.where(mesh), kernel_cost=programs.splash_cost)
         parts.append((part.times, costs))
         memory.append(compiled.memory_analysis())

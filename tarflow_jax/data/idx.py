@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tarflow_jax import files
+
 UINT8 = 0x08
 MAX_DIMS = 4
 MAX_BYTES = 4 * 2**30
@@ -61,7 +63,7 @@ def write_idx(path, array):
             f'IDX takes uint8 with 1 to {MAX_DIMS} dimensions and at least one element here.'
         )
     header = struct.pack(f'>BBBB{array.ndim}I', 0, 0, UINT8, array.ndim, *array.shape)
-    with open(path, 'wb') as file:
+    with files.replacing(path) as file:
         if not str(path).endswith('.gz'):
             file.write(header + array.tobytes())
             return

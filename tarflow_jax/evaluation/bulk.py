@@ -6,6 +6,7 @@ batch is a file, a *part*, before the next one is drawn; a run that was killed g
 parts it finds.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -33,7 +34,7 @@ from tarflow_jax.sampling.generate import generate
 from tarflow_jax.sampling.noise import keys_of_examples, noise_of_examples
 from tarflow_jax.sampling.sample import MAX_REDRAWS
 from tarflow_jax.sampling.schedule import Schedule
-from tarflow_jax.training import pictures, sharding
+from tarflow_jax.training import lock, pictures, sharding
 from tarflow_jax.training.loop import Stopped
 from tarflow_jax.training.processes import Stop, from_first
 
@@ -138,8 +139,21 @@ def draw_set(
     Raises:
       Stopped: after Ctrl-C or SIGTERM; the batches up to there are kept.
       ValueError: if the folder holds a finished set with another fingerprint.
+      Taken: if another process draws this set; a finished one is read by many.
     """
-    start, folder, model = time.perf_counter(), Path(folder), plan.model
+    about = from_first(sample_files.read_about(folder))
+    there = about and about['count'] >= count and about['format'] == file_format
+    with contextlib.nullcontext() if there else lock.held(folder):
+        return _draw_set(
+            Path(folder), plan, variables, count, batch_size, seed, mesh, fingerprint, file_format,
+            schedule,
+        )
+
+
+def _draw_set(
+    folder, plan, variables, count, batch_size, seed, mesh, fingerprint, file_format, schedule
+) -> dict:
+    start, model = time.perf_counter(), plan.model
     writes = jax.process_index() == 0
     shape = model.example_shape
     batch_size = sharding.round_up(min(batch_size, count), mesh)

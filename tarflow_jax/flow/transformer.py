@@ -51,7 +51,9 @@ class OneDevice:
     def to_host(self, x: Array) -> np.ndarray:
         return np.asarray(x)
 
-    def causal_attention(self, q: Array, k: Array, v: Array, scale, precision: str) -> Array:
+    def causal_attention(
+        self, q: Array, k: Array, v: Array, scale, precision: str = 'highest'
+    ) -> Array:
         """See `attention.causal_attention`, with the kernel for the default backend."""
         kernel = kernel_for(jax.default_backend(), q.dtype, q.shape[2])
         return causal_attention(kernel, q, k, v, scale, precision)

@@ -13,6 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from tarflow_jax.flow.flow import Flow, architecture, field_defaults
+from tarflow_jax.training import lock
 from tarflow_jax.training.state import TrainState, variables_of
 
 KEPT = 2
@@ -28,6 +29,8 @@ class CheckpointError(OSError):
 class Checkpoints:
     """The checkpoints of one workdir; a context manager that waits for pending writes.
 
+    Entered with a config, it holds the workdir: see `lock`.
+
     Args:
       workdir: folder of the run; nothing is created before the first save.
       model: whose parameters they hold.
@@ -38,12 +41,17 @@ class Checkpoints:
     Raises:
       ValueError: if the newest checkpoint there is of another model.
       CheckpointError: if it is damaged, as from everything here that reads one.
+      Taken: with a config, if another process writes to the workdir; as from entering it.
     """
 
     def __init__(
         self, workdir, model: Flow, config: dict | None = None, data: dict | None = None
     ):
         self.folder = Path(workdir).absolute() / 'checkpoints'
+        self._held = contextlib.ExitStack()
+        self._writes = config is not None
+        if self._writes:
+            lock.check(workdir)  # before the cleaning below
         self._model = model
         self._about = {
             'model': architecture(model), 'config': config or {}, 'data': data or {}
@@ -52,7 +60,7 @@ class Checkpoints:
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=KEPT,
-                cleanup_tmp_directories=config is not None and self.folder.exists(),
+                cleanup_tmp_directories=self._writes and self.folder.exists(),
                 create=False,
             ),
             item_handlers={
@@ -64,13 +72,16 @@ class Checkpoints:
         self._check()
 
     def __enter__(self):
+        if self._writes:
+            self._held.enter_context(lock.held(self.folder.parent))
         return self
 
     def __exit__(self, *_):
-        try:
-            self._manager.close()
-        except Exception as error:
-            raise self._failure(_reason(error)) from error
+        with self._held:
+            try:
+                self._manager.close()
+            except Exception as error:
+                raise self._failure(_reason(error)) from error
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""
@@ -126,6 +137,10 @@ class Checkpoints:
         except Exception as error:  # Orbax passes on whatever its storage threads raise
             raise self._failure(_reason(error)) from error
 
+    def delete(self, step: int) -> None:
+        """Deletes the checkpoint of a step."""
+        self._manager.delete(step)
+
     def wait(self) -> None:
         """Returns once everything is on disk; raises CheckpointError if it could not be written."""
         try:
@@ -137,8 +152,8 @@ class Checkpoints:
         kept = [s for s in self._manager.all_steps() if (self.folder / str(s)).is_dir()]
         before = f'the one at step {max(kept)} is intact' if kept else 'there is none before it'
         return CheckpointError(
-            f'a checkpoint could not be written to {self.folder}: {reason}; {before}, so make room '
-            'and start again with the same command.'
+            f'a checkpoint could not be written to {self.folder}: {reason}; {before}; make room if the '
+            'disk is full, and start again with the same command.'
         )
 
     @contextlib.contextmanager

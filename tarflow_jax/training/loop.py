@@ -35,7 +35,7 @@ class Stopped(Exception):
 
 
 class Diverged(ArithmeticError):
-    """Too many steps in a row had a gradient that is not finite."""
+    """Too many steps in a row were skipped, or the last ones of the run."""
 
 
 def train(config, plan: Plan, schedule: Schedule, source, checkpoints: Checkpoints, workdir, mesh):
@@ -50,7 +50,8 @@ def train(config, plan: Plan, schedule: Schedule, source, checkpoints: Checkpoin
     Raises:
       CheckpointError: if a checkpoint cannot be written.
       Stopped: after Ctrl-C or SIGTERM, when the state is saved.
-      Diverged: after train.stop_after_skipped steps in a row that had to be skipped.
+      Diverged: after train.stop_after_skipped steps in a row that had to be skipped, or if the
+        last step was.
     """
     t, model, workdir = config.train, plan.model, Path(workdir)
     init_key, step_key, sheet_key = jax.random.split(jax.random.key(config.seed), 3)
@@ -70,7 +71,8 @@ def train(config, plan: Plan, schedule: Schedule, source, checkpoints: Checkpoin
         workers=config.data.workers,
     )
     clock = _Clock(t.batch_size, model_flops(model))
-    watch = _Watch(t.stop_after_skipped, int(state.skipped), checkpoints)
+    watch = _Watch(t.stop_after_skipped, state, checkpoints)
+    due = False  # a checkpoint
     steps = range(start + 1, schedule.total_steps + 1)
     first = jax.process_index() == 0
     with (
@@ -95,21 +97,29 @@ def train(config, plan: Plan, schedule: Schedule, source, checkpoints: Checkpoin
                 metrics['learning_rate'] = schedule.learning_rate(step - 1)
                 metrics['epoch'] = step / schedule.steps_per_epoch
                 writer.write_scalars(step, metrics | clock.speed(step))
+            if last:
+                watch.check_end()
             if step % t.sample_every == 0 or last:
                 with clock.paused():
                     _write_sheets(writer, plan, state, sheet_key, mesh, config, workdir)
-            if step % t.checkpoint_every == 0 or last:
+            due = due or step % t.checkpoint_every == 0 or last
+            # The state of a skipped step is not known to be good: the next good step saves.
+            if due and watch.is_good():
                 with clock.paused():
                     writer.flush()
                     checkpoints.save(state)
+                due = False
             code = stop.after(step)
             if code is not None:
-                if checkpoints.latest() != step:
+                if checkpoints.latest() != step and watch.is_good():
                     writer.flush()
                     checkpoints.save(state)
                 checkpoints.wait()
-                log.warning('stopped after step %d, which is saved; the same command goes on '
-                            'from there', step)
+                log.warning(
+                    'stopped after step %d, which %s; the same command goes on from %s', step,
+                    *(('is saved', 'there') if watch.is_good() else
+                      ('was skipped and is not saved', watch.newest())),
+                )
                 raise Stopped(code)
     checkpoints.wait()
     return state
@@ -141,33 +151,75 @@ class _Watch:
     """Raises Diverged when too many steps in a row were skipped.
 
     It looks at every step, some steps late, so that the devices never wait for it.
+
+    A state is known to be good once a later step was not skipped: the gradient at its parameters
+    was finite. So of the checkpoints only the newest can be bad, and it is if every later step was
+    skipped.
     """
 
-    def __init__(self, limit: int, skipped: int, checkpoints: Checkpoints):
+    def __init__(self, limit: int, state, checkpoints: Checkpoints):
         self._limit, self._checkpoints = limit, checkpoints
         self._ahead = collections.deque()
-        self._total = skipped
-        self._in_a_row = 0
+        self._total = int(state.skipped)
+        self._start = self._good = int(state.step)  # the last step that was not skipped
+        self._step = self._start
 
     def __call__(self, step: int, skipped: jax.Array) -> None:
         self._ahead.append((step, skipped))
-        if len(self._ahead) <= STEPS_AHEAD:
-            return
-        step, skipped = self._ahead.popleft()
+        if len(self._ahead) > STEPS_AHEAD:
+            self._look()
+
+    def is_good(self) -> bool:
+        """Whether the newest step was not skipped; waits for it."""
+        while self._ahead:
+            self._look()
+        return self._good == self._step
+
+    def check_end(self) -> None:
+        """Raises Diverged if the newest step was skipped; waits for it."""
+        if not self.is_good():
+            self._diverged()
+
+    def newest(self) -> str:
+        """Names the newest checkpoint."""
+        step = self._checkpoints.latest()
+        return 'the beginning' if step is None else f'the checkpoint at step {step}'
+
+    def _look(self) -> None:
+        self._step, skipped = self._ahead.popleft()
         before, self._total = self._total, int(skipped)
         if self._total == before:
-            self._in_a_row = 0
+            self._good = self._step
             return
-        self._in_a_row += 1
-        log.warning('step %d was skipped, as its gradient was not finite (%d so far)', step,
-                    self._total)
-        if self._in_a_row >= self._limit:
-            self._checkpoints.wait()
-            raise Diverged(
-                f'the gradients of {self._limit} steps in a row, up to {step}, were not finite; '
-                f'the checkpoint at step {self._checkpoints.latest()} holds the last good state: '
-                'go on from it with a lower train.peak_learning_rate or train.clip_norm.'
+        log.warning('step %d was skipped, as its gradient or its update was not finite (%d so far)',
+                    self._step, self._total)
+        if self._step - self._good >= self._limit:
+            self._diverged()
+
+    def _diverged(self) -> None:
+        self._checkpoints.wait()
+        latest = self._checkpoints.latest()
+        if latest == self._good > self._start:
+            self._checkpoints.delete(latest)
+            latest = self._checkpoints.latest()
+        remedy = 'with a lower train.peak_learning_rate or train.clip_norm'
+        if latest is None:
+            remedy = f'no checkpoint holds a good state: start again {remedy}.'
+        elif latest == self._good:
+            remedy = (
+                f'no step after the checkpoint at step {latest}, where this run began, was finite: '
+                f'start again {remedy}, or delete {self._checkpoints.folder / str(latest)} if it '
+                'is bad.'
             )
+        else:
+            remedy = (
+                f'the checkpoint at step {latest} holds the last good state: go on from it '
+                f'{remedy}.'
+            )
+        raise Diverged(
+            f'the gradients or updates of {self._step - self._good} steps in a row, up to '
+            f'{self._step}, were not finite; {remedy}'
+        )
 
 
 class _Clock:

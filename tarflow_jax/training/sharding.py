@@ -258,7 +258,7 @@ class Layout:
             return self.attention
         return kernel_for(self.mesh.devices.flat[0].platform, dtype, length)
 
-    def causal_attention(self, q, k, v, scale, precision):
+    def causal_attention(self, q, k, v, scale, precision='highest'):
         kernel = self.kernel(q.dtype, q.shape[2])
         attend = functools.partial(causal_attention, kernel, precision=precision)
         if kernel == 'xla' or self.mesh.size == 1:

@@ -22,7 +22,7 @@ class TrainState(NamedTuple):
     ema_params: Any  # None without an exponential moving average
     opt_state: Any
     prior: Any  # {'variance': [T, D]} of volume-preserving flows, else None
-    skipped: jax.Array  # steps so far whose gradient was not finite, which changed nothing else
+    skipped: jax.Array  # steps so far that were not finite, which changed nothing else
 
     def variables(self) -> dict:
         """What `model.apply` takes, with the averaged parameters where there are any."""
@@ -64,6 +64,11 @@ def abstract_state(model: Flow, optimizer: optax.GradientTransformation, *, ema:
         return initial_state(key, model, optimizer, ema=ema)
 
     return jax.eval_shape(initial, jax.random.key(0))
+
+
+def all_finite(tree) -> jax.Array:
+    """Whether every number of a tree of arrays is finite."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def parameter_count(state: TrainState) -> int:

@@ -25,7 +25,7 @@ import tarflow_jax as tfj
 from tarflow_jax import files as writing
 from tarflow_jax.evaluation import bulk, sample_files
 from tarflow_jax.evaluation.versions import versions
-from tarflow_jax.training import pictures, sharding
+from tarflow_jax.training import lock, pictures, sharding
 from tarflow_jax.training.loop import Stopped
 
 MODEL = tiny((1, 1), image_channels=1)
@@ -33,6 +33,16 @@ VARIABLES = random_variables(MODEL)
 PLAN = plan_of(MODEL, strength=0.5, weight=0.5)
 HOW = dict(seed=3)
 KNOWN = bulk.fingerprint(PLAN, VARIABLES, 'step_0000012', **HOW)
+
+
+def test_a_set_is_drawn_by_one_process_and_read_by_many(tmp_path):
+    draw(tmp_path, count=8)
+    before = files(tmp_path)
+    with lock.held(tmp_path):
+        assert draw(tmp_path, count=8)['drawn'] == 0
+        with pytest.raises(lock.Taken, match=f'{tmp_path} is written to by process {os.getpid()}'):
+            draw(tmp_path, count=9)
+    assert files(tmp_path) == before
 
 
 def draw(folder, count=22, batch_size=8, mesh=None, **fields):
@@ -148,7 +158,7 @@ def test_killed_and_started_again(wanted, tmp_path):
     output, _ = killed.communicate(timeout=120)
     assert killed.returncode == -signal.SIGKILL, output
     assert sorted(contents(tmp_path)) == [
-        'parts/00000000.npz', 'parts/00000008.npz', f'parts/00000016.npz.{killed.pid}.tmp'
+        'lock', 'parts/00000000.npz', 'parts/00000008.npz', f'parts/00000016.npz.{killed.pid}.tmp'
     ]
     assert draw(tmp_path)['drawn'] == 6
     assert contents(tmp_path) == contents(wanted)

@@ -9,7 +9,7 @@ import pytest
 from tiny_flow import CONDITIONED, apply, batch, condition_for, perturbed, tiny
 
 import tarflow_jax as tfj
-from tarflow_jax.evaluation.round_trip import IMAGE_LIMIT, _error, round_trip
+from tarflow_jax.evaluation.round_trip import IMAGE_LIMIT, _error, _not_finite, round_trip
 
 MODEL = tiny((1, 1))
 
@@ -105,6 +105,15 @@ def test_errors_are_those_of_the_finite_images():
     found = wanted.at[1, 0, 0].set(jnp.nan).at[2, 1, 1].set(-3.0).at[3, 2, 0].set(jnp.inf)
     error = jax.tree.map(float, _error(found, wanted))
     assert error == {'max': 3.0, 'rms': pytest.approx(np.sqrt(9 / 12)), 'not_finite': 0.5}
+
+
+@pytest.mark.parametrize('count', [1, 3, 10, 20, 100])
+def test_share_of_images_that_are_not_finite_is_counted(count):
+    images = jnp.zeros((count, 2, 2, 1))
+    assert _not_finite(images) == float(_error(images, images)['not_finite']) == 0
+    broken = images.at[0, 0, 0, 0].set(jnp.nan)
+    assert _not_finite(broken) == float(_error(broken, images)['not_finite'])
+    assert _not_finite(broken) == pytest.approx(1 / count)
 
 
 def test_error_is_measured_in_the_units_of_images():

@@ -225,6 +225,22 @@ def test_unfinished_folder_is_ignored_and_cleaned(tmp_path):
     assert folders(tmp_path) == ['2', '3']
 
 
+def test_one_writer_and_any_reader(tmp_path):
+    save(tmp_path, 2)
+    unfinished = tmp_path / 'checkpoints' / '5.orbax-checkpoint-tmp'
+    with Checkpoints(tmp_path, MODEL, {}) as writer:
+        shutil.copytree(tmp_path / 'checkpoints' / '2', unfinished)
+        with pytest.raises(OSError, match=f'{tmp_path} is written to by process {os.getpid()} on'):
+            Checkpoints(tmp_path, MODEL, {})
+        with Checkpoints(tmp_path, MODEL) as reader:
+            assert_identical(reader.restore(abstract()), state_at(2))
+        assert unfinished.exists()
+        writer.save(state_at(3))
+    assert 'lock' not in [path.name for path in tmp_path.iterdir()]
+    save(tmp_path, 4)
+    assert folders(tmp_path) == ['3', '4']
+
+
 def test_no_room(tmp_path, monkeypatch):
     save(tmp_path, 2)
     with Checkpoints(tmp_path, MODEL, {}) as checkpoints:

@@ -10,7 +10,7 @@ import pytest
 from command_line import CLOCK, call, flags, metrics, saved, start
 
 from tarflow_jax.training import loop
-from tarflow_jax.training.processes import DIVERGED
+from tarflow_jax.training.processes import DIVERGED, START_AGAIN
 
 STEPS = 12
 
@@ -118,19 +118,51 @@ def test_finished_run_trains_no_more(uninterrupted, images, tmp_path, monkeypatc
     assert_same_run(workdir, uninterrupted)
 
 
+# The second update makes the parameters huge; every gradient after it overflows.
+DIVERGING = dict(train__peak_learning_rate=1e30, train__stop_after_skipped=3)
+
+
+def checkpoints_of(workdir):
+    return sorted(int(path.name) for path in (workdir / 'checkpoints').glob('*'))
+
+
 def test_diverged_run_stops_with_its_last_good_state(images, tmp_path, capfd):
-    # The second update makes the parameters huge; every gradient after it overflows.
-    broken = dict(train__peak_learning_rate=1e30, train__stop_after_skipped=3)
-    assert call(*flags(tmp_path, images, **broken)) == DIVERGED
+    # The state of step 2 is saved, and turns out to be bad.
+    assert call(*flags(tmp_path, images, **DIVERGING, train__checkpoint_every=1)) == DIVERGED
     said = capfd.readouterr().err
-    assert 'step 3 was skipped, as its gradient was not finite (1 so far)' in said
-    assert 'the gradients of 3 steps in a row, up to 5, were not finite; the checkpoint at step' in said
-    last = max(int(path.name) for path in (tmp_path / 'checkpoints').iterdir())
-    state = saved(tmp_path, last)
-    assert all(np.isfinite(np.frombuffer(state[name], np.float32)).all()
-               for name in state if "['params']" in name)
+    assert 'step 3 was skipped, as its gradient or its update was not finite (1 so far)' in said
+    assert 'of 3 steps in a row, up to 5, were not finite; the checkpoint at step 1 holds' in said
+    assert checkpoints_of(tmp_path) == [1]
     skipped = [line['skipped'] for line in metrics(tmp_path)]
     assert skipped[:5] == [0, 0, 1, 2, 3]
+
+
+def test_diverged_run_keeps_the_checkpoint_it_began_from(uninterrupted, images, tmp_path, capfd):
+    workdir = shutil.copytree(uninterrupted, tmp_path / 'run')
+    diverging = DIVERGING | dict(train__epochs=4.0, train__checkpoint_every=1)
+    assert call(*flags(workdir, images, **diverging)) == DIVERGED
+    assert 'the checkpoint at step 12 holds the last good state' in capfd.readouterr().err
+    assert checkpoints_of(workdir) == [12]
+    assert saved(workdir, 12) == saved(uninterrupted, 12)
+
+
+@pytest.mark.parametrize('limit, steps', [(3, '3 steps in a row, up to 5'),
+                                          (100, '10 steps in a row, up to 12')])
+def test_diverged_before_the_first_checkpoint(images, tmp_path, capfd, limit, steps):
+    # With a limit that it cannot reach, the run ends as diverged nevertheless.
+    diverging = DIVERGING | dict(train__stop_after_skipped=limit)
+    assert call(*flags(tmp_path, images, **diverging)) == DIVERGED
+    said = capfd.readouterr().err
+    assert f'{steps}, were not finite; no checkpoint holds a good state: start again' in said
+    assert checkpoints_of(tmp_path) == []
+
+
+def test_skipped_step_is_not_saved_when_the_run_is_stopped(images, tmp_path, monkeypatch, capfd):
+    at_step(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGTERM))
+    assert call(*flags(tmp_path, images, **DIVERGING)) == START_AGAIN
+    assert ('stopped after step 4, which was skipped and is not saved; the same command goes on '
+            'from the beginning') in capfd.readouterr().err
+    assert checkpoints_of(tmp_path) == []
 
 
 @pytest.mark.slow

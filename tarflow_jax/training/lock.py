@@ -1,0 +1,97 @@
+"""One writer at a time in a folder: two would replace each other's files."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from tarflow_jax.training.processes import from_first
+
+FILE = 'lock'
+
+log = logging.getLogger(__name__)
+
+
+class Taken(OSError):
+    """Another process writes to the folder."""
+
+
+def check(folder) -> None:
+    """Raises Taken if another process holds the folder; creates nothing. All processes call it."""
+    path = Path(folder) / FILE
+
+    def look():
+        if path.exists():
+            _lock(path).close()
+
+    _by_first(look)
+
+
+@contextlib.contextmanager
+def held(folder) -> Iterator[None]:
+    """Holds a folder, which is created if it is missing. All processes of a run call it.
+
+    The first process locks a file in the folder, which names it. The system ends the lock with the
+    process, however it ends: a file that is left behind stops nobody.
+
+    Raises:
+      Taken: if another process holds it.
+    """
+    path = Path(folder) / FILE
+    file = _by_first(lambda: _take(path))
+    try:
+        yield
+    finally:
+        if file:
+            path.unlink(missing_ok=True)
+            file.close()
+
+
+def _by_first(action):
+    """What the action returns on the first process, else None; its Taken on every process."""
+    result, problem = None, None
+    if jax.process_index() == 0:
+        try:
+            result = action()
+        except Taken as error:
+            problem = str(error)
+    problem = from_first(problem)
+    if problem:
+        raise Taken(problem)
+    return result
+
+
+def _take(path: Path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = _lock(path)
+    while not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+        file.close()  # removed by the process that held it until now
+        file = _lock(path)
+    if before := file.read():
+        log.warning('%s was left by a process that is gone: %s', path, before)
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {socket.gethostname()}')
+    file.flush()
+    return file
+
+
+def _lock(path: Path):
+    """The open file, locked; Taken if another process has it."""
+    file = path.open('a+')
+    file.seek(0)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with file:
+            raise Taken(
+                f'{path.parent} is written to by {file.read() or "another process"}; wait for it, '
+                'stop it, or choose another folder.'
+            ) from None
+    except OSError as error:  # a network file system without locks
+        log.warning('%s cannot be locked (%s); start only one run in its folder', path, error)
+    return file
