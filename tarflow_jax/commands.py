@@ -383,7 +383,7 @@ def _check_average(checkpoints: Checkpoints, config) -> None:
 
 
 def _variables(plan, workdir, input_file, mesh):
-    """The variables to work with, on the devices, where they come from, as JSON values, and their classes.
+    """The variables to work with, on the devices; where they come from, as JSON values; classes.
 
     Raises:
       ValueError: if one of them is not finite.
