@@ -144,8 +144,8 @@ class Checkpoints:
         kept = [s for s in self._manager.all_steps() if (self.folder / str(s)).is_dir()]
         before = f'the one at step {max(kept)} is intact' if kept else 'there is none before it'
         return CheckpointError(
-            f'a checkpoint could not be written to {self.folder}: {reason}; {before}; make room if the '
-            'disk is full, and start again with the same command.'
+            f'a checkpoint could not be written to {self.folder}: {reason}; {before}; make room if '
+            'the disk is full, and start again with the same command.'
         )
 
     @contextlib.contextmanager
