@@ -17,13 +17,19 @@ from tarflow_jax.training import pictures, sharding
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.metrics import MetricWriter, NoWriter, model_flops
 from tarflow_jax.training.processes import Stop
-from tarflow_jax.training.state import abstract_state, initial_state, parameter_count
+from tarflow_jax.training.state import (
+    abstract_state,
+    all_finite,
+    initial_state,
+    parameter_count,
+)
 from tarflow_jax.training.step import jitted_train_step
 
 SHEET_COUNT = 100
 STEPS_AHEAD = 4  # dispatched before the result of a step is looked at
 
 log = logging.getLogger(__name__)
+_all_finite = jax.jit(all_finite)
 
 
 class Stopped(Exception):
@@ -98,27 +104,27 @@ def train(config, plan: Plan, schedule: Schedule, source, checkpoints: Checkpoin
                 metrics['epoch'] = step / schedule.steps_per_epoch
                 writer.write_scalars(step, metrics | clock.speed(step))
             if last:
-                watch.check_end()
+                watch.check_end(state)
             if step % t.sample_every == 0 or last:
                 with clock.paused():
                     _write_sheets(writer, plan, state, sheet_key, mesh, config, workdir)
             due = due or step % t.checkpoint_every == 0 or last
             # The state of a skipped step is not known to be good: the next good step saves.
-            if due and watch.is_good():
+            if due and watch.is_good(state):
                 with clock.paused():
                     writer.flush()
                     checkpoints.save(state)
                 due = False
             code = stop.after(step)
             if code is not None:
-                if checkpoints.latest() != step and watch.is_good():
+                if checkpoints.latest() != step and watch.is_good(state):
                     writer.flush()
                     checkpoints.save(state)
                 checkpoints.wait()
                 log.warning(
                     'stopped after step %d, which %s; the same command goes on from %s', step,
-                    *(('is saved', 'there') if watch.is_good() else
-                      ('was skipped and is not saved', watch.newest())),
+                    *(('is saved', 'there') if watch.is_good(state) else
+                      ('is not finite and not saved', watch.newest())),
                 )
                 raise Stopped(code)
     checkpoints.wait()
@@ -169,15 +175,15 @@ class _Watch:
         if len(self._ahead) > STEPS_AHEAD:
             self._look()
 
-    def is_good(self) -> bool:
-        """Whether the newest step was not skipped; waits for it."""
+    def is_good(self, state) -> bool:
+        """Whether the newest step was not skipped and its state is finite; waits for it."""
         while self._ahead:
             self._look()
-        return self._good == self._step
+        return self._good == self._step and bool(_all_finite((state.variables(), state.params)))
 
-    def check_end(self) -> None:
-        """Raises Diverged if the newest step was skipped; waits for it."""
-        if not self.is_good():
+    def check_end(self, state) -> None:
+        """Raises Diverged if the newest step was skipped or its state is bad; waits for it."""
+        if not self.is_good(state):
             self._diverged()
 
     def newest(self) -> str:
@@ -191,7 +197,7 @@ class _Watch:
         if self._total == before:
             self._good = self._step
             return
-        log.warning('step %d was skipped, as its gradient or its update was not finite (%d so far)',
+        log.warning('step %d was skipped, as its gradient was not finite (%d so far)',
                     self._step, self._total)
         if self._step - self._good >= self._limit:
             self._diverged()
@@ -217,7 +223,7 @@ class _Watch:
                 f'{remedy}.'
             )
         raise Diverged(
-            f'the gradients or updates of {self._step - self._good} steps in a row, up to '
+            f'the gradients or updates of {max(self._step - self._good, 1)} steps in a row, up to '
             f'{self._step}, were not finite; {remedy}'
         )
 

@@ -22,7 +22,7 @@ class TrainState(NamedTuple):
     ema_params: Any  # None without an exponential moving average
     opt_state: Any
     prior: Any  # {'variance': [T, D]} of volume-preserving flows, else None
-    skipped: jax.Array  # steps so far that were not finite, which changed nothing else
+    skipped: jax.Array  # steps so far whose gradient was not finite, which changed nothing else
 
     def variables(self) -> dict:
         """What `model.apply` takes, with the averaged parameters where there are any."""

@@ -5,12 +5,14 @@ import shutil
 import signal
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from command_line import CLOCK, call, flags, metrics, saved, start
 
 from tarflow_jax.training import loop
 from tarflow_jax.training.processes import DIVERGED, START_AGAIN
+from tarflow_jax.training.state import TrainState
 
 STEPS = 12
 
@@ -130,7 +132,7 @@ def test_diverged_run_stops_with_its_last_good_state(images, tmp_path, capfd):
     # The state of step 2 is saved, and turns out to be bad.
     assert call(*flags(tmp_path, images, **DIVERGING, train__checkpoint_every=1)) == DIVERGED
     said = capfd.readouterr().err
-    assert 'step 3 was skipped, as its gradient or its update was not finite (1 so far)' in said
+    assert 'step 3 was skipped, as its gradient was not finite (1 so far)' in said
     assert 'of 3 steps in a row, up to 5, were not finite; the checkpoint at step 1 holds' in said
     assert checkpoints_of(tmp_path) == [1]
     skipped = [line['skipped'] for line in metrics(tmp_path)]
@@ -160,9 +162,17 @@ def test_diverged_before_the_first_checkpoint(images, tmp_path, capfd, limit, st
 def test_skipped_step_is_not_saved_when_the_run_is_stopped(images, tmp_path, monkeypatch, capfd):
     at_step(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGTERM))
     assert call(*flags(tmp_path, images, **DIVERGING)) == START_AGAIN
-    assert ('stopped after step 4, which was skipped and is not saved; the same command goes on '
+    assert ('stopped after step 4, which is not finite and not saved; the same command goes on '
             'from the beginning') in capfd.readouterr().err
     assert checkpoints_of(tmp_path) == []
+
+
+def test_a_state_that_overflowed_is_not_good():
+    # Its gradient was finite and the update was not.
+    good = TrainState(jnp.int32(1), {'w': jnp.ones(2)}, None, (), None, jnp.int32(0))
+    bad = good._replace(params={'w': jnp.array([1.0, jnp.inf])})
+    watch = loop._Watch(3, good, None)
+    assert watch.is_good(good) and not watch.is_good(bad)
 
 
 @pytest.mark.slow
