@@ -53,16 +53,16 @@ def held(folder) -> Iterator[None]:
 
 
 def _by_first(action):
-    """What the action returns on the first process, else None; its Taken on every process."""
+    """What the action returns on the first process, else None; its OSError on every process."""
     result, problem = None, None
     if jax.process_index() == 0:
         try:
             result = action()
-        except Taken as error:
-            problem = str(error)
+        except OSError as error:  # not raised here, where the others would wait for ever
+            problem = error
     problem = from_first(problem)
     if problem:
-        raise Taken(problem)
+        raise problem
     return result
 
 
