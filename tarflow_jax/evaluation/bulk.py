@@ -59,7 +59,9 @@ def fingerprint(
     return approximate | {
         'variables': {'name': name, 'digest': digest(variables)},
         'model': architecture(model) | {
-            'dtype': jnp.dtype(model.dtype).name, 'precision': model.precision
+            'dtype': jnp.dtype(model.dtype).name,
+            'residual_dtype': jnp.dtype(model.block(0).stream_dtype).name,
+            'precision': model.precision,
         },
         'guidance': dataclasses.asdict(plan.guidance),
         'denoise': plan.denoising and {

@@ -432,9 +432,12 @@ def test_fingerprint():
     kernel = moved['params']['block_0']['proj_in']['kernel']
     moved['params']['block_0']['proj_in']['kernel'] = kernel[::-1]
     weaker = dataclasses.replace(PLAN, guidance=tfj.Guidance(weight=0.4))
-    narrow, fast = (
+    narrow, mixed, fast = (
         dataclasses.replace(PLAN, model=MODEL.clone(**fields))
-        for fields in (dict(dtype=jax.numpy.bfloat16), dict(precision='high'))
+        for fields in (
+            dict(dtype='bfloat16'), dict(dtype='bfloat16', residual_dtype='float32'),
+            dict(precision='high'),
+        )
     )
     plans = [
         plan_of(MODEL, weight=0.5, **{'strength': 0.5} | fields)
@@ -444,12 +447,12 @@ def test_fingerprint():
         of(seed=4),
         *(
             bulk.fingerprint(p, VARIABLES, 'step_0000012', **HOW)
-            for p in (weaker, narrow, fast, *plans)
+            for p in (weaker, narrow, mixed, fast, *plans)
         ),
         bulk.fingerprint(PLAN, moved, 'step_0000012', **HOW),
         bulk.fingerprint(PLAN, VARIABLES, 'step_0000013', **HOW),
     ]
-    assert len({bulk.folder_name(known) for known in [KNOWN, *others]}) == 10
+    assert len({bulk.folder_name(known) for known in [KNOWN, *others]}) == 11
     # How it is computed makes no difference.
     mesh = sharding.make_mesh(fsdp=4, tensor=2, data=1)
     split = jax.device_put(VARIABLES, sharding.shardings(VARIABLES, mesh))
