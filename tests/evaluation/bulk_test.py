@@ -356,6 +356,7 @@ def test_images_that_are_not_finite(wanted, tmp_path, monkeypatch):
     assert np.abs(found[5].astype(int) - pictures.to_pixels(image)[0]).max() <= 1
 
 
+@pytest.mark.slow
 def test_features_and_levels_of_samples(tmp_path):
     model = MODEL.clone(num_features=2, noise_conditioned=True)
     variables = random_variables(model)
