@@ -25,7 +25,7 @@ ROOMS = {
     ),
     'training': (
         {'jax', 'optax', 'orbax', 'tensorboardX', 'PIL', 'tqdm'},
-        {'flow', 'sampling', 'data', 'config', 'files'},
+        {'flow', 'sampling', 'data', 'config', 'files', 'json_files'},
     ),
     'evaluation': (
         {'jax', 'flax', 'PIL', 'plotly', 'tqdm'},

@@ -35,6 +35,7 @@ from tarflow_jax.sampling.noise import keys_of_examples, noise_of_examples
 from tarflow_jax.sampling.sample import MAX_REDRAWS
 from tarflow_jax.sampling.schedule import Schedule
 from tarflow_jax.training import lock, pictures, sharding
+from tarflow_jax.training.digests import sums_of_hashes
 from tarflow_jax.training.loop import Stopped
 from tarflow_jax.training.processes import Stop, from_first
 
@@ -86,27 +87,14 @@ def folder_name(fingerprint: dict) -> str:
 def digest(variables) -> str:
     """Sixteen hexadecimal digits that change with any number of the variables.
 
-    The sums of bits are integers, so that it does not matter how the arrays are split.
+    The sums are of integers, so that it does not matter how the arrays are split.
     """
-    sums = jax.device_get(_sums_of_bits(variables))
+    sums = jax.tree.leaves(sums_of_hashes(variables))
     lines = [
-        f'{jax.tree_util.keystr(path)} {leaf.shape} {int(total)}'
-        for (path, leaf), total in zip(jax.tree.leaves_with_path(variables), jax.tree.leaves(sums))
+        f'{jax.tree_util.keystr(path)} {leaf.shape} {total}'
+        for (path, leaf), total in zip(jax.tree.leaves_with_path(variables), sums)
     ]
     return hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:16]
-
-
-@jax.jit
-def _sums_of_bits(variables):
-    def leaf(x):
-        bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-        place = jnp.zeros(x.shape, jnp.uint32)
-        for axis, size in enumerate(x.shape):
-            place = place * size + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        # Odd factors that differ from place to place: a permutation changes the sum as well.
-        return jnp.sum((bits ^ (bits >> 15)) * (2 * place + 1), dtype=jnp.uint32)
-
-    return jax.tree.map(leaf, variables)
 
 
 def draw_set(

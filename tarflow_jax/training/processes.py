@@ -66,11 +66,24 @@ def _several(given: dict) -> bool:
 
 def from_first(value):
     """The first process's value, anything that can be pickled, on every process; all call this."""
+    return _from(0, value)
+
+
+def from_any(value):
+    """The value that is not None of the first process that has one, on every process, or None."""
     if jax.process_count() == 1:
         return value
+    there = multihost_utils.process_allgather(np.bool_(value is not None))
+    return _from(int(np.argmax(there)), value)
+
+
+def _from(index: int, value):
+    if jax.process_count() == 1:
+        return value
+    its = jax.process_index() == index
     data = np.frombuffer(pickle.dumps(value), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
-    data = multihost_utils.broadcast_one_to_all(np.resize(data, size))
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size), its))
+    data = multihost_utils.broadcast_one_to_all(np.resize(data, size), its)
     return pickle.loads(np.asarray(data).astype(np.uint8).tobytes())
 
 
