@@ -18,10 +18,10 @@ HEAVY = ('tensorflow', 'torch', 'grain', 'tensorflow_datasets', 'orbax', 'tensor
 # Packages beside the standard library and numpy; rooms of this package.
 ROOMS = {
     'flow': ({'jax', 'flax'}, set()),
-    'sampling': ({'jax'}, {'flow', 'files'}),
+    'sampling': ({'jax'}, {'flow', 'files', 'json_files'}),
     'data': (
         {'absl', 'array_record', 'etils', 'grain', 'PIL', 'pyarrow', 'tensorflow_datasets', 'tqdm'},
-        {'__version__', 'files'},
+        {'__version__', 'files', 'json_files'},
     ),
     'training': (
         {'jax', 'optax', 'orbax', 'tensorboardX', 'PIL', 'tqdm'},
@@ -29,7 +29,8 @@ ROOMS = {
     ),
     'evaluation': (
         {'jax', 'flax', 'PIL', 'plotly', 'tqdm'},
-        {'flow', 'sampling', 'data', 'training', 'config', 'files', 'torch_file', 'torch_writer'},
+        {'flow', 'sampling', 'data', 'training', 'config', 'files', 'json_files', 'torch_file',
+         'torch_writer'},
     ),
     'ahead_of_time': (
         {'jax', 'libtpu', 'optax'},

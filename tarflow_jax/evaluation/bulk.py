@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from tarflow_jax import files
+from tarflow_jax import files, json_files
 from tarflow_jax.evaluation import sample_files, sample_parts
 from tarflow_jax.evaluation.over_set import images_of
 from tarflow_jax.evaluation.versions import versions
@@ -131,11 +131,17 @@ def draw_set(
       ValueError: if the folder holds a finished set with another fingerprint.
       Taken: if another process draws this set; a finished one is read by many.
     """
+    folder = Path(folder)
     about = from_first(sample_files.read_about(folder))
     there = about and about['count'] >= count and about['format'] == file_format
+    if there and from_first(sample_parts.are_left(folder)):
+        with contextlib.suppress(OSError), lock.held(folder):  # else the set is being made longer
+            if jax.process_index() == 0:
+                parts = sample_parts.parts(folder, plan.model.example_shape)
+                sample_parts.remove(folder, parts, about['count'])
     with contextlib.nullcontext() if there else lock.held(folder):
         return _draw_set(
-            Path(folder), plan, variables, count, batch_size, seed, mesh, fingerprint, file_format,
+            folder, plan, variables, count, batch_size, seed, mesh, fingerprint, file_format,
             schedule,
         )
 
@@ -279,8 +285,9 @@ def _assemble(folder: Path, stretches, conditions, shape, about: dict) -> None:
         names = conditions.class_names or [str(k) for k in range(conditions.num_classes)]
         sample_files.write_array_record(path, pixels, shape, labels, names)
     _write_sheets(folder, sample_files.open_samples(path), conditions)
+    sealed = json_files.sealed(about)
     files.write_text(
-        folder / sample_files.ABOUT, json.dumps(about, indent=2, sort_keys=True) + '\n'
+        folder / sample_files.ABOUT, json.dumps(sealed, indent=2, sort_keys=True) + '\n'
     )
     if about['format'] == 'array_record':
         for shorter in set(folder.glob('array_record-*')) - {path}:
