@@ -38,8 +38,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes a text file in UTF-8; a reader sees the old one or the new one."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """As `write_text`."""
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(content)
 
 
 def _clean(folder: Path) -> None:

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-SEAL = 'sha256'
+SEAL = 'checksum'  # a name that no content has
 _LARGEST = 2**63
 
 

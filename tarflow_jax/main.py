@@ -25,7 +25,7 @@ from ml_collections import config_flags
 
 from tarflow_jax import commands
 from tarflow_jax import config as configs
-from tarflow_jax.training import compiled, processes, sharding
+from tarflow_jax.training import compiled, lock, processes, sharding
 from tarflow_jax.training.checkpoint import CheckpointError, Unreadable
 from tarflow_jax.training.loop import Diverged, Stopped
 
@@ -71,7 +71,8 @@ def main(argv: list[str]) -> int:
         os._exit(2 if isinstance(error, Unreadable) else 1)
     except (Diverged, OSError) as error:  # such as no room for metrics or pictures
         log.error('error: %s', error)
-        return _leave(processes.DIVERGED if isinstance(error, Diverged) else 1)
+        codes = {Diverged: processes.DIVERGED, lock.Taken: 2}
+        return _leave(codes.get(type(error), 1))
     except Exception:
         if jax.process_count() == 1:
             raise

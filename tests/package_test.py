@@ -81,8 +81,8 @@ def test_conversion_needs_no_training():
         for name in imports(PACKAGE / module):
             if name.startswith('tarflow_jax.'):
                 assert name.startswith((
-                    'tarflow_jax.flow.flow.', 'tarflow_jax.files', 'tarflow_jax.torch_file',
-                    'tarflow_jax.torch_pickle.',
+                    'tarflow_jax.flow.flow.', 'tarflow_jax.files', 'tarflow_jax.json_files',
+                    'tarflow_jax.torch_file', 'tarflow_jax.torch_pickle.',
                 ))
 
 

@@ -61,7 +61,7 @@ import tqdm
 from etils import epath
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from tarflow_jax import __version__
+from tarflow_jax import __version__, json_files
 from tarflow_jax.data import feature_files, kinds, originals, shards, sizes
 from tarflow_jax.data import manifest as manifests
 from tarflow_jax.data.cores import available_cores
@@ -268,14 +268,21 @@ def _begin(folder: epath.Path, plans: dict[str, str], before: dict | None) -> No
         ValueError: something else was begun, or is done.
     """
     for key, entry in (before['splits'] if before else {}).items():
-        if plans.get(key, entry['plan']) != entry['plan']:
+        if plans.get(key, entry.get('plan')) != entry.get('plan'):
             raise ValueError(
                 f'{folder} already holds the split {key!r}, of other images or with other '
                 'options; give another --out.'
             )
     path = folder / manifests.PROGRESS / PLAN
     if path.exists():
-        if json.loads(path.read_text()) != plans:
+        try:
+            begun = json_files.read(path)
+        except json_files.Damaged as error:
+            raise ValueError(
+                f'{path} is damaged ({error}); delete {path.parent if before else folder} and start '
+                'the same command again.'
+            ) from error
+        if begun != plans:
             raise ValueError(
                 f'{folder} holds a preparation that was begun with other images or options; give '
                 f'the same command again, or another --out, or delete {path.parent}.'

@@ -176,7 +176,8 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
         labels = arrays.read(path, members['arr_1']) if 'arr_1' in members else None
     except (ValueError, OSError) as error:
         raise ValueError(f'{path} is no .npz of samples ({error}); {wanted}.') from None
-    if images.dtype != np.uint8 or images.ndim != 4 or not images.size or images.shape[3] not in (1, 3):
+    grey_or_colour = images.ndim == 4 and images.shape[3] in (1, 3)
+    if images.dtype != np.uint8 or not images.size or not grey_or_colour:
         raise ValueError(f'{path}: arr_0 is {images.dtype} {list(images.shape)}; {wanted}.')
     if labels is None:
         labels = np.full(len(images), -1)

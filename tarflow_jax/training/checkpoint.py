@@ -31,7 +31,10 @@ _PROGRESS = ('step', 'opt_state', 'skipped')
 
 
 _TRIES = 20
-_ABOUT = {'model': dict, 'config': dict, 'data?': dict, 'arrays?': {str: str}}
+_ABOUT = {
+    'model': dict, 'config': dict, 'arrays?': {str: str},
+    'data?': {'class_names?': (None, [str]), 'kind?': (None, str)},
+}
 
 log = logging.getLogger(__name__)
 

@@ -95,8 +95,8 @@ def test_what_a_set_is(wanted):
     assert about['versions'].items() >= {
         'jax': jax.__version__, 'numpy': np.__version__, 'tarflow_jax': tfj.__version__
     }.items()
-    seal = about.pop('sha256')
-    assert json_files.sealed(about)['sha256'] == seal
+    seal = about.pop('checksum')
+    assert json_files.sealed(about)['checksum'] == seal
     assert about.pop('versions') == versions()
     assert about == {
         'count': 22, 'fingerprint': KNOWN, 'format': 'npz', 'not_finite': 0, 'redrawn': 0,
