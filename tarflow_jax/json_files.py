@@ -8,7 +8,6 @@ with a ? at their end, and says nothing of further ones.
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,11 @@ class Damaged(ValueError):
     """A file holds something else than it should; the text says what, not where nor the remedy."""
 
 
-def read(path: str | os.PathLike[str], shape: Any = dict) -> Any:
+def read(path: Any, shape: Any = dict) -> Any:
     """What a JSON file holds, without its seal if it has one.
 
     Args:
-      path: of the file; with the methods of `pathlib.Path` it may be anywhere.
+      path: of the file; what has the methods of `pathlib.Path` may be anywhere.
     Raises:
       FileNotFoundError: if there is none.
       Damaged: if it is no JSON in UTF-8, its content does not have the shape, or is another one

@@ -23,9 +23,9 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from tarflow_jax import commands
+from tarflow_jax import commands, lock
 from tarflow_jax import config as configs
-from tarflow_jax.training import compiled, lock, processes, sharding
+from tarflow_jax.training import compiled, processes, sharding
 from tarflow_jax.training.checkpoint import CheckpointError, Unreadable
 from tarflow_jax.training.loop import Diverged, Stopped
 

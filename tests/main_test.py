@@ -23,8 +23,8 @@ from command_line import (
 )
 from parity_cases import FOLDER, Case
 
-from tarflow_jax import commands, main
-from tarflow_jax.training import checkpoint, lock
+from tarflow_jax import commands, lock, main
+from tarflow_jax.training import checkpoint
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.metrics import MetricWriter
 from tarflow_jax.training.optimizer import adamw

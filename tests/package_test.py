@@ -21,16 +21,16 @@ ROOMS = {
     'sampling': ({'jax'}, {'flow', 'files', 'json_files'}),
     'data': (
         {'absl', 'array_record', 'etils', 'grain', 'PIL', 'pyarrow', 'tensorflow_datasets', 'tqdm'},
-        {'__version__', 'files', 'json_files'},
+        {'__version__', 'files', 'json_files', 'lock'},
     ),
     'training': (
         {'jax', 'optax', 'orbax', 'tensorboardX', 'PIL', 'tqdm'},
-        {'flow', 'sampling', 'data', 'config', 'files', 'json_files'},
+        {'flow', 'sampling', 'data', 'config', 'files', 'json_files', 'lock'},
     ),
     'evaluation': (
         {'jax', 'flax', 'PIL', 'plotly', 'tqdm'},
-        {'flow', 'sampling', 'data', 'training', 'config', 'files', 'json_files', 'torch_file',
-         'torch_writer'},
+        {'flow', 'sampling', 'data', 'training', 'config', 'files', 'json_files', 'lock',
+         'torch_file', 'torch_writer'},
     ),
     'ahead_of_time': (
         {'jax', 'libtpu', 'optax'},

@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from tarflow_jax import files, json_files
+from tarflow_jax import files, json_files, lock
 from tarflow_jax.evaluation import sample_files, sample_parts
 from tarflow_jax.evaluation.over_set import images_of
 from tarflow_jax.evaluation.versions import versions
@@ -34,10 +34,10 @@ from tarflow_jax.sampling.generate import generate
 from tarflow_jax.sampling.noise import keys_of_examples, noise_of_examples
 from tarflow_jax.sampling.sample import MAX_REDRAWS
 from tarflow_jax.sampling.schedule import Schedule
-from tarflow_jax.training import lock, pictures, sharding
+from tarflow_jax.training import pictures, sharding
 from tarflow_jax.training.digests import sums_of_hashes
 from tarflow_jax.training.loop import Stopped
-from tarflow_jax.training.processes import Stop, from_first
+from tarflow_jax.training.processes import Stop, by_first, from_first
 
 SHEETS, PER_SHEET = 10, 100  # pictures of the first images
 LOG_SECONDS = 60  # between lines about the progress where there is no bar
@@ -135,11 +135,12 @@ def draw_set(
     about = from_first(sample_files.read_about(folder))
     there = about and about['count'] >= count and about['format'] == file_format
     if there and from_first(sample_parts.are_left(folder)):
-        with contextlib.suppress(OSError), lock.held(folder):  # else the set is being made longer
+        # Unless the set is being made longer, or cannot be written to.
+        with contextlib.suppress(OSError), lock.held(folder, by_first):
             if jax.process_index() == 0:
                 parts = sample_parts.parts(folder, plan.model.example_shape)
                 sample_parts.remove(folder, parts, about['count'])
-    with contextlib.nullcontext() if there else lock.held(folder):
+    with contextlib.nullcontext() if there else lock.held(folder, by_first):
         return _draw_set(
             folder, plan, variables, count, batch_size, seed, mesh, fingerprint, file_format,
             schedule,

@@ -17,10 +17,10 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from tarflow_jax import json_files
+from tarflow_jax import json_files, lock
 from tarflow_jax.flow.flow import Flow, architecture, field_defaults
-from tarflow_jax.training import digests, lock
-from tarflow_jax.training.processes import from_any, from_first
+from tarflow_jax.training import digests
+from tarflow_jax.training.processes import by_first, from_any, from_first
 from tarflow_jax.training.state import TrainState, variables_of
 
 KEPT = 2
@@ -73,7 +73,7 @@ class Checkpoints:
         self._held = contextlib.ExitStack()
         self._writes = config is not None
         if self._writes:
-            lock.check(workdir)  # before the cleaning below
+            lock.check(workdir, by_first)  # before the cleaning below
         self._model = model
         self._about = {
             'model': architecture(model), 'config': config or {}, 'data': data or {}
@@ -97,7 +97,7 @@ class Checkpoints:
 
     def __enter__(self):
         if self._writes:
-            self._held.enter_context(lock.held(self.folder.parent))
+            self._held.enter_context(lock.held(self.folder.parent, by_first))
         return self
 
     def __exit__(self, *_):
@@ -299,19 +299,16 @@ class Checkpoints:
 
     def _set_aside(self) -> None:
         """Renames what was found to be damaged: its place is for a new one of that step."""
-        problem = None
         for step in sorted(self._damaged):
             path = self.folder / str(step)
             aside = path.with_name(f'{step}.damaged')
             log.warning('%s is called %s now; delete it once you need nothing of it', path, aside)
-            if jax.process_index() == 0:
-                try:
-                    shutil.rmtree(aside, ignore_errors=True)
-                    path.rename(aside)
-                except OSError as error:
-                    problem = error
-        if problem := from_any(problem):
-            raise problem
+
+            def rename(path=path, aside=aside):
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+
+            by_first(rename)
         self._damaged.clear()
         self._manager.reload()
 

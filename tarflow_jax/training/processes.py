@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 import threading
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -67,6 +68,19 @@ def _several(given: dict) -> bool:
 def from_first(value):
     """The first process's value, anything that can be pickled, on every process; all call this."""
     return _from(0, value)
+
+
+def by_first(action: Callable):
+    """What the action returns on the first process, else None; its OSError on every process."""
+    result, problem = None, None
+    if jax.process_index() == 0:
+        try:
+            result = action()
+        except OSError as error:  # not raised here, where the others would wait for ever
+            problem = error
+    if problem := from_first(problem):
+        raise problem
+    return result
 
 
 def from_any(value):

@@ -23,10 +23,10 @@ from tiny_state import random_variables
 
 import tarflow_jax as tfj
 from tarflow_jax import files as writing
-from tarflow_jax import json_files
+from tarflow_jax import json_files, lock
 from tarflow_jax.evaluation import bulk, sample_files, sample_parts
 from tarflow_jax.evaluation.versions import versions
-from tarflow_jax.training import lock, pictures, sharding
+from tarflow_jax.training import pictures, sharding
 from tarflow_jax.training.loop import Stopped
 
 MODEL = tiny((1, 1), image_channels=1)
