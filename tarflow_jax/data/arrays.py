@@ -29,7 +29,8 @@ def members(path: str | Path) -> dict[str, zip_files.Member]:
             name = member.name.removesuffix('.npy')
             if name in found:
                 raise ValueError(f'it holds {name[:60]!r} twice')
-            zip_files.check_name(file, member)
+            if zip_files.name_at(file, member.offset) != member.name:
+                raise ValueError(f'its directory and the file there differ in the name {name!r}')
             found[name] = member
     return found
 

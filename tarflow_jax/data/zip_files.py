@@ -92,20 +92,18 @@ def read(file: BinaryIO, member_offset: int, size: int, packed: Packed) -> bytes
     return data
 
 
-def check_name(file: BinaryIO, member: Member) -> None:
-    """Compares the name in the directory, which no checksum covers, with that before the member.
+def name_at(file: BinaryIO, offset: int) -> str:
+    """The name before a member, which no checksum covers, nor that in the directory.
 
     Raises:
-        ValueError: they differ, or there is no member at that place.
+        ValueError: there is no member at that place.
     """
-    file.seek(member.offset)
+    file.seek(offset)
     head = file.read(_LOCAL.size)
     if len(head) < _LOCAL.size or head[:4] != b'PK\x03\x04':
-        raise ValueError(f'it holds no file where its directory says that {member.name!r} is')
+        raise ValueError('is damaged: the zip holds no file where its directory says')
     flags, name_length = head[6] | head[7] << 8, _LOCAL.unpack(head)[-2]
-    name = _text(file.read(name_length), flags)
-    if name != member.name:
-        raise ValueError(f'its directory says {member.name!r}, and the file there {name!r}')
+    return _text(file.read(name_length), flags)
 
 
 def open_member(file: BinaryIO, offset: int, packed: Packed) -> 'Stream':
