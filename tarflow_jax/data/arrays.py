@@ -107,7 +107,9 @@ def header(stream) -> tuple[tuple[int, ...], str, np.dtype]:
         shape, fortran, dtype = read_header(stream)
     except KeyError:
         raise ValueError(f'it holds an array of the version {version}') from None
-    except (RecursionError, MemoryError, TypeError, OverflowError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # numpy parses the header as Python
         raise ValueError(f'it holds a damaged header ({type(error).__name__})') from None
     if any(type(n) is not int or n < 0 for n in shape) or not dtype.itemsize:
         raise ValueError(f'it holds an array {dtype} {list(shape)}')
