@@ -10,7 +10,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from tarflow_jax import files
+from tarflow_jax import files, json_files
 from tarflow_jax.flow.flow import Flow
 
 FILE = 'metrics.jsonl'
@@ -99,14 +99,17 @@ class NoWriter:
 def read(workdir) -> list[dict]:
     """The lines of metrics.jsonl; none if it is missing, and not half a line of a killed run."""
     path = Path(workdir) / FILE
-    found = []
-    for line in path.read_text(errors='replace').splitlines() if path.exists() else ():
+    found, damaged = [], 0
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    for line in lines:
         try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get('step'), int):
+            entry = json_files.parse(line, {str: float})
+            json_files.check(entry, {'step': int})
             found.append(entry)
+        except json_files.Damaged:
+            damaged += 1
+    if damaged:
+        log.warning('%s: %d of %d lines are damaged and ignored', path, damaged, len(lines))
     return found
 
 

@@ -5,12 +5,8 @@ import fcntl
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import jax
-
-from tarflow_jax.training.processes import from_first
 
 FILE = 'lock'
 
@@ -21,49 +17,37 @@ class Taken(OSError):
     """Another process writes to the folder."""
 
 
-def check(folder) -> None:
-    """Raises Taken if another process holds the folder; creates nothing. All processes call it."""
+def check(folder, by_first: Callable = lambda action: action()) -> None:
+    """Raises Taken if another process holds the folder; creates nothing. See `held`."""
     path = Path(folder) / FILE
 
     def look():
         if path.exists():
             _lock(path).close()
 
-    _by_first(look)
+    by_first(look)
 
 
 @contextlib.contextmanager
-def held(folder) -> Iterator[None]:
-    """Holds a folder, which is created if it is missing. All processes of a run call it.
+def held(folder, by_first: Callable = lambda action: action()) -> Iterator[None]:
+    """Holds a folder, which is created if it is missing.
 
-    The first process locks a file in the folder, which names it. The system ends the lock with the
+    A file in the folder is locked, and names the process. The system ends the lock with the
     process, however it ends: a file that is left behind stops nobody.
 
+    Args:
+      by_first: of several processes that are one run, and all call this: `processes.by_first`.
     Raises:
       Taken: if another process holds it.
     """
     path = Path(folder) / FILE
-    file = _by_first(lambda: _take(path))
+    file = by_first(lambda: _take(path))
     try:
         yield
     finally:
         if file:
             path.unlink(missing_ok=True)
             file.close()
-
-
-def _by_first(action):
-    """What the action returns on the first process, else None; its OSError on every process."""
-    result, problem = None, None
-    if jax.process_index() == 0:
-        try:
-            result = action()
-        except OSError as error:  # not raised here, where the others would wait for ever
-            problem = error
-    problem = from_first(problem)
-    if problem:
-        raise problem
-    return result
 
 
 def _take(path: Path):
