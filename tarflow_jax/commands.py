@@ -8,7 +8,6 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,14 +15,13 @@ from pathlib import Path
 import jax
 import optax
 
-from tarflow_jax import class_order, files, reporting, scoring
+from tarflow_jax import class_order, config_of_run, files, outputs, reporting, scoring
 from tarflow_jax import config as configs
 from tarflow_jax import convert as official
 from tarflow_jax.data import kinds, sizes
 from tarflow_jax.evaluation import bulk, sample_files, schedules
 from tarflow_jax.evaluation.scores import Subject, check_names
-from tarflow_jax.flow.parameters import is_parameter
-from tarflow_jax.training import loop, sharding
+from tarflow_jax.training import loop, memory, sharding
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.state import all_finite, from_variables
 
@@ -33,16 +31,22 @@ log = logging.getLogger(__name__)
 def train(config, given) -> Callable[[], None]:
     """Trains, then samples, evaluates and writes the report."""
     workdir, plan, mesh = _setup(config, given)
+    t = config.train
+    needed = memory.of_training(
+        plan.model, mesh, t.batch_size, ema=t.ema_decay > 0, accumulation=t.accumulation
+    )
+    needed = memory.check(needed, plan.model, mesh, f'training (train.batch_size {t.batch_size})')
+    _check_sample_set(config, plan, mesh, workdir)
     source = configs.source(config, 'train', plan.model)
     test_source = configs.source(config, 'test', plan.model)
     plan = plan.with_features_of(test_source).with_class_names(source.class_names)
     schedule = configs.schedule(config, source)
     sharding.check(mesh, config.train.batch_size, 'train.batch_size', config.train.accumulation)
     classes = class_order.of_source(plan.model, source)
-    checkpoints = Checkpoints(workdir, plan.model, config.to_dict(), classes.remembered())
-    _check_average(checkpoints, config)
-    if checkpoints.latest() is not None and plan.model.num_classes:
-        class_order.check_same(_classes_of(checkpoints), classes, str(checkpoints.folder))
+    remembered = classes.remembered() | {'set': _set_name(source)}
+    checkpoints = Checkpoints(workdir, plan.model, config.to_dict(), remembered)
+    if checkpoints.latest() is not None:
+        _check_same_run(checkpoints, config, schedule, classes, remembered['set'])
     subject = Subject(config, plan, mesh, workdir, test_source)
     scores = scoring.prepare(subject)
     alone = jax.process_count() == 1
@@ -58,7 +62,7 @@ def train(config, given) -> Callable[[], None]:
             + ('from the first' if latest is None else f'going on after step {latest}'),
             then=f'{config.sample.count} samples if a score needs them; scores: '
             f'{", ".join(config.evaluate.metrics) or "none"}',
-            output=f'{workdir}: checkpoints, metrics, samples, evaluation.json',
+            memory=needed, output=f'{workdir}: checkpoints, metrics, samples, evaluation.json',
         )
         with checkpoints:
             state = loop.train(config, plan, schedule, source, checkpoints, workdir, mesh)
@@ -77,6 +81,7 @@ def train(config, given) -> Callable[[], None]:
 def sample(config, given) -> Callable[[], None]:
     """Draws config.sample.count images, or those that are missing: see `evaluation.bulk`."""
     workdir, plan, mesh = _setup(config, given, 'input')
+    needed = _check_sample_set(config, plan, mesh, workdir, always=True)
     if plan.model.num_features:
         plan = plan.with_features_of(configs.source(config, 'test', plan.model))
     variables, origin, known = _variables(plan, workdir, given.input, mesh)
@@ -91,7 +96,7 @@ def sample(config, given) -> Callable[[], None]:
             samples=f'{s.count} in batches of {s.batch_size}, '
             f'{classes if plan.model.num_classes else "no classes"}, guidance '
             f'{plan.guidance.weight:g}, {s.method}',
-            output=f'{workdir / "samples"}, as {s.format}',
+            memory=needed, output=f'{workdir / "samples"}, as {s.format}',
         )
         _, summary = sample_set(config, plan, variables, origin, mesh, workdir)
         log.info(
@@ -133,6 +138,8 @@ def evaluate(config, given) -> Callable[[], None]:
     """Scores the flow on the test set with config.evaluate.metrics; writes evaluation.json."""
     workdir, plan, mesh = _setup(config, given, 'input')
     source = configs.source(config, 'test', plan.model)
+    needed = _check_scoring(config, plan, mesh, source)
+    _check_sample_set(config, plan, mesh, workdir)
     plan = plan.with_features_of(source).with_class_names(source.class_names)
     scores = scoring.prepare(Subject(config, plan, mesh, workdir, source))
     variables, origin, known = _variables(plan, workdir, given.input, mesh)
@@ -143,7 +150,7 @@ def evaluate(config, given) -> Callable[[], None]:
         _announce(
             given.mode, plan.model, mesh, checkpoint=origin['name'], data=_set_name(source),
             **_caution(config, source),
-            scores=', '.join(config.evaluate.metrics) or 'none',
+            scores=', '.join(config.evaluate.metrics) or 'none', memory=needed,
             output=str(workdir / 'evaluation.json'),
         )
         scores(variables, origin, draw)
@@ -156,6 +163,7 @@ def report(config, given) -> Callable[[], None]:
     workdir, plan, mesh = _setup(config, given)
     train_source = configs.source(config, 'train', plan.model)
     test_source = configs.source(config, 'test', plan.model)
+    _check_scoring(config, plan, mesh, test_source)
     plan = plan.with_features_of(test_source).with_class_names(train_source.class_names)
     subject = Subject(config, plan, mesh, workdir, test_source)
     show = reporting.prepare(subject, train_source)
@@ -189,8 +197,7 @@ def convert(config, given) -> Callable[[], None]:
     if output_file:
         if not output_file.endswith('.safetensors'):
             raise ValueError(f'--output {output_file} must end with .safetensors.')
-        if not Path(output_file).absolute().parent.is_dir():
-            raise ValueError(f'--output {output_file}: its folder does not exist; create it first.')
+        outputs.try_file(output_file, '--output')
         origin_dir = None if input_file else _workdir(given.workdir)
         variables, origin, known = _variables(plan, origin_dir, input_file, mesh)
         found, names = class_order.official_rows(known)
@@ -243,8 +250,10 @@ def compile_ahead(config, given) -> Callable[[], None]:
         raise ValueError('--mode=compile needs --topology, such as v5e:16x16 (several: a comma).')
     for name in given.topology:
         topology.check(name)
-    if given.json and not Path(given.json).absolute().parent.is_dir():
-        raise ValueError(f'--json={given.json}: its folder does not exist; create it first.')
+    if given.json:
+        outputs.try_file(given.json, '--json')
+    if given.out:
+        outputs.try_folder(given.out, '--out')
     found = [topology.describe(name) for name in given.topology]
     setups = []
     for slice_ in found:
@@ -323,7 +332,7 @@ def _announce(mode: str, model, mesh, **rows: str) -> None:
     layers = sorted(set(model.layers_per_block))
     depth = layers[0] if len(layers) == 1 else ','.join(map(str, model.layers_per_block))
     patch = sizes.text(model.patch_shape)
-    count = sum(p.size for p in jax.tree.leaves(model.parameters(), is_leaf=is_parameter))
+    count = memory.parameter_count(model)
     lines = {
         'flow': f'{patch}-{model.width}-{len(model.layers_per_block)}-{depth} at '
         f'{"x".join(map(str, model.image_shape))}, {count:,} parameters, '
@@ -354,13 +363,8 @@ def _setup(config, given, *flags: str):
 def _workdir(workdir) -> Path:
     if not workdir:
         raise ValueError('--workdir is missing; give the folder of the run.')
-    workdir = Path(workdir)
-    there = next(p for p in (workdir.absolute(), *workdir.absolute().parents) if p.exists())
-    if not there.is_dir():
-        raise ValueError(f'--workdir={workdir}: {there} is not a folder; choose another.')
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f'--workdir={workdir}: {there} cannot be written to; choose another.')
-    return workdir
+    outputs.check_workdir(workdir)
+    return Path(workdir)
 
 
 def _plan(config):
@@ -368,18 +372,54 @@ def _plan(config):
     plan = configs.plan(config)
     check_names(config.evaluate.metrics, plan.model)
     mesh = configs.named('mesh', sharding.make_mesh, **config.mesh)
-    return plan.on(sharding.Layout(mesh, config.model.attention)), mesh
+    plan = plan.on(sharding.Layout(mesh, config.model.attention))
+    memory.check(memory.of_parameters(plan.model, mesh), plan.model, mesh, 'the flow alone')
+    return plan, mesh
 
 
-def _check_average(checkpoints: Checkpoints, config) -> None:
-    if checkpoints.latest() is None:
-        return
-    there, here = checkpoints.about()['config']['train']['ema_decay'], config.train.ema_decay
-    if (there > 0) != (here > 0):
+def _check_sample_set(config, plan, mesh, workdir, always: bool = False) -> str:
+    """The memory that config.sample needs; ValueError if it, or the disk, is too small for it."""
+    s, model = config.sample, plan.model
+    if not always and ('frechet' not in config.evaluate.metrics or config.evaluate.frechet.samples):
+        return ''
+    batch_size = min(s.batch_size, s.count)
+    needed = memory.of_sampling(model, mesh, batch_size)
+    told = memory.check(needed, model, mesh, f'sampling (sample.batch_size {batch_size})')
+    outputs.check_size(workdir, s.count * model.num_dims, f'the images of sample.count {s.count}')
+    return told
+
+
+def _check_scoring(config, plan, mesh, source) -> str:
+    """The memory that likelihoods of a set need; ValueError if the devices are too small for it."""
+    batch_size = min(config.evaluate.batch_size, len(source))
+    needed = memory.of_scoring(plan.model, mesh, batch_size)
+    return memory.check(needed, plan.model, mesh, f'scoring (evaluate.batch_size {batch_size})')
+
+
+def _check_same_run(checkpoints: Checkpoints, config, schedule, classes, name: str) -> None:
+    """Says what is not as it was in a run that goes on; ValueError where it cannot go on so."""
+    about, latest = checkpoints.about(), checkpoints.latest()
+    there, here = about['config'].get('train', {}).get('ema_decay'), config.train.ema_decay
+    if there is not None and (there > 0) != (here > 0):
         raise ValueError(
             f'{checkpoints.folder} holds a checkpoint with train.ema_decay {there}, this config '
             f'has {here}; an average can be neither begun nor dropped on the way.'
         )
+    if latest > schedule.total_steps:
+        raise ValueError(
+            f'train.epochs {config.train.epochs:g} are {schedule.total_steps} steps, and '
+            f'{checkpoints.folder} holds a checkpoint at step {latest}; give more epochs than '
+            f'{latest / schedule.steps_per_epoch:g}, or another --workdir.'
+        )
+    if config.model.num_classes:
+        class_order.check_same(_classes_of(checkpoints), classes, str(checkpoints.folder))
+    changes = config_of_run.differences(about['config'], config)
+    before = about.get('data', {}).get('set', name)
+    told = config_of_run.told(changes) + (', ' if changes and before != name else '')
+    if before != name:
+        told += f'training set {name} instead of {before}'
+    if told:
+        log.warning('not as in the checkpoint at step %d: %s', latest, told)
 
 
 def _variables(plan, workdir, input_file, mesh):

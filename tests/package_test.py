@@ -69,7 +69,7 @@ def test_config_knows_nothing_of_the_loop():
     inside = {name for name in imports(PACKAGE / 'config.py') if name.startswith('tarflow_jax.')}
     rooms = {'.'.join(name.split('.')[1:3]) for name in inside}
     assert rooms <= {
-        'config_ranges', 'data.pipeline', 'data.sources', 'flow.attention', 'flow.condition',
+        'config_ranges', 'data.kinds', 'data.pipeline', 'data.sources', 'flow.attention', 'flow.condition',
         'flow.denoising', 'flow.flow', 'flow.guidance', 'sampling.generate', 'training.corruption',
         'training.optimizer',
     }
