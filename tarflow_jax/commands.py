@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import optax
 
-from tarflow_jax import class_order, config_of_run, files, outputs, reporting, scoring
+from tarflow_jax import class_order, config_of_run, files, reporting, scoring
 from tarflow_jax import config as configs
 from tarflow_jax import convert as official
 from tarflow_jax.data import kinds, sizes
@@ -197,7 +197,7 @@ def convert(config, given) -> Callable[[], None]:
     if output_file:
         if not output_file.endswith('.safetensors'):
             raise ValueError(f'--output {output_file} must end with .safetensors.')
-        outputs.try_file(output_file, '--output')
+        files.try_file(output_file, '--output')
         origin_dir = None if input_file else _workdir(given.workdir)
         variables, origin, known = _variables(plan, origin_dir, input_file, mesh)
         found, names = class_order.official_rows(known)
@@ -251,9 +251,9 @@ def compile_ahead(config, given) -> Callable[[], None]:
     for name in given.topology:
         topology.check(name)
     if given.json:
-        outputs.try_file(given.json, '--json')
+        files.try_file(given.json, '--json')
     if given.out:
-        outputs.try_folder(given.out, '--out')
+        files.try_folder(given.out, '--out')
     found = [topology.describe(name) for name in given.topology]
     setups = []
     for slice_ in found:
@@ -363,7 +363,7 @@ def _setup(config, given, *flags: str):
 def _workdir(workdir) -> Path:
     if not workdir:
         raise ValueError('--workdir is missing; give the folder of the run.')
-    outputs.check_workdir(workdir)
+    files.check_workdir(workdir)
     return Path(workdir)
 
 
@@ -385,7 +385,7 @@ def _check_sample_set(config, plan, mesh, workdir, always: bool = False) -> str:
     batch_size = min(s.batch_size, s.count)
     needed = memory.of_sampling(model, mesh, batch_size)
     told = memory.check(needed, model, mesh, f'sampling (sample.batch_size {batch_size})')
-    outputs.check_size(workdir, s.count * model.num_dims, f'the images of sample.count {s.count}')
+    files.check_size(workdir, s.count * model.num_dims, f'the images of sample.count {s.count}')
     return told
 
 

@@ -1,10 +1,16 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and places for results, tried before the work."""
 
 import contextlib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+# What a run keeps in its workdir.
+FOLDERS = ('checkpoints', 'compiled', 'samples', 'schedules', 'statistics', 'tensorboard')
+FILES = ('metrics.jsonl', 'evaluation.json', 'report.html', 'outliers.png')
 
 
 @contextlib.contextmanager
@@ -32,3 +38,67 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes a text file in UTF-8; a reader sees the old one or the new one."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def try_folder(folder, what: str) -> None:
+    """Makes a folder and a file in it, and removes what it has made.
+
+    Args:
+      what: the flag or field that names the folder, for the error.
+
+    Raises:
+      ValueError: if it cannot be written to.
+    """
+    folder, made = Path(folder), []
+    try:
+        for path in reversed((folder.absolute(), *folder.absolute().parents)):
+            if not path.exists():
+                with contextlib.suppress(FileExistsError):  # another process was faster
+                    path.mkdir()
+                    made.append(path)
+            elif not path.is_dir():
+                raise NotADirectoryError(None, f'{path} is not a folder')
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:
+        reason = (getattr(error, 'strerror', None) or str(error)).rstrip('.')
+        raise ValueError(
+            f'{what}={folder} cannot be written to ({reason}); choose another folder.'
+        ) from None
+    finally:
+        for path in reversed(made):
+            with contextlib.suppress(OSError):  # another process has put something there
+                path.rmdir()
+
+
+def try_file(file, what: str) -> None:
+    """The same of a file that is to be written, into a folder that exists."""
+    file = Path(file)
+    if not file.absolute().parent.is_dir():
+        raise ValueError(f'{what}={file}: its folder does not exist; create it first.')
+    if file.is_dir():
+        raise ValueError(f'{what}={file} is a folder; give the name of a file.')
+    try_folder(file.parent, what)
+
+
+def check_workdir(workdir) -> None:
+    """ValueError if the workdir cannot be written to, or something else has a name that it needs."""
+    try_folder(workdir, '--workdir')
+    for names, wrong, kind in ((FOLDERS, Path.is_file, 'folder'), (FILES, Path.is_dir, 'file')):
+        for path in (Path(workdir) / name for name in names):
+            if wrong(path):
+                raise ValueError(
+                    f'{path} is no {kind}, and the run needs a {kind} of this name; move it away.'
+                )
+
+
+def check_size(folder, size: int, what: str) -> None:
+    """ValueError if so many bytes are more than the whole file system of a folder holds."""
+    folder = Path(folder).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    total = shutil.disk_usage(there).total
+    if size > total:
+        raise ValueError(
+            f'{what} need {size / 1e9:,.0f} GB, and the file system of {there} has '
+            f'{total / 1e9:,.0f} GB; choose fewer.'
+        )

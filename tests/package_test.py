@@ -81,6 +81,7 @@ def test_conversion_needs_no_training():
             if name.startswith('tarflow_jax.'):
                 assert name.startswith((
                     'tarflow_jax.flow.flow.', 'tarflow_jax.files', 'tarflow_jax.torch_file',
+                    'tarflow_jax.wrong_files',
                     'tarflow_jax.torch_pickle.',
                 ))
 

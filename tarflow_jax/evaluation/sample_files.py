@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tarflow_jax import files
+from tarflow_jax import files, wrong_files
 from tarflow_jax.data import image_files, kinds, manifest, shards, sizes, sources, splits
 from tarflow_jax.evaluation.over_set import View
 
@@ -154,6 +154,7 @@ def open_samples(path, count: int | None = None):
 def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [N, H, W, C] and labels int32 [N], -1 where there are none."""
     wanted = 'samples are arr_0, uint8 [N, H, W, 1 or 3], and perhaps arr_1, labels [N]'
+    names: list[str] = []
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name.removesuffix('.npy') for name in archive.namelist()]
@@ -162,7 +163,9 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
             images = _array(path, archive, 'arr_0')
             labels = _array(path, archive, 'arr_1') if 'arr_1' in names else None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f'{path} is no .npz of samples ({error}); {wanted}.') from None
+        other = None if 'arr_0' in names else wrong_files.described(path)
+        what = other or f'is no .npz of samples ({error})'
+        raise ValueError(f'{path} {what}; {wanted}.') from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
         raise ValueError(f'{path}: arr_0 is {images.dtype} {list(images.shape)}; {wanted}.')
     if labels is None:

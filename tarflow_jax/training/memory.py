@@ -15,6 +15,10 @@ from tarflow_jax.flow.parameters import is_parameter
 from tarflow_jax.training import sharding
 
 GIB = 2**30
+_SIZES = (
+    'image_size', 'image_channels', 'patch_size', 'width', 'layers_per_block', 'num_classes',
+    'num_features',
+)
 _CGROUP = ('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory/memory.limit_in_bytes')
 
 
@@ -68,13 +72,12 @@ def check(needed: int, model: Flow, mesh, what: str) -> str:
     if there is None:
         return f'at least {in_gib(needed)} on each device'
     if needed > there:
-        kind = mesh.devices.flat[0].device_kind
+        sizes = ', '.join(f'{name} {getattr(model, name)}' for name in _SIZES)
         raise ValueError(
             f'{what} needs at least {in_gib(needed)} on each device for a flow of '
-            f'{parameter_count(model):,} parameters (model.width {model.width}, '
-            f'{sum(model.layers_per_block)} layers, {model.token_shape[0]} patches), and a device '
-            f'({kind}) has {in_gib(there)}; choose a smaller flow or batch, or more devices with a '
-            'larger mesh.fsdp.'
+            f'{parameter_count(model):,} parameters (model.{sizes}), and '
+            f'a device ({mesh.devices.flat[0].device_kind}) has {in_gib(there)}; choose smaller '
+            'sizes, a smaller batch, or more devices and a larger mesh.fsdp.'
         )
     return f'at least {in_gib(needed)} of {in_gib(there)} on each device'
 
