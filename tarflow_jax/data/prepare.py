@@ -1,8 +1,8 @@
 """Prepares a set of images for training: sharded ArrayRecord that is read at random.
 
-    python -m tarflow_jax.data.prepare SOURCE --out=DIR [--size=64] [--crop=RULE] [--split=NAME]
-        [--test_fraction=0.1] [--labels=FILE] [--name=NAME] [--features=FILE] [--strict]
-        [--workers=N]
+    python -m tarflow_jax.data.prepare SOURCE --out=DIR [--size=64] [--crop=RULE] [--rotate]
+        [--background=COLOUR] [--split=NAME] [--test_fraction=0.1] [--labels=FILE] [--name=NAME]
+        [--features=FILE] [--strict] [--workers=N]
 
 SOURCE is what people have, recognised by looking:
   - folders or a .tar or .zip of CLASS/IMAGE (ImageNet, AFHQ), also below train/, val/ and test/,
@@ -30,6 +30,14 @@ parquet files of squares keep their size, and photographs become 64x64.
 for rectangles), edm (dataset_tool.py's center-crop, Lanczos) or adm (guided-diffusion's
 center_crop_arr, box and bicubic).
 
+Images whose files are all grey keep one channel; one in colour makes all of them RGB.
+
+--rotate turns photographs as their EXIF orientation says. Without it they stay as they lie in the
+file, as torchvision leaves them, and are counted.
+
+--background=white (or black, or R,G,B) is painted behind what is transparent. Without it the
+colours are taken that the files hold there, and the images are counted.
+
 --test_fraction puts a part of a source without splits aside as the split test. Which images, their
 names decide, so that adding others moves none of them.
 
@@ -47,6 +55,7 @@ after an interruption and mends a DIR that was damaged; with another split, it a
 """
 
 import argparse
+import collections
 import functools
 import hashlib
 import json
@@ -59,6 +68,7 @@ from typing import Any
 
 import tqdm
 from etils import epath
+from PIL import ImageColor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tarflow_jax import __version__
@@ -66,6 +76,7 @@ from tarflow_jax.data import feature_files, kinds, originals, shards, sizes
 from tarflow_jax.data import manifest as manifests
 from tarflow_jax.data.cores import available_cores
 from tarflow_jax.data.cropping import RULES
+from tarflow_jax.data.image_files import COUNTED
 from tarflow_jax.data.splits import Split, Wanted, images_per_shard
 
 log = logging.getLogger('tarflow_jax')
@@ -93,6 +104,7 @@ def main(argv: list[str]) -> int:
             prepare(
                 given.source, given.out, size=given.size, crop=given.crop, split=given.split,
                 test_fraction=given.test_fraction, labels=given.labels, name=given.name,
+                rotate=given.rotate, background=given.background,
                 features=given.features, strict=given.strict, workers=given.workers,
             )
     except (ValueError, FileNotFoundError) as error:
@@ -110,6 +122,7 @@ def main(argv: list[str]) -> int:
 def prepare(source: str, out: str, *, size: int | tuple[int, int] | None = None,
             crop: str = 'torchvision', split: str | None = None,
             test_fraction: float | None = None, labels: str | None = None,
+            rotate: bool = False, background: tuple[int, int, int] | None = None,
             name: str | None = None, features: str | None = None, strict: bool = False,
             workers: int = 1) -> None:
     """Prepares the splits of a source in a folder, as far as this is not done yet.
@@ -123,6 +136,8 @@ def prepare(source: str, out: str, *, size: int | tuple[int, int] | None = None,
         split: the one split that the source is, or that is wanted of it; None is all.
         test_fraction: the part of a source without splits that becomes its split `test`.
         labels: a file with the classes of ImageNet's validation images; None looks for it.
+        rotate: whether to turn images as EXIF says.
+        background: the colour behind what is transparent; None takes the hidden colours.
         name: of the set; None is the one that the source goes by.
         features: a .csv or .npy with features of the images; None is none.
         strict: whether an image that cannot be used is an error.
@@ -138,12 +153,12 @@ def prepare(source: str, out: str, *, size: int | tuple[int, int] | None = None,
     before = manifests.read(folder)
     wanted = Wanted(
         None if size is None else sizes.pair(size), split, crop, labels, test_fraction,
-        before and before['classes'],
+        before and before['classes'], rotate, background, before and before['image']['channels'],
     )
     found = originals.recognise(source, wanted=wanted, name=name)
     if features is not None:
         found = feature_files.attach(found, features)
-    settings = _settings(found)
+    settings = _settings(found, wanted)
     if before:
         if 'crop' not in before['image'] and found.crop == 'torchvision':
             del settings['image']['crop']  # as versions before the other rules wrote it
@@ -168,6 +183,7 @@ def prepare(source: str, out: str, *, size: int | tuple[int, int] | None = None,
             else:
                 told = _write_rest(folder, key, places, write, strict, progress)
                 done[key] = _entry(key, part, plans[key], told)
+                _count_notes(key, told)
     kind, splits = kinds.of_set(settings), dict(sorted(done.items()))
     whole = {'format': manifests.FORMAT, **settings, 'kind': kind, 'splits': splits}
     if whole != before:
@@ -183,7 +199,7 @@ def prepare(source: str, out: str, *, size: int | tuple[int, int] | None = None,
     (folder / manifests.PROGRESS).rmtree()
 
 
-def _settings(found: originals.Originals) -> dict[str, Any]:
+def _settings(found: originals.Originals, wanted: Wanted) -> dict[str, Any]:
     """What all splits of a set have in common, but for its kind, which follows from these."""
     plain = re.sub(r'[^a-z0-9]+', '_', found.dataset.partition(' (')[0].lower()).strip('_')
     settings = {
@@ -197,6 +213,10 @@ def _settings(found: originals.Originals) -> dict[str, Any]:
     }
     if found.crop is not None:  # a set whose images are not cropped has no such key
         settings['image']['crop'] = found.crop
+    if wanted.rotate:  # as with these two
+        settings['image']['rotated'] = 'as EXIF says'
+    if wanted.background is not None:
+        settings['image']['background'] = list(wanted.background)
     if found.features is not None:  # a set without them has no such key
         settings['features'] = found.features
     return settings
@@ -337,6 +357,15 @@ def _entry(key: str, part: Split, plan: str, told: list[dict]) -> dict[str, Any]
     }
 
 
+def _count_notes(key: str, told: list[dict]) -> None:
+    """Says how many images have what many may have."""
+    counts = collections.Counter(note for shard in told for _, note in shard['notes'])
+    for note in COUNTED:
+        if counts[note]:
+            log.warning('%s: %d of %d images: each %s', key, counts[note],
+                        sum(shard['records'] for shard in told), note)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='python -m tarflow_jax.data.prepare', description=__doc__,
@@ -352,6 +381,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--crop', default='torchvision', choices=RULES,
         help='how photographs are made that size',
+    )
+    parser.add_argument(
+        '--rotate', action='store_true', help='turn images as their EXIF orientation says'
+    )
+    parser.add_argument(
+        '--background', type=_colour, metavar='COLOUR',
+        help='white, black or R,G,B behind what is transparent; the colours of the file',
     )
     parser.add_argument('--split', help='the split that SOURCE is, or the one wanted of it')
     parser.add_argument(
@@ -378,6 +414,18 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f'{text!r} is not a whole number above 0')
     return int(text)
+
+
+def _colour(text: str) -> tuple[int, int, int]:
+    try:
+        numbers = text.split(',')
+        if len(numbers) == 3 and all(n.strip().isdecimal() and int(n) < 256 for n in numbers):
+            return tuple(map(int, numbers))
+        return ImageColor.getrgb(text)[:3]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is no colour; give white, black, #RRGGBB or R,G,B such as 255,255,255'
+        ) from None
 
 
 def _size(text: str) -> tuple[int, int]:
