@@ -141,8 +141,8 @@ YAML
   if ((slices > 1)); then echo '              - "--distributed=on"'; fi
   # Kubernetes reads $(NAME) as a variable and $$ as a dollar sign.
   # shellcheck disable=SC2016
-  local dollars='$$'
-  for arg in "${rest[@]}"; do printf '              - %s\n' "$(json "${arg//'$'/"$dollars"}")"; done
+  local dollar='$' dollars='$$'
+  for arg in "${rest[@]}"; do printf '              - %s\n' "$(json "${arg//$dollar/$dollars}")"; done
   cat <<YAML
               ports:
               - containerPort: 8471
@@ -153,7 +153,13 @@ YAML
               volumeMounts:
               - name: workdir
                 mountPath: /workdir
+              - name: shared-memory
+                mountPath: /dev/shm
             volumes:
+            # Through which the processes of data.workers hand over batches: Kubernetes gives 64 MiB.
+            - name: shared-memory
+              emptyDir:
+                medium: Memory
             - name: workdir
 YAML
   if [[ $claim ]]; then cat <<YAML; else cat <<YAML_BUCKET; fi
