@@ -18,7 +18,7 @@ import optax
 from tarflow_jax import class_order, config_of_run, files, reporting, scoring
 from tarflow_jax import config as configs
 from tarflow_jax import convert as official
-from tarflow_jax.data import kinds, sizes
+from tarflow_jax.data import kinds, pipeline, sizes
 from tarflow_jax.evaluation import bulk, sample_files, schedules
 from tarflow_jax.evaluation.scores import Subject, check_names
 from tarflow_jax.training import loop, memory, sharding
@@ -41,7 +41,9 @@ def train(config, given) -> Callable[[], None]:
     test_source = configs.source(config, 'test', plan.model)
     plan = plan.with_features_of(test_source).with_class_names(source.class_names)
     schedule = configs.schedule(config, source)
-    sharding.check(mesh, config.train.batch_size, 'train.batch_size', config.train.accumulation)
+    sharding.check(mesh, t.batch_size, 'train.batch_size', t.accumulation)
+    rows = len(sharding.local_rows(mesh, t.batch_size))
+    configs.named('data', pipeline.check_workers, source, rows, config.data.workers)
     classes = class_order.of_source(plan.model, source)
     remembered = classes.remembered() | {'set': _set_name(source)}
     checkpoints = Checkpoints(workdir, plan.model, config.to_dict(), remembered)

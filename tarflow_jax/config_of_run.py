@@ -48,11 +48,16 @@ def saved(workdir: str) -> Saved | None:
     return Saved(config_ranges.fields(values), f'step {step} of {workdir}')
 
 
-def whole(saved: Saved) -> ConfigDict:
-    """A config with the values of a checkpoint; fields that it does not have keep their default."""
+def whole(saved: Saved, training: bool) -> ConfigDict:
+    """A config with the values of a checkpoint; fields that it does not have keep their default.
+
+    Args:
+      training: whether training goes on; else the mesh is that of this machine, too.
+    """
     config = configs.default()
+    own = () if training else ('mesh.', 'model.attention')
     for field, default in config_ranges.fields(config.to_dict()).items():
-        if field in saved.values and not isinstance(default, dict):
+        if field in saved.values and not isinstance(default, dict) and not field.startswith(own):
             _set(config, field, _as(default, saved.values[field]), saved.name)
     return config
 

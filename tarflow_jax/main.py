@@ -127,7 +127,8 @@ def _flags(argv: list[str], saved: config_of_run.Saved | None) -> flags.FlagValu
         config_flags.DEFINE_config_file('config', None, meaning, flag_values=f, sys_argv=argv)
     else:
         config_flags.DEFINE_config_dict(
-            'config', config_of_run.whole(saved), meaning, flag_values=f, sys_argv=argv
+            'config', config_of_run.whole(saved, _trains(argv)), meaning, flag_values=f,
+            sys_argv=argv,
         )
     for name, meaning in _TEXT_FLAGS.items():
         flags.DEFINE_string(name, None, meaning, flag_values=f)
@@ -206,14 +207,17 @@ def _say_changes(given, saved: config_of_run.Saved, fields: list[str], file: boo
     """Says in a line what of the config a checkpoint decides, or else the command."""
     config, message = given.config, None
     if not file:
-        there, now = config_ranges.fields(config_of_run.whole(saved).to_dict()), config.to_dict()
-        now = config_ranges.fields(now)
+        there = config_of_run.whole(saved, given.mode == 'train').to_dict()
+        there, now = config_ranges.fields(there), config_ranges.fields(config.to_dict())
         changed = {name: (there[name], now[name]) for name in fields if now[name] != there[name]}
         message = f'the config is that of {saved.name}'
         message += f', with {config_of_run.told(changed)}' if changed else ''
     elif given.mode in ('sample', 'evaluate', 'report', 'convert') and not given.input:
         if changed := config_of_run.adopt(config, saved, fields):
-            message = f'as {saved.name} was trained: {config_of_run.told(changed)} of the config'
+            message = (
+                f'taken from {saved.name}, as the command does not say otherwise: '
+                f'{config_of_run.told(changed)}'
+            )
     if message:
         log.info('%s', message)
 
@@ -231,6 +235,10 @@ def _values_of(name: str, argv: list[str]) -> list[str]:
         match[1] if match[1] is not None else argv[i + 1]
         for i, match in enumerate(given, 1) if match and (match[1] is not None or argv[i + 1 :])
     ]
+
+
+def _trains(argv: list[str]) -> bool:
+    return (_values_of('mode', argv) or ['train'])[-1] == 'train'
 
 
 def _check_file(argv: list[str]) -> None:

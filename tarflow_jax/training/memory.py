@@ -101,7 +101,9 @@ def _host_memory() -> int:
 
 
 def in_gib(size: int) -> str:
-    return f'{size / GIB:,.2f} GiB' if size < 100 * GIB else f'{size // GIB:,} GiB'
+    if size < GIB:
+        return f'{-(-size // 2**20)} MiB'
+    return f'{size / GIB:,.1f} GiB' if size < 100 * GIB else f'{size // GIB:,} GiB'
 
 
 def _itemsize(model: Flow) -> int:
