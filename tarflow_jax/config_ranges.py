@@ -76,17 +76,17 @@ def check(config: ConfigDict, default: ConfigDict) -> None:
       ValueError: one sentence that names a field, its value and what it must be.
     """
     wanted, given = fields(default.to_dict()), fields(config.to_dict())
-    for field in wanted.keys() - given.keys():
-        raise ValueError(
-            f'the config has no {field}; start from tarflow_jax.config.default(), which has it.'
-        )
-    for field in given.keys() - wanted.keys():
+    for field, value in wanted.items():
+        if field not in given:
+            raise ValueError(
+                f'the config has no {field}; start from tarflow_jax.config.default(), which has it.'
+            )
+        if isinstance(value, dict) and not isinstance(given[field], dict):
+            raise ValueError(f'{field} {given[field]!r:.100} must be a section; leave it out.')
+    for field in sorted(given.keys() - wanted.keys()):
         close = difflib.get_close_matches(field, wanted, 1)
         hint = f'did you mean {close[0]!r}?' if close else 'tarflow_jax/config.py lists them.'
         raise ValueError(f'the config has {field}, which is no field; {hint}')
-    for field, value in wanted.items():
-        if isinstance(value, dict) is not isinstance(given[field], dict):
-            raise ValueError(f'{field} {given[field]!r:.100} must be a section; leave it out.')
     for ranges, types in ((WHOLE, (int,)), (REAL, (int, float))):
         for interval, names in ranges.items():
             for field in names:
