@@ -39,6 +39,7 @@ NEWER = {
     'an associative array or reference': r'\b(local|declare|typeset) -[An]',
     'another case': r'\$\{\w+(,,|\^\^)',
     'both streams': r'&>>|\|&',
+    'a pattern with brackets': r'=~ [^$].*\(',
     'coproc': r'^\s*coproc\b',
 }
 # Loops over arrays that are not empty there.
