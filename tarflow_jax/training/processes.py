@@ -5,6 +5,7 @@ import logging
 import os
 import pickle
 import signal
+import socket
 import threading
 
 import jax
@@ -16,7 +17,7 @@ START_AGAIN = 75  # exit code: stopped by SIGTERM and saved; the same command go
 DIVERGED = 76  # exit code: starting again would only diverge again
 # A worker that is gone is noticed, and all others end, after so many seconds.
 HEARTBEAT_SECONDS = 30
-WAIT_SECONDS = 300  # for the others to start
+WAIT_SECONDS = 290  # for the others to start; JAX itself gives up after 300
 
 _EXPLICIT = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 
@@ -50,18 +51,20 @@ def start(mode: str = 'auto', wait: float = WAIT_SECONDS) -> None:
         raise ValueError(f'{", ".join(given)} is set and {missing} is not; set all three or none.')
     if mode == 'off' or (mode == 'auto' and not _several(given if explicit else {})):
         return
-    # With it a SIGTERM to any process makes all stop at the same step; see `Stop`.
-    jax.config.update('jax_enable_preemption_service', True)
     where = {}
     if explicit:
         where = dict(zip(
             ('coordinator_address', 'num_processes', 'process_id'), _checked(given)
         ))
+        if where['process_id'] == 0:
+            _check_port(where['coordinator_address'])
         where['cluster_detection_method'] = 'deactivate'
         what = '{num_processes} processes, this one number {process_id}, ' \
             'at the coordinator {coordinator_address}'.format(**where)
     else:
         what = 'the other processes of the run, of which the environment speaks'
+    # With it a SIGTERM to any process makes all stop at the same step; see `Stop`.
+    jax.config.update('jax_enable_preemption_service', True)
     log.info('waiting for %s, up to %g s', what, wait)
     too_late = threading.Timer(wait, _give_up, (what, wait))
     too_late.daemon = True
@@ -70,7 +73,6 @@ def start(mode: str = 'auto', wait: float = WAIT_SECONDS) -> None:
         jax.distributed.initialize(
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=HEARTBEAT_SECONDS,
-            initialization_timeout=int(wait) + HEARTBEAT_SECONDS,
             **where,
         )
     except ValueError as error:
@@ -96,10 +98,23 @@ def _checked(given: dict[str, str]) -> tuple[str, int, int]:
         )
     if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
         raise ValueError(
-            f'JAX_NUM_PROCESSES={count} and JAX_PROCESS_ID={index} must be whole numbers, the '
-            'second from 0 up and below the first.'
+            f'JAX_NUM_PROCESSES {count!r} and JAX_PROCESS_ID {index!r} must be numbers, the second '
+            'from 0 up and below the first.'
         )
     return address, int(count), int(index)
+
+
+def _check_port(address: str) -> None:
+    """Raises Alone if another program has the port: JAX would crash."""
+    with socket.socket() as ours:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            ours.bind(('', int(address.rpartition(':')[2])))
+        except OSError as error:
+            raise Alone(
+                f'JAX_COORDINATOR_ADDRESS={address}: its port cannot be had ({error.strerror}); '
+                'end the program that has it, or choose another port.'
+            ) from None
 
 
 def _give_up(what: str, wait: float) -> None:
