@@ -15,10 +15,10 @@ from pathlib import Path
 import jax
 import optax
 
-from tarflow_jax import class_order, config_of_run, files, reporting, scoring
+from tarflow_jax import class_order, files, reporting, run_checks, scoring
 from tarflow_jax import config as configs
 from tarflow_jax import convert as official
-from tarflow_jax.data import kinds, pipeline, sizes
+from tarflow_jax.data import kinds, sizes
 from tarflow_jax.evaluation import bulk, sample_files, schedules
 from tarflow_jax.evaluation.scores import Subject, check_names
 from tarflow_jax.training import loop, memory, sharding
@@ -31,24 +31,18 @@ log = logging.getLogger(__name__)
 def train(config, given) -> Callable[[], None]:
     """Trains, then samples, evaluates and writes the report."""
     workdir, plan, mesh = _setup(config, given)
-    t = config.train
-    needed = memory.of_training(
-        plan.model, mesh, t.batch_size, ema=t.ema_decay > 0, accumulation=t.accumulation
-    )
-    needed = memory.check(needed, plan.model, mesh, f'training (train.batch_size {t.batch_size})')
-    _check_sample_set(config, plan, mesh, workdir)
+    needed = run_checks.training(config, plan, mesh)
+    run_checks.sample_set(config, plan, mesh, workdir)
     source = configs.source(config, 'train', plan.model)
     test_source = configs.source(config, 'test', plan.model)
     plan = plan.with_features_of(test_source).with_class_names(source.class_names)
     schedule = configs.schedule(config, source)
-    sharding.check(mesh, t.batch_size, 'train.batch_size', t.accumulation)
-    rows = len(sharding.local_rows(mesh, t.batch_size))
-    configs.named('data', pipeline.check_workers, source, rows, config.data.workers)
+    run_checks.batches(config, mesh, source)
     classes = class_order.of_source(plan.model, source)
-    remembered = classes.remembered() | {'set': _set_name(source)}
+    remembered = classes.remembered() | {'set': run_checks.set_name(source)}
     checkpoints = Checkpoints(workdir, plan.model, config.to_dict(), remembered)
     if checkpoints.latest() is not None:
-        _check_same_run(checkpoints, config, schedule, classes, remembered['set'])
+        run_checks.same_run(checkpoints, config, schedule, classes, remembered['set'])
     subject = Subject(config, plan, mesh, workdir, test_source)
     scores = scoring.prepare(subject)
     alone = jax.process_count() == 1
@@ -58,7 +52,8 @@ def train(config, given) -> Callable[[], None]:
         latest = checkpoints.latest()
         _announce(
             given.mode, plan.model, mesh,
-            data=f'{_set_name(source)}; {_set_name(test_source)}', **_caution(config, source),
+            data=f'{run_checks.set_name(source)}; {run_checks.set_name(test_source)}',
+            **_caution(config, source),
             steps=f'{schedule.total_steps} of {config.train.batch_size} images '
             f'({config.train.epochs:g} epochs), '
             + ('from the first' if latest is None else f'going on after step {latest}'),
@@ -83,7 +78,7 @@ def train(config, given) -> Callable[[], None]:
 def sample(config, given) -> Callable[[], None]:
     """Draws config.sample.count images, or those that are missing: see `evaluation.bulk`."""
     workdir, plan, mesh = _setup(config, given, 'input')
-    needed = _check_sample_set(config, plan, mesh, workdir, always=True)
+    needed = run_checks.sample_set(config, plan, mesh, workdir, always=True)
     if plan.model.num_features:
         plan = plan.with_features_of(configs.source(config, 'test', plan.model))
     variables, origin, known = _variables(plan, workdir, given.input, mesh)
@@ -140,8 +135,8 @@ def evaluate(config, given) -> Callable[[], None]:
     """Scores the flow on the test set with config.evaluate.metrics; writes evaluation.json."""
     workdir, plan, mesh = _setup(config, given, 'input')
     source = configs.source(config, 'test', plan.model)
-    needed = _check_scoring(config, plan, mesh, source)
-    _check_sample_set(config, plan, mesh, workdir)
+    needed = run_checks.scoring(config, plan, mesh, source)
+    run_checks.sample_set(config, plan, mesh, workdir)
     plan = plan.with_features_of(source).with_class_names(source.class_names)
     scores = scoring.prepare(Subject(config, plan, mesh, workdir, source))
     variables, origin, known = _variables(plan, workdir, given.input, mesh)
@@ -150,8 +145,8 @@ def evaluate(config, given) -> Callable[[], None]:
 
     def job():
         _announce(
-            given.mode, plan.model, mesh, checkpoint=origin['name'], data=_set_name(source),
-            **_caution(config, source),
+            given.mode, plan.model, mesh, checkpoint=origin['name'],
+            data=run_checks.set_name(source), **_caution(config, source),
             scores=', '.join(config.evaluate.metrics) or 'none', memory=needed,
             output=str(workdir / 'evaluation.json'),
         )
@@ -165,7 +160,7 @@ def report(config, given) -> Callable[[], None]:
     workdir, plan, mesh = _setup(config, given)
     train_source = configs.source(config, 'train', plan.model)
     test_source = configs.source(config, 'test', plan.model)
-    _check_scoring(config, plan, mesh, test_source)
+    run_checks.scoring(config, plan, mesh, test_source)
     plan = plan.with_features_of(test_source).with_class_names(train_source.class_names)
     subject = Subject(config, plan, mesh, workdir, test_source)
     show = reporting.prepare(subject, train_source)
@@ -175,7 +170,7 @@ def report(config, given) -> Callable[[], None]:
     def job():
         _announce(
             given.mode, plan.model, mesh, checkpoint=origin['name'],
-            data=f'{_set_name(train_source)}; {_set_name(test_source)}',
+            data=f'{run_checks.set_name(train_source)}; {run_checks.set_name(test_source)}',
             **_caution(config, train_source),
             output=str(workdir / 'report.html'),
         )
@@ -351,11 +346,6 @@ def _announce(mode: str, model, mesh, **rows: str) -> None:
     log.info('%s\n%s', mode, '\n'.join(text))
 
 
-def _set_name(source) -> str:
-    name, split = source.about.get('dataset', 'images'), source.about.get('split')
-    return f'{name}, {len(source):,} images' + (f' of split {split!r}' if split else '')
-
-
 def _setup(config, given, *flags: str):
     """The folder of the run, and what `_plan` gives; ValueError for other flags than these."""
     _only(given, 'workdir', *flags)
@@ -379,51 +369,6 @@ def _plan(config):
     return plan, mesh
 
 
-def _check_sample_set(config, plan, mesh, workdir, always: bool = False) -> str:
-    """The memory that config.sample needs; ValueError if it, or the disk, is too small for it."""
-    s, model = config.sample, plan.model
-    if not always and ('frechet' not in config.evaluate.metrics or config.evaluate.frechet.samples):
-        return ''
-    batch_size = min(s.batch_size, s.count)
-    needed = memory.of_sampling(model, mesh, batch_size)
-    told = memory.check(needed, model, mesh, f'sampling (sample.batch_size {batch_size})')
-    files.check_size(workdir, s.count * model.num_dims, f'the images of sample.count {s.count}')
-    return told
-
-
-def _check_scoring(config, plan, mesh, source) -> str:
-    """The memory that likelihoods of a set need; ValueError if the devices are too small for it."""
-    batch_size = min(config.evaluate.batch_size, len(source))
-    needed = memory.of_scoring(plan.model, mesh, batch_size)
-    return memory.check(needed, plan.model, mesh, f'scoring (evaluate.batch_size {batch_size})')
-
-
-def _check_same_run(checkpoints: Checkpoints, config, schedule, classes, name: str) -> None:
-    """Says what is not as it was in a run that goes on; ValueError where it cannot go on so."""
-    about, latest = checkpoints.about(), checkpoints.latest()
-    there, here = about['config'].get('train', {}).get('ema_decay'), config.train.ema_decay
-    if there is not None and (there > 0) != (here > 0):
-        raise ValueError(
-            f'{checkpoints.folder} holds a checkpoint with train.ema_decay {there}, this config '
-            f'has {here}; an average can be neither begun nor dropped on the way.'
-        )
-    if latest > schedule.total_steps:
-        raise ValueError(
-            f'train.epochs {config.train.epochs:g} are {schedule.total_steps} steps, and '
-            f'{checkpoints.folder} holds a checkpoint at step {latest}; give more epochs than '
-            f'{latest / schedule.steps_per_epoch:g}, or another --workdir.'
-        )
-    if config.model.num_classes:
-        class_order.check_same(_classes_of(checkpoints), classes, str(checkpoints.folder))
-    changes = config_of_run.differences(about['config'], config)
-    before = about.get('data', {}).get('set', name)
-    told = config_of_run.told(changes) + (', ' if changes and before != name else '')
-    if before != name:
-        told += f'training set {name} instead of {before}'
-    if told:
-        log.warning('not as in the checkpoint at step %d: %s', latest, told)
-
-
 def _variables(plan, workdir, input_file, mesh):
     """The variables to work with, on the devices; where they come from, as JSON values; classes.
 
@@ -440,7 +385,7 @@ def _variables(plan, workdir, input_file, mesh):
             }, known
     with Checkpoints(workdir, plan.model) as checkpoints:
         variables = checkpoints.restore_variables(functools.partial(sharding.placed, mesh=mesh))
-        step, known = checkpoints.latest(), _classes_of(checkpoints)
+        step, known = checkpoints.latest(), run_checks.classes_of(checkpoints)
     if not jax.jit(all_finite)(variables):
         raise ValueError(
             f'{checkpoints.folder / str(step)} holds parameters that are not finite; delete this '
@@ -452,11 +397,6 @@ def _variables(plan, workdir, input_file, mesh):
 
 def _classes_in(input_file: str) -> class_order.Classes:
     return class_order.Classes(official.class_names(input_file) or class_order.SORTED)
-
-
-def _classes_of(checkpoints: Checkpoints) -> class_order.Classes:
-    data = checkpoints.about().get('data', {})
-    return class_order.Classes(data.get('class_names'), data.get('kind'))
 
 
 def _caution(config, source) -> dict[str, str]:

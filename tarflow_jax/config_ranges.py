@@ -4,7 +4,6 @@ Limits that depend on another field are checked where both are known.
 """
 
 import difflib
-import operator
 
 import numpy as np
 from ml_collections import ConfigDict

@@ -316,10 +316,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], str]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in dtypes}
     except safetensors.SafetensorError as error:
-        raise ValueError(
-            f'{path} {wrong_files.described(path) or f"is damaged or no safetensors file ({error})"}'
-            '; copy the file again, or give another.'
-        ) from None
+        what = wrong_files.described(path) or f'is damaged or no safetensors file ({error})'
+        raise ValueError(f'{path} {what}; copy the file again, or give another.') from None
     return tensors, metadata.get('head_dim', _OFFICIAL_HEAD_DIM)
 
 

@@ -82,7 +82,7 @@ def try_file(file, what: str) -> None:
 
 
 def check_workdir(workdir) -> None:
-    """ValueError if the workdir cannot be written to, or something else has a name that it needs."""
+    """ValueError if a workdir cannot be written to, or something else has a name it needs."""
     try_folder(workdir, '--workdir')
     for names, wrong, kind in ((FOLDERS, Path.is_file, 'folder'), (FILES, Path.is_dir, 'file')):
         for path in (Path(workdir) / name for name in names):

@@ -75,13 +75,12 @@ def refused(field, value, given, mode='train') -> None:
 def test_nonsense_is_refused(images, tmp_path):
     given = flags(tmp_path / 'run', images)
     tried = 0
-    for field, group in itertools.groupby(cases(NONSENSE), key=lambda case: case[0]):
+    for field, default in FIELDS.items():
         # A different two for each field of a kind; the slow tests have all.
-        values = [value for _, value in group]
+        values = NONSENSE[config_ranges.kind_of(field, default)]
         for k in (tried, tried + 1):
             refused(field, values[k % len(values)], given)
         tried += 1
-    assert tried == len(FIELDS)
     assert not (tmp_path / 'run').exists()
 
 
@@ -149,16 +148,16 @@ def test_config_files_with_other_fields(images, tmp_path):
 @pytest.mark.slow
 def test_all_nonsense_in_all_modes(trained, images, tmp_path):
     new, old = flags(tmp_path / 'run', images), flags(trained, images)
-    count = 0
-    for count, (field, value) in enumerate(cases(NONSENSE), 1):
+    by_field = {}
+    for field, value in cases(NONSENSE):
         refused(field, value, new)
-    for field, group in itertools.groupby(cases(NONSENSE), key=lambda case: case[0]):
-        for mode in ('sample', 'evaluate', 'report', 'convert'):
+        by_field.setdefault(field, []).append(value)
+    count = sum(map(len, by_field.values()))
+    for field, values in by_field.items():
+        for mode, value in zip(('sample', 'evaluate', 'report', 'convert'), values):
             more = [f'--output={tmp_path}/out.safetensors'] * (mode == 'convert')
-            refused(field, next(group)[1], [*old, *more], mode)
+            refused(field, value, [*old, *more], mode)
             count += 1
-            if config_ranges.kind_of(field, FIELDS[field]) == 'a word':
-                break  # there are few of these
     for field, value in itertools.product(FIELDS, ANYTHING):
         outcome([*new, f'--config.{field}={value}'])
         count += 1

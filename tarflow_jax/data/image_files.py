@@ -28,7 +28,9 @@ TGA_SUFFIXES = ('.tga', '.vda', '.icb', '.vst')  # TGA has no signature: only a 
 Image.init()
 
 
-ROTATED = 'has an EXIF rotation, which was not applied, as torchvision does not; --rotate applies it'
+ROTATED = (
+    'has an EXIF rotation, which was not applied, as torchvision does not; --rotate applies it'
+)
 TRANSPARENT = (
     'is transparent in places, whose hidden colours were taken; --background=white paints them over'
 )
@@ -100,7 +102,7 @@ def encode_array(image_NxHxWxC: Iterable[np.ndarray], size: tuple[int, int],
 
 def all_grey(files: Iterable[File]) -> bool:
     """Whether all image files that can be opened are grey; stops at the first that is not."""
-    return _all_grey(((functools.partial(_read, file), _formats(file.name)) for file in files))
+    return _all_grey((functools.partial(_read, file), _formats(file.name)) for file in files)
 
 
 def all_grey_contents(contents: Iterable[bytes]) -> bool:

@@ -54,7 +54,6 @@ them: train with --config.data.source=prepared --config.data.path=DIR. The same 
 after an interruption and mends a DIR that was damaged; with another split, it adds to DIR.
 """
 
-import argparse
 import collections
 import functools
 import hashlib
@@ -68,14 +67,11 @@ from typing import Any
 
 import tqdm
 from etils import epath
-from PIL import ImageColor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tarflow_jax import __version__
-from tarflow_jax.data import feature_files, kinds, originals, shards, sizes
+from tarflow_jax.data import feature_files, kinds, originals, prepare_flags, shards, sizes
 from tarflow_jax.data import manifest as manifests
-from tarflow_jax.data.cores import available_cores
-from tarflow_jax.data.cropping import RULES
 from tarflow_jax.data.image_files import COUNTED
 from tarflow_jax.data.splits import Split, Wanted, images_per_shard
 
@@ -96,7 +92,7 @@ def main(argv: list[str]) -> int:
     )
     log.setLevel(logging.INFO)
     try:
-        given = _parser().parse_args(argv[1:])
+        given = prepare_flags.parser(__doc__).parse_args(argv[1:])
     except SystemExit as error:
         return error.code
     try:
@@ -364,75 +360,6 @@ def _count_notes(key: str, told: list[dict]) -> None:
         if counts[note]:
             log.warning('%s: %d of %d images: each %s', key, counts[note],
                         sum(shard['records'] for shard in told), note)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog='python -m tarflow_jax.data.prepare', description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    parser.add_argument('source', metavar='SOURCE', help='folder, archive or file')
-    parser.add_argument('--out', required=True, metavar='DIR', help='where to write')
-    parser.add_argument(
-        '--size', type=_size,
-        help="64, or HEIGHTxWIDTH such as 48x32; the source's own, or 64 for photographs",
-    )
-    parser.add_argument(
-        '--crop', default='torchvision', choices=RULES,
-        help='how photographs are made that size',
-    )
-    parser.add_argument(
-        '--rotate', action='store_true', help='turn images as their EXIF orientation says'
-    )
-    parser.add_argument(
-        '--background', type=_colour, metavar='COLOUR',
-        help='white, black or R,G,B behind what is transparent; the colours of the file',
-    )
-    parser.add_argument('--split', help='the split that SOURCE is, or the one wanted of it')
-    parser.add_argument(
-        '--test_fraction', type=float, metavar='PART',
-        help='the part of a source without splits to put aside as test, such as 0.1',
-    )
-    parser.add_argument(
-        '--labels', metavar='FILE', help="classes of ImageNet's validation images, see above"
-    )
-    parser.add_argument('--name', help='name of the set; the one that SOURCE goes by')
-    parser.add_argument(
-        '--features', metavar='FILE', help='.csv or .npy of numbers for each image, see above'
-    )
-    parser.add_argument(
-        '--strict', action='store_true', help='an image that cannot be used is an error'
-    )
-    parser.add_argument(
-        '--workers', type=_positive, default=available_cores(), help='processes'
-    )
-    return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number above 0')
-    return int(text)
-
-
-def _colour(text: str) -> tuple[int, int, int]:
-    try:
-        numbers = text.split(',')
-        if len(numbers) == 3 and all(n.strip().isdecimal() and int(n) < 256 for n in numbers):
-            return tuple(map(int, numbers))
-        return ImageColor.getrgb(text)[:3]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f'{text!r} is no colour; give white, black, #RRGGBB or R,G,B such as 255,255,255'
-        ) from None
-
-
-def _size(text: str) -> tuple[int, int]:
-    try:
-        return sizes.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 if __name__ == '__main__':

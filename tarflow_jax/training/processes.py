@@ -88,7 +88,7 @@ def start(mode: str = 'auto', wait: float = WAIT_SECONDS) -> None:
 
 
 def _checked(given: dict[str, str]) -> tuple[str, int, int]:
-    """The address, the number of processes and the index of this one; ValueError if they cannot be."""
+    """Address, number of processes and index of this one; ValueError if they cannot be."""
     address, count, index = (given[name] for name in _EXPLICIT)
     host, _, port = address.rpartition(':')
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:

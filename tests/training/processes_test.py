@@ -307,7 +307,7 @@ except processes.Alone as error:
 """
 
 
-def alone(monkeypatch, address, index) -> tuple[int, list[str]]:
+def waiting(monkeypatch, address, index) -> tuple[int, list[str]]:
     monkeypatch.setenv('JAX_COORDINATOR_ADDRESS', address)
     monkeypatch.setenv('JAX_NUM_PROCESSES', '2')
     monkeypatch.setenv('JAX_PROCESS_ID', str(index))
@@ -319,7 +319,7 @@ def alone(monkeypatch, address, index) -> tuple[int, list[str]]:
 
 
 def test_one_process_says_what_it_waits_for(monkeypatch):
-    code, (first, *_, last) = alone(monkeypatch, '127.0.0.1:9', 1)
+    code, (first, *_, last) = waiting(monkeypatch, '127.0.0.1:9', 1)
     what = '2 processes, this one number 1, at the coordinator 127.0.0.1:9'
     assert code == 1 and first == f'waiting for {what}, up to 1 s'
     assert last.startswith(f'error: not all are there after 1 s of waiting for {what}; start the')
@@ -330,7 +330,7 @@ def test_port_of_another_program(monkeypatch):
         other.bind(('', 0))
         other.listen()
         address = f'127.0.0.1:{other.getsockname()[1]}'
-        code, lines = alone(monkeypatch, address, 0)
+        code, lines = waiting(monkeypatch, address, 0)
     assert code == 1
     assert lines[-1].startswith(f'JAX_COORDINATOR_ADDRESS={address}: its port cannot be had (Address')
 
