@@ -31,10 +31,10 @@ log = logging.getLogger(__name__)
 def train(config, given) -> Callable[[], None]:
     """Trains, then samples, evaluates and writes the report."""
     workdir, plan, mesh = _setup(config, given)
-    needed = run_checks.training(config, plan, mesh)
-    run_checks.sample_set(config, plan, mesh, workdir)
     source = configs.source(config, 'train', plan.model)
     test_source = configs.source(config, 'test', plan.model)
+    needed = run_checks.training(config, plan, mesh)
+    run_checks.sample_set(config, plan, mesh, workdir)
     plan = plan.with_features_of(test_source).with_class_names(source.class_names)
     schedule = configs.schedule(config, source)
     run_checks.batches(config, mesh, source)

@@ -136,7 +136,7 @@ def _check_number(field: str, value, default, interval: str, types: tuple[type, 
         must = f'be a {kind}, or (height, width), each'
     else:
         must = 'be' if type(value) in types else f'be a {kind}'
-    shown = repr(value) if isinstance(value, str) else str(value)
+    shown = repr(value) if isinstance(value, str) and not value.isalnum() else str(value)
     raise ValueError(f'{field} {shown:.100} must {must} {_in_words(interval, types)}.')
 
 

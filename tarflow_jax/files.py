@@ -50,14 +50,18 @@ def try_folder(folder, what: str) -> None:
       ValueError: if it cannot be written to.
     """
     folder, made = Path(folder), []
+    whole = folder.absolute()
+    missing = [p for p in (whole, *whole.parents) if not os.path.exists(p)]
+    there = missing[-1].parent if missing else folder
     try:
-        for path in reversed((folder.absolute(), *folder.absolute().parents)):
-            if not path.exists():
-                with contextlib.suppress(FileExistsError):  # another process was faster
-                    path.mkdir()
-                    made.append(path)
-            elif not path.is_dir():
-                raise NotADirectoryError(None, f'{path} is not a folder')
+        if not there.is_dir():
+            raise NotADirectoryError(None, f'{there} is not a folder')
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(None, f'{there} cannot be written to')
+        for path in reversed(missing):
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                path.mkdir()
+                made.append(path)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (OSError, ValueError) as error:

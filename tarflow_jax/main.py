@@ -170,7 +170,7 @@ def _parse(argv: list[str]) -> flags.FlagValues:
     except flags.UnrecognizedFlagError as error:
         raise ValueError(_unknown_flag(error.flagname, known)) from error
     except flags.IllegalFlagValueError as error:
-        wrong = re.match(r'flag --config\.([\w.]+)=(.*): ', str(error), re.DOTALL)
+        wrong = re.match(r'flag --config\.([\w.]+)=(.*?): ', str(error), re.DOTALL)
         if wrong and wrong[1] in _fields():
             kind = config_ranges.kind_of(wrong[1], _fields()[wrong[1]])
             raise ValueError(f'config.{wrong[1]}={wrong[2]!r:.100} must be {kind}.') from error
