@@ -26,7 +26,8 @@ parse_flags 'name= image= accelerator= topology= chips_per_node= slices= spot na
   bucket= service_account= max_restarts= action= ' "$@"
 ((${#words[@]} == 0)) || refuse "${words[0]} is not a flag"
 require name
-[[ $name =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] || refuse "--name=$name is not a short DNS name"
+dns_name='^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$'
+[[ $name =~ $dns_name ]] || refuse "--name=$name is not a short DNS name"
 kubectl=(kubectl)
 [[ ! $namespace ]] || kubectl+=("--namespace=$namespace")
 
@@ -45,7 +46,8 @@ esac
 require image accelerator topology
 whole_numbers chips_per_node slices max_restarts
 ((slices > 0 && chips_per_node > 0)) || refuse '--slices and --chips_per_node must be at least 1'
-[[ $topology =~ ^[1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){1,2}$ ]] ||
+grid='^[1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){1,2}$'
+[[ $topology =~ $grid ]] ||
   refuse "--topology=$topology does not look like 16x16 or 4x4x8"
 [[ $claim || $bucket ]] || refuse '--claim or --bucket is missing; the workdir is there'
 [[ ! $claim || ! $bucket ]] || refuse '--claim and --bucket exclude each other'
@@ -151,8 +153,8 @@ YAML
   if ((slices > 1)); then echo '              - "--distributed=on"'; fi
   # Kubernetes reads $(NAME) as a variable and $$ as a dollar sign.
   # shellcheck disable=SC2016
-  local dollars='$$'
-  for arg in "${rest[@]}"; do printf '              - %s\n' "$(json "${arg//'$'/"$dollars"}")"; done
+  local dollar='$' dollars='$$'
+  for arg in "${rest[@]}"; do printf '              - %s\n' "$(json "${arg//$dollar/$dollars}")"; done
   cat <<YAML
               ports:
               - containerPort: 8471
@@ -163,7 +165,13 @@ YAML
               volumeMounts:
               - name: workdir
                 mountPath: /workdir
+              - name: shared-memory
+                mountPath: /dev/shm
             volumes:
+            # Through which the processes of data.workers hand over batches: Kubernetes gives 64 MiB.
+            - name: shared-memory
+              emptyDir:
+                medium: Memory
             - name: workdir
 YAML
   if [[ $claim ]]; then cat <<YAML; else cat <<YAML_BUCKET; fi

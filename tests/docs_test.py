@@ -25,7 +25,7 @@ from PIL import Image
 from tarflow_jax import commands, main
 from tarflow_jax import config as configs
 from tarflow_jax.ahead_of_time import topology
-from tarflow_jax.data import prepare
+from tarflow_jax.data import prepare, prepare_flags
 from tarflow_jax.flow.flow import TarFlow
 
 PAGES = {
@@ -159,7 +159,7 @@ def _module(module: str, arguments: list[str], monkeypatch) -> str:
     if module == 'tarflow_jax.main':
         _training_program(arguments, monkeypatch)
     elif module == 'tarflow_jax.data.prepare':
-        prepare._parser().parse_args(arguments)
+        prepare_flags.parser('').parse_args(arguments)
     elif module == 'pytest':
         for before, word in zip(['', *arguments], arguments):
             assert word[0] == '-' or before == '-m' or (ROOT / word).exists(), word
@@ -180,6 +180,8 @@ def _training_program(arguments: list[str], monkeypatch) -> None:
     if '...' in arguments:
         arguments = [a for a in arguments if a != '...']
         arguments += [f'--config={ROOT}/configs/fashion_mnist.py', '--workdir=runs/a']
+    if not any(a.startswith('--config=') for a in arguments):  # that of a checkpoint is taken
+        arguments.insert(0, f'--config={ROOT}/configs/colour64.py')
     given = main._parse(['main', *arguments])
     configs.plan(given.config)
 

@@ -39,3 +39,40 @@ def test_what_killed_writers_left_is_removed(tmp_path):
     os.utime(tmp_path / stale[2], (0, 0))
     files.write_text(tmp_path / 'new', '')
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(['new', *kept])
+
+
+def test_a_folder_is_tried_and_left_as_it_was(tmp_path):
+    files.try_folder(tmp_path / 'a' / 'b', '--out')
+    (tmp_path / 'c').mkdir()
+    files.try_folder(tmp_path / 'c', '--out')
+    assert sorted(tmp_path.rglob('*')) == [tmp_path / 'c']
+
+
+@pytest.mark.parametrize('name, says', [
+    ('file', 'is not a folder'), ('file/below', 'file is not a folder'), ('x' * 300, 'too long'),
+    ('a/' + 'x' * 300, 'too long'), ('nul\0', 'null'),
+])
+def test_a_folder_that_cannot_be(tmp_path, name, says):
+    (tmp_path / 'file').write_text('mine')
+    with pytest.raises(ValueError) as error:
+        files.try_folder(tmp_path / name, '--workdir')
+    assert str(error.value).startswith(f'--workdir={tmp_path}') and says in str(error.value)
+    assert str(error.value).endswith('; choose another folder.')
+    assert [path.name for path in tmp_path.iterdir()] == ['file']
+
+
+def test_names_that_a_run_needs(tmp_path):
+    files.check_workdir(tmp_path / 'new')
+    (tmp_path / 'samples').write_text('mine')
+    with pytest.raises(ValueError, match=f'{tmp_path}/samples is no folder, and the run needs a'):
+        files.check_workdir(tmp_path)
+    (tmp_path / 'samples').unlink()
+    (tmp_path / 'evaluation.json').mkdir()
+    with pytest.raises(ValueError, match='evaluation.json is no file, .* move it away'):
+        files.check_workdir(tmp_path)
+
+
+def test_more_than_a_disk_holds(tmp_path):
+    files.check_size(tmp_path / 'new', 1000, 'the images')
+    with pytest.raises(ValueError, match=r'the images need 1,000,000,000 GB, and the file system of'):
+        files.check_size(tmp_path / 'new', 10**18, 'the images')

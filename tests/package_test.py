@@ -70,7 +70,7 @@ def test_config_knows_nothing_of_the_loop():
     inside = {name for name in imports(PACKAGE / 'config.py') if name.startswith('tarflow_jax.')}
     rooms = {'.'.join(name.split('.')[1:3]) for name in inside}
     assert rooms <= {
-        'config_ranges', 'data.pipeline', 'data.sources', 'flow.attention', 'flow.condition',
+        'config_ranges', 'data.kinds', 'data.pipeline', 'data.sources', 'flow.attention', 'flow.condition',
         'flow.denoising', 'flow.flow', 'flow.guidance', 'sampling.generate', 'training.corruption',
         'training.optimizer',
     }
@@ -82,7 +82,7 @@ def test_conversion_needs_no_training():
             if name.startswith('tarflow_jax.'):
                 assert name.startswith((
                     'tarflow_jax.flow.flow.', 'tarflow_jax.files', 'tarflow_jax.json_files',
-                    'tarflow_jax.torch_file', 'tarflow_jax.torch_pickle.',
+                    'tarflow_jax.torch_file', 'tarflow_jax.torch_pickle.', 'tarflow_jax.wrong_files',
                 ))
 
 

@@ -11,7 +11,7 @@ from tarflow_jax import files
 from tarflow_jax.ahead_of_time import cost, programs
 from tarflow_jax.ahead_of_time.chips import CHIPS, out_of_memory
 from tarflow_jax.ahead_of_time.topology import Topology
-from tarflow_jax.training import sharding
+from tarflow_jax.training import memory, sharding
 
 GIB = 2**30
 
@@ -25,8 +25,23 @@ def planned(config, topology: Topology, program: str):
       ValueError: if the config and the slice do not fit together.
     """
     mesh = configs.named('mesh', sharding.make_mesh, **config.mesh, devices=topology.devices)
-    plan = configs.plan(config).on(sharding.Layout(mesh, config.model.attention))
+    plan = configs.plan(config)
+    _check_size(plan.model, topology, program)
+    plan = plan.on(sharding.Layout(mesh, config.model.attention))
     return plan, mesh, programs.PROGRAMS[program](config, plan, mesh)
+
+
+def _check_size(model, topology: Topology, program: str) -> None:
+    """ValueError if all chips together cannot hold the flow, for which XLA would take minutes."""
+    needed = 4 * memory.parameter_count(model) * (4 if program == 'train' else 1)
+    there = topology.chips * CHIPS[topology.chip].hbm_bytes
+    if needed > there:
+        raise ValueError(
+            f'a flow of {memory.parameter_count(model):,} parameters (model.width '
+            f'{model.width}, {sum(model.layers_per_block)} layers) needs at least '
+            f'{memory.in_gib(needed)} for --program={program}, and all chips of {topology.name} '
+            f'together have {memory.in_gib(int(there))}; choose a smaller flow or more chips.'
+        )
 
 
 def compile_for(config, topology: Topology, program: str, save_to: Path | None = None) -> dict:

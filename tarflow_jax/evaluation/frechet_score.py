@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tarflow_jax import files
 from tarflow_jax.data import kinds
 from tarflow_jax.evaluation import features, networks, sample_files, statistics_files
 from tarflow_jax.evaluation.frechet import Statistics, frechet_distance
@@ -56,6 +57,7 @@ def prepare(s) -> Callable:
             'more.'
         )
     folder = Path(f.statistics) if f.statistics else s.workdir / 'statistics'
+    files.try_folder(folder, 'evaluate.frechet.statistics')
     options = dict(mesh=s.mesh, batch_size=f.batch_size)
 
     def work(_, draw_samples) -> dict:

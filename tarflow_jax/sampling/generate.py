@@ -114,7 +114,7 @@ def sample_images(
         raise ValueError(
             'a noise-conditioned flow needs denoise: the noise levels to draw at and to go down.'
         )
-    levels = () if denoise is None else tuple(np.atleast_1d(denoise).tolist())
+    levels = () if denoise is None else tuple(map(float, np.atleast_1d(np.asarray(denoise))))
     if len(levels) > 1 and not model.noise_conditioned:
         raise ValueError(
             f'denoise {levels} goes through several noise levels, for noise-conditioned flows; '

@@ -63,8 +63,10 @@ def train(config, plan: Plan, schedule: Schedule, source, checkpoints: Checkpoin
     init_key, step_key, sheet_key = jax.random.split(jax.random.key(config.seed), 3)
     state = _start(checkpoints, plan, schedule, init_key, mesh)
     start = int(state.step)
-    log.info('%s parameters, steps %d to %d', f'{parameter_count(state):,}', start + 1,
-             schedule.total_steps)
+    told = f'steps {start + 1} to {schedule.total_steps}'
+    if start == schedule.total_steps:
+        told = f'all {start} steps are done'
+    log.info('%s parameters, %s', f'{parameter_count(state):,}', told)
 
     step_fn = jitted_train_step(state, mesh, model, schedule.optimizer, plan.recipe)
     batches = pipeline.train_batches(

@@ -16,6 +16,8 @@ from tarflow_jax.flow.flow import Flow
 FILE = 'metrics.jsonl'
 
 log = logging.getLogger(__name__)
+# It would say of every number of a run that diverges that it is not finite.
+logging.getLogger('tensorboardX.x2num').setLevel(logging.ERROR)
 
 
 class MetricWriter:

@@ -56,16 +56,21 @@ def test_the_rest_of_the_manifest(stubs):
     assert pod['serviceAccountName'] == 'trainer' and 'tolerations' not in pod
     assert container['image'] == 'host/a:1'
     assert container['command'] == ['python', '-m', 'tarflow_jax.main']
-    assert container['volumeMounts'] == [{'name': 'workdir', 'mountPath': '/workdir'}]
+    assert container['volumeMounts'] == [
+        {'name': 'workdir', 'mountPath': '/workdir'},
+        # Kubernetes gives 64 MiB there, which the processes of data.workers soon fill.
+        {'name': 'shared-memory', 'mountPath': '/dev/shm'},
+    ]
+    assert {'name': 'shared-memory', 'emptyDir': {'medium': 'Memory'}} in pod['volumes']
     assert job['template']['metadata']['annotations'] == {'gke-gcsfuse/volumes': 'true'}
-    assert pod['volumes'] == [{'name': 'workdir', 'csi': {
+    assert pod['volumes'][1:] == [{'name': 'workdir', 'csi': {
         'driver': 'gcsfuse.csi.storage.gke.io',
         'volumeAttributes': {'bucketName': 'b1', 'mountOptions': 'implicit-dirs'}}}]
 
 
 def test_claim(stubs):
     _, job, pod, _ = parts(apply(stubs, *BASE[:3], '--claim=c1', '--topology=2x2'))
-    assert pod['volumes'] == [{'name': 'workdir', 'persistentVolumeClaim': {'claimName': 'c1'}}]
+    assert pod['volumes'][1:] == [{'name': 'workdir', 'persistentVolumeClaim': {'claimName': 'c1'}}]
     assert 'metadata' not in job['template']
 
 
