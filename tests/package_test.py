@@ -30,7 +30,7 @@ ROOMS = {
     'evaluation': (
         {'jax', 'flax', 'PIL', 'plotly', 'tqdm'},
         {'flow', 'sampling', 'data', 'training', 'config', 'files', 'json_files', 'lock',
-         'torch_file', 'torch_writer'},
+         'torch_file', 'torch_writer', 'wrong_files'},
     ),
     'ahead_of_time': (
         {'jax', 'libtpu', 'optax'},

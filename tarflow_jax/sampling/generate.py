@@ -191,9 +191,10 @@ class Conditions:
 
     def captions(self, numbers) -> list[str] | None:
         """The names of the classes of these samples; None where they have none."""
-        if self.class_names is None:
+        labels = self.labels(numbers)
+        if self.class_names is None or labels is None:
             return None
-        return [self.name(label) for label in self.labels(numbers)]
+        return [self.name(label) for label in labels]
 
     def labels(self, numbers) -> np.ndarray | None:
         """int32 [n]; None without classes."""
