@@ -123,6 +123,10 @@ class Counter:
                     callee = self.module.computations[source.computations()[0]]
                     handed_on = callee.root.operands[int(i.attribute('index'))]
                     operand, i = int(callee.by_name[handed_on].inside), source
+                elif source.opcode == 'while':  # carried around a loop that does not wait for it
+                    begin = computation.by_name[source.operands[0]]
+                    if begin.opcode == 'tuple':
+                        operand, i = int(i.attribute('index')), begin
             i = computation.by_name[i.operands[operand]]
         return i.name
 
