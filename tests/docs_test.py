@@ -435,8 +435,9 @@ def test_lines_of_costs():
         dict(topology='v5e:2x2', chips=4, batch_size=64, predicted_step_seconds=None),
     ]
     head, fits, not_ = run_cost().lines(found, images=2560, epochs=720, price=2.0, slowdown=2.0)
-    assert head.split()[-3:] == ['hours', 'chip-hours', 'price']
-    assert fits.split() == ['v5e:4x4', '16', '256', '1.000', '7200', '2.0', '32', '64.00']
+    assert head.split()[-4:] == ['hours', 'chip-hours', 'measured', 'price']
+    assert fits.split() == ['v5e:4x4', '16', '256', '1.000', '7200', '2.0', '32', '-', '64.00']
     assert 'does not fit' in not_
+    found[0]['measured_over_predicted'] = (1.25, 1.5)
     _, fits, _ = run_cost().lines(found, images=2560, epochs=720, price=None, slowdown=1.0)
-    assert fits.split()[-3:] == ['1.0', '16', '-']
+    assert fits.split()[-4:] == ['1.0', '16', '20-24', '-']
