@@ -8,6 +8,7 @@ import tempfile
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import tarflow_jax as tfj
@@ -25,7 +26,7 @@ SIZES = {
     # The flow of configs/imagenet64.py:cond, which a bare machine cannot import.
     'imagenet64': dict(
         image_size=64, image_channels=3, patch_size=2, width=768, layers_per_block=(8,) * 8,
-        num_classes=1000,
+        num_classes=1000, residual_dtype=jnp.float32,  # as the official code's autocast has it
     ),
     'tiny': dict(
         image_size=8, image_channels=3, patch_size=2, width=64, layers_per_block=(1, 1),

@@ -15,7 +15,6 @@ from pathlib import Path
 import comparison
 import jax
 import numpy as np
-import optax
 
 import tarflow_jax as tfj
 from tarflow_jax.flow import likelihood

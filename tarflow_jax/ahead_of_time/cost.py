@@ -83,8 +83,10 @@ class Costs:
     @property
     def dcn_exposed_seconds(self) -> float:
         """Of those, what it waits for other slices."""
-        waits = (line for line in self.lines if line.instruction.opcode in ('send-done', 'recv-done'))
-        return sum(line.times * line.waited for line in waits)
+        return sum(
+            line.times * line.waited for line in self.lines
+            if line.instruction.opcode in ('send-done', 'recv-done')
+        )
 
     @property
     def collectives(self) -> tuple[Line, ...]:

@@ -120,8 +120,8 @@ class Counter:
         """The name of the instruction that started what `done` waits for."""
         i = computation.by_name[done.operands[0]]
         if i.opcode == 'recv':  # of what is sent at the same rendezvous
-            sent = (j for j in computation.instructions if _between_slices(j) == _between_slices(i, 'recv'))
-            i = next(sent, i)
+            met = _between_slices(i, 'recv')
+            i = next((j for j in computation.instructions if met and _between_slices(j) == met), i)
         while self.role(i) != 'start' and i.operands:  # `recv` has no start: the loop ends there
             operand = 0
             if i.opcode == 'get-tuple-element':

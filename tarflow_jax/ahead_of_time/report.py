@@ -138,6 +138,7 @@ def _time(costs: cost.Costs, model_flops: float) -> dict:
         'memory_seconds': costs.memory_seconds,
         'interconnect_seconds': costs.interconnect_seconds,
         'exposed_interconnect_seconds': costs.exposed_seconds - costs.dcn_exposed_seconds,
+        'dcn_bandwidth': costs.chip.dcn_bandwidth,
         'dcn_seconds': costs.dcn_seconds,
         'exposed_dcn_seconds': costs.dcn_exposed_seconds,
         'predicted_step_seconds': costs.predicted_seconds,
@@ -221,8 +222,8 @@ def lines(row: dict) -> list[str]:
     if row['slices'] > 1:
         found += [
             f'  datacenter   {row["dcn_seconds"]:.4f} s between slices at '
-            f'{CHIPS[row["topology"].split("*")[-1].split(":")[0]].dcn_bandwidth * 8e-9:.0f} Gbit/s '
-            f'per {each.split(",")[0]}, of which {row["exposed_dcn_seconds"]:.4f} s are waited for'
+            f'{row["dcn_bandwidth"] * 8e-9:.0f} Gbit/s per {each.split(",")[0]}, of which '
+            f'{row["exposed_dcn_seconds"]:.4f} s are waited for'
         ]
     if row['uncounted_kernels']:
         found += [f'  not counted  kernels {", ".join(row["uncounted_kernels"])}']

@@ -60,5 +60,7 @@ class Profile:
         if self._tracing:
             self._tracing = False
             jax.profiler.stop_trace()
-            log.info('the trace is in %s/plugins/profile: tensorboard --logdir=%s (pip install xprof)',
-                     self._folder, self._folder)
+            log.info(
+                'the trace is in %s/plugins/profile: tensorboard --logdir=%s (pip install xprof)',
+                self._folder, self._folder,
+            )

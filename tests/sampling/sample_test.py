@@ -1,7 +1,6 @@
 """The sampler: the official samples, what it inverts, its programs, and what it draws again."""
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
