@@ -25,6 +25,7 @@ from PIL import Image
 from tarflow_jax import commands, main
 from tarflow_jax import config as configs
 from tarflow_jax.ahead_of_time import topology
+from tarflow_jax.ahead_of_time.chips import measured_range
 from tarflow_jax.data import prepare
 from tarflow_jax.flow.flow import TarFlow
 
@@ -143,7 +144,7 @@ def understood(command: str, monkeypatch) -> str:
         if words[1] == '-m':
             return _module(words[2], words[3:], monkeypatch)
         return _script(words[1:])
-    if words[0].startswith('launch/'):
+    if words[0].startswith(('launch/', 'benchmarks/')):
         return _launch(words, monkeypatch)
     if program == 'sbatch':
         _launch(words[words.index(next(w for w in words if w.startswith('launch/'))) :], monkeypatch)
@@ -419,7 +420,7 @@ def rows(page: str, columns: int) -> list[list[str]]:
 
 
 def test_the_table_of_costs_follows_from_that_of_steps():
-    predicted = {row[0]: row for row in rows('README.md', 6) if row[0].startswith('v')}
+    predicted = {row[0]: row for row in rows('README.md', 7) if row[0].startswith('v')}
     table = [row for row in rows('docs/cloud_tpu.md', 7) if row[0].startswith('v')]
     assert len(table) == 4
     for topology_, chips, batch, seconds, steps, hours, chip_hours in table:
@@ -427,6 +428,15 @@ def test_the_table_of_costs_follows_from_that_of_steps():
         run = run_cost().cost(float(seconds), int(chips), int(batch), 1_281_167, 200)
         assert (str(run.steps), f'{run.hours:.1f}', f'{run.chip_hours:.0f}') == (steps, hours, chip_hours)
         assert int(batch) == 16 * int(chips)
+
+
+def test_the_measured_range_beside_every_predicted_step():
+    compared = [row for row in rows('README.md', 7) if row[0].startswith('v')]
+    assert len(compared) == 6
+    for topology_, _, _, _, step, measured, _ in compared:
+        (low, high), _ = measured_range(topology_.partition(':')[0])
+        seconds = float(step.removesuffix(' s'))
+        assert measured == f'{low * seconds:.2f} to {high * seconds:.2f} s', topology_
 
 
 def test_lines_of_costs():
