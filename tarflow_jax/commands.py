@@ -21,7 +21,7 @@ from tarflow_jax import convert as official
 from tarflow_jax.data import kinds, sizes
 from tarflow_jax.evaluation import bulk, sample_files, schedules
 from tarflow_jax.evaluation.scores import Subject, check_names
-from tarflow_jax.training import loop, memory, sharding
+from tarflow_jax.training import loop, memory, profiling, sharding, wandb_writer
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.state import all_finite, from_variables
 
@@ -30,7 +30,9 @@ log = logging.getLogger(__name__)
 
 def train(config, given) -> Callable[[], None]:
     """Trains, then samples, evaluates and writes the report."""
-    workdir, plan, mesh = _setup(config, given)
+    workdir, plan, mesh = _setup(config, given, 'profile_steps')
+    if config.train.wandb_project:
+        wandb_writer.check(config.train.wandb_project)
     source = configs.source(config, 'train', plan.model)
     test_source = configs.source(config, 'test', plan.model)
     needed = run_checks.training(config, plan, mesh)
@@ -38,6 +40,9 @@ def train(config, given) -> Callable[[], None]:
     plan = plan.with_features_of(test_source).with_class_names(source.class_names)
     schedule = configs.schedule(config, source)
     run_checks.batches(config, mesh, source)
+    profiled = range(0)
+    if given.profile_steps:
+        profiled = profiling.steps_of(given.profile_steps, schedule.total_steps)
     classes = class_order.of_source(plan.model, source)
     remembered = classes.remembered() | {'set': run_checks.set_name(source)}
     checkpoints = Checkpoints(workdir, plan.model, config.to_dict(), remembered)
@@ -62,7 +67,9 @@ def train(config, given) -> Callable[[], None]:
             memory=needed, output=f'{workdir}: checkpoints, metrics, samples, evaluation.json',
         )
         with checkpoints:
-            state = loop.train(config, plan, schedule, source, checkpoints, workdir, mesh)
+            state = loop.train(
+                config, plan, schedule, source, checkpoints, workdir, mesh, profiled
+            )
         variables, origin = state.variables(), _at_step(int(state.step), workdir)
         draw = functools.partial(sample_set, config, plan, variables, origin, mesh, workdir)
         scores(variables, origin, draw)
@@ -311,7 +318,9 @@ INTERRUPTED = {
     'compile': 'what was compiled is printed above; the same command starts again',
 }
 
-_FLAGS = ('workdir', 'input', 'output', 'topology', 'batch_per_chip', 'json', 'out')
+_FLAGS = (
+    'workdir', 'input', 'output', 'topology', 'batch_per_chip', 'json', 'out', 'profile_steps'
+)
 
 
 def _only(given, *names: str) -> None:

@@ -105,6 +105,7 @@ def default() -> ConfigDict:
     t.log_every = 50  # steps, as the next two
     t.sample_every = 1000
     t.checkpoint_every = 1000
+    t.wandb_project = ''  # metrics and pictures also go to this project of Weights & Biases
 
     c.sample = s = ConfigDict()
     s.count = 100

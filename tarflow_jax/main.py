@@ -114,6 +114,7 @@ _TEXT_FLAGS = {
     'output': 'Official checkpoint (.safetensors) for convert to write.',
     'json': 'File for what compile found, one object per topology.',
     'out': 'Folder for the text of compiled programs.',
+    'profile_steps': 'START:END, train steps to trace into WORKDIR/tensorboard for its profiler.',
 }
 
 
