@@ -8,7 +8,6 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import jax
 import optax
 
-from tarflow_jax import class_order, files, reporting, scoring
+from tarflow_jax import class_order, files, paths, reporting, scoring
 from tarflow_jax import config as configs
 from tarflow_jax import convert as official
 from tarflow_jax.data import kinds, sizes
@@ -189,8 +188,7 @@ def convert(config, given) -> Callable[[], None]:
     if output_file:
         if not output_file.endswith('.safetensors'):
             raise ValueError(f'--output {output_file} must end with .safetensors.')
-        if not Path(output_file).absolute().parent.is_dir():
-            raise ValueError(f'--output {output_file}: its folder does not exist; create it first.')
+        paths.check_writable_file(output_file, f'--output={output_file}')
         origin_dir = None if input_file else _workdir(given.workdir)
         variables, origin, known = _variables(plan, origin_dir, input_file, mesh)
         found, names = class_order.official_rows(known)
@@ -243,8 +241,9 @@ def compile_ahead(config, given) -> Callable[[], None]:
         raise ValueError('--mode=compile needs --topology, such as v5e:16x16 (several: a comma).')
     for name in given.topology:
         topology.check(name)
-    if given.json and not Path(given.json).absolute().parent.is_dir():
-        raise ValueError(f'--json={given.json}: its folder does not exist; create it first.')
+    if given.json:
+        paths.check_writable_file(given.json, f'--json={given.json}')
+    out = paths.writable_folder(given.out, f'--out={given.out}') if given.out else None
     found = [topology.describe(name) for name in given.topology]
     setups = []
     for slice_ in found:
@@ -262,9 +261,7 @@ def compile_ahead(config, given) -> Callable[[], None]:
         )
         rows = []
         for own, slice_ in setups:
-            row = cost_report.compile_for(
-                own, slice_, given.program, Path(given.out) if given.out else None
-            )
+            row = cost_report.compile_for(own, slice_, given.program, out)
             print(*cost_report.lines(row), sep='\n', flush=True)
             if not row['fits']:
                 better = cost_report.smallest_change(own, slice_, given.program)
@@ -354,13 +351,7 @@ def _setup(config, given, *flags: str):
 def _workdir(workdir) -> Path:
     if not workdir:
         raise ValueError('--workdir is missing; give the folder of the run.')
-    workdir = Path(workdir)
-    there = next(p for p in (workdir.absolute(), *workdir.absolute().parents) if p.exists())
-    if not there.is_dir():
-        raise ValueError(f'--workdir={workdir}: {there} is not a folder; choose another.')
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f'--workdir={workdir}: {there} cannot be written to; choose another.')
-    return workdir
+    return paths.writable_folder(workdir, f'--workdir={workdir}')
 
 
 def _plan(config):
@@ -392,7 +383,7 @@ def _variables(plan, workdir, input_file, mesh):
         variables = official.load_official(input_file, plan.model)
         variables = jax.device_put(variables, sharding.shardings(variables, mesh))
         known = _classes_in(input_file)
-        with open(input_file, 'rb') as file:
+        with paths.local_copy(input_file).open('rb') as file:
             return variables, {
                 'name': input_file, 'sha256': hashlib.file_digest(file, 'sha256').hexdigest()
             }, known

@@ -23,7 +23,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from tarflow_jax import commands
+from tarflow_jax import commands, config_paths
 from tarflow_jax import config as configs
 from tarflow_jax.training import compiled, processes, sharding
 from tarflow_jax.training.checkpoint import CheckpointError
@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
             print(__doc__, given, sep='\n')
             return 0
         config = given.config
+        config_paths.resolve(config, given)
         processes.start(given.distributed)
         sharding.use_cores_as_devices(config.train.batch_size // max(config.train.accumulation, 1))
         if jax.process_index() > 0:
@@ -131,6 +132,10 @@ def _flags(argv: list[str]) -> flags.FlagValues:
 def _parse(argv: list[str]) -> flags.FlagValues:
     """The flags of the command line; ValueError if they cannot be understood."""
     argv = _last_of_tuples(argv)
+    argv = [
+        f'{word[:9]}{os.path.expanduser(word[9:])}' if word.startswith('--config=') else word
+        for word in argv
+    ]
     given = _flags(argv)
     _check_file(argv)
     try:

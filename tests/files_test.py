@@ -2,7 +2,7 @@
 
 import pytest
 
-from tarflow_jax import files
+from tarflow_jax import files, paths
 
 
 def test_replacing_keeps_the_file_before(tmp_path):
@@ -21,3 +21,28 @@ def test_write_text(tmp_path):
     files.write_text(tmp_path / 'new' / 'page.html', 'é')
     assert (tmp_path / 'new' / 'page.html').read_text(encoding='utf-8') == 'é'
     assert len(list((tmp_path / 'new').iterdir())) == 1
+
+
+def test_bucket(bucket):
+    path = paths.of(bucket) / 'new' / 'file'
+    files.write_text(path, 'before')
+    with pytest.raises(OSError), files.replacing(path) as file:
+        file.write(b'half')
+        raise OSError(28, 'No space left on device')
+    assert path.read_text() == 'before'
+    with files.replacing(path) as file:
+        file.write(bytes(6_000_000))  # in several parts
+    assert path.read_bytes() == bytes(6_000_000)
+
+
+def test_replacing_folder(bucket, tmp_path):
+    for path in (paths.of(bucket) / 'x', tmp_path / 'x'):
+        files.write_text(path / 'old', '')
+        with pytest.raises(OSError), files.replacing_folder(path) as folder:
+            (folder / 'half').write_text('')
+            raise OSError(28, 'No space left on device')
+        assert [entry.name for entry in path.iterdir()] == ['old']
+        with files.replacing_folder(path) as folder:
+            (folder / 'a').write_text('a')
+            (folder / 'b').write_text('b')
+        assert {entry.name: entry.read_text() for entry in path.iterdir()} == {'a': 'a', 'b': 'b'}
