@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tarflow_jax import files
+from tarflow_jax import files, paths
 from tarflow_jax.data import kinds
 from tarflow_jax.evaluation.scores import SCORES, Subject
 from tarflow_jax.evaluation.versions import versions
@@ -80,7 +80,7 @@ def write(workdir: Path, report: dict) -> None:
 def read(workdir) -> dict | None:
     """What evaluation.json holds; None if it is missing or is not what evaluation writes."""
     try:
-        found = json.loads((Path(workdir) / FILE).read_text())
+        found = json.loads((paths.of(workdir) / FILE).read_text())
         return found if {'checkpoint', 'scores', 'data'} <= found.keys() else None
     except (FileNotFoundError, ValueError, AttributeError):
         return None

@@ -6,14 +6,14 @@ FIRST on, as `bulk` draws a batch of them. Each array has a checksum, so that da
 
 import dataclasses
 import functools
+import io
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from tarflow_jax import files
+from tarflow_jax import files, paths
 from tarflow_jax.evaluation import sample_files
 from tarflow_jax.evaluation.over_set import images_of
 
@@ -89,7 +89,7 @@ def write(folder: Path, first: int, part: dict) -> Stretch:
 
 
 def _load(path: Path) -> dict:
-    with np.load(path) as part:
+    with np.load(io.BytesIO(path.read_bytes())) as part:
         return {name: part[name] for name in ('pixels', 'redraws', 'finite')}
 
 
@@ -139,4 +139,4 @@ def remove(folder: Path, stretches: list[Stretch], count: int) -> None:
         if stretch.part and stretch.last <= count:
             stretch.part.unlink()
     if not any((folder / 'parts').glob('*.npz')):
-        shutil.rmtree(folder / 'parts', ignore_errors=True)
+        paths.remove_tree(folder / 'parts')

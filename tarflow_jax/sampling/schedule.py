@@ -4,13 +4,12 @@ import dataclasses
 import json
 import math
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tarflow_jax import files
+from tarflow_jax import files, paths
 from tarflow_jax.flow import decoder
 from tarflow_jax.flow.attention import Array
 from tarflow_jax.flow.flow import Flow, architecture
@@ -99,7 +98,7 @@ class Schedule:
           FileNotFoundError: if there is none.
         """
         try:
-            fields = json.loads(Path(path).read_text())
+            fields = json.loads(paths.of(path).read_text())
             if fields.pop('format') != FORMAT:
                 raise ValueError('another format')
             blocks = tuple(BlockSchedule(**block) for block in fields.pop('blocks'))

@@ -7,11 +7,11 @@ renames it when complete, so that a run killed while writing leaves the checkpoi
 import contextlib
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
 
+from tarflow_jax import paths
 from tarflow_jax.flow.flow import Flow, architecture, field_defaults
 from tarflow_jax.training import lock
 from tarflow_jax.training.state import TrainState, variables_of
@@ -47,7 +47,7 @@ class Checkpoints:
     def __init__(
         self, workdir, model: Flow, config: dict | None = None, data: dict | None = None
     ):
-        self.folder = Path(workdir).absolute() / 'checkpoints'
+        self.folder = paths.absolute(workdir) / 'checkpoints'
         self._held = contextlib.ExitStack()
         self._writes = config is not None
         if self._writes:
@@ -118,13 +118,15 @@ class Checkpoints:
           CheckpointError: if there is no room for it, or the one before could not be written.
         """
         step = int(state.step)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise self._failure(
-                f'step {step} needs {needed / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free'
-            )
+        if not paths.in_bucket(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+            free = shutil.disk_usage(self.folder).free
+            if free < needed:
+                raise self._failure(
+                    f'step {step} needs {needed / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are '
+                    'free'
+                )
         state = jax.tree.map(_from_one_device, state)
         part = lambda names: ocp.args.StandardSave(  # noqa: E731
             {k: v for k, v in state._asdict().items() if k in names and v is not None}

@@ -5,12 +5,12 @@ import contextlib
 import functools
 import logging
 import time
-from pathlib import Path
 
 import jax
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from tarflow_jax import paths
 from tarflow_jax.config import Plan, Schedule
 from tarflow_jax.data import pipeline
 from tarflow_jax.training import pictures, sharding
@@ -59,7 +59,7 @@ def train(config, plan: Plan, schedule: Schedule, source, checkpoints: Checkpoin
       Diverged: after train.stop_after_skipped steps in a row that had to be skipped, or if the
         last step was.
     """
-    t, model, workdir = config.train, plan.model, Path(workdir)
+    t, model, workdir = config.train, plan.model, paths.of(workdir)
     init_key, step_key, sheet_key = jax.random.split(jax.random.key(config.seed), 3)
     state = _start(checkpoints, plan, schedule, init_key, mesh)
     start = int(state.step)
@@ -143,7 +143,7 @@ def _start(checkpoints: Checkpoints, plan: Plan, schedule: Schedule, key, mesh):
     return checkpoints.restore(abstract)
 
 
-def _write_sheets(writer, plan: Plan, state, key, mesh, config, workdir: Path) -> None:
+def _write_sheets(writer, plan: Plan, state, key, mesh, config, workdir) -> None:
     step = int(state.step)
     sheets, redraws = pictures.sheets(plan, state.variables(), key, SHEET_COUNT, mesh)
     if jax.process_index() == 0:
