@@ -46,7 +46,7 @@ class Images:
 
 
 def newest(workdir: str):
-    """The plan of a workdir, its averaged variables, and its training images."""
+    """The plan of a workdir, its averaged variables, and its images as {'train': ..., 'test': ...}."""
     about = next(Path(workdir).glob('checkpoints/*/about/metadata'))
     config = configs.default()
     config.update(json.loads(about.read_text())['config'])
@@ -54,7 +54,8 @@ def newest(workdir: str):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     with Checkpoints(workdir, plan.model) as checkpoints:
         variables = checkpoints.restore_variables(functools.partial(sharding.placed, mesh=mesh))
-    return plan, variables, configs.source(config, 'train', plan.model)
+    sets = {split: configs.source(config, split, plan.model) for split in ('train', 'test')}
+    return plan, variables, sets
 
 
 def untrained(width: int):
@@ -151,8 +152,8 @@ def main():
     if args.width:
         model, variables, source = untrained(args.width)
     else:
-        plan, variables, source = newest(args.workdir)
-        model = plan.model
+        plan, variables, sets = newest(args.workdir)
+        model, source = plan.model, sets['train']
     batches = [int(b) for b in args.batches.split(',')]
     for weight in map(float, args.guidances.split(',')):
         for batch_size in batches:

@@ -15,6 +15,11 @@ plain float32:
     denoised       largest and root mean square, of iteratively denoised samples in [-1, 1]
     bits_per_dim   largest of an image, and that of the mean over the images
     gradient       |g - g32| / |g32|, of the training loss to all parameters
+    z              largest, relative to the largest of float32
+    round_trip     largest and root mean square of image to z to image, within the precision
+
+`--streams` compares the two dtypes of the residual stream of a bfloat16 flow instead
+(`model.residual_dtype`).
 
 `--workdir=DIR` takes the newest checkpoint of a run and its training images; `--width=W` an
 untrained flow of (4, 4, 4, 24) layers and `--patches` patches with weights moved at random, whose
@@ -122,7 +127,11 @@ class Case:
             return training_loss(z, logdet, self.weight)[0]
 
         nats = tfj.log_prob(model, self.variables, self.images, self.condition)
+        z, _ = jax.jit(model.apply)(self.variables, self.images, self.condition)
+        back = tfj.sample(model, self.variables, z, self.condition)
         found = {
+            'z': z,
+            'round_trip': back - self.images,
             'bits_per_dim': tfj.bits_per_dim(nats, model.num_dims),
             'gradient': jax.flatten_util.ravel_pytree(jax.jit(jax.grad(loss))(self.variables))[0],
         }
@@ -139,16 +148,21 @@ def differences(found: dict, wanted: dict) -> dict:
     row = {
         'bits_per_dim': [abs(bits).max(), abs(bits.mean())],
         'gradient': np.linalg.norm(gradient - of) / np.linalg.norm(of),
+        'z': abs(found['z'] - wanted['z']).max() / abs(wanted['z']).max(),
+        'round_trip': _largest_and_rms(found['round_trip']),
     }
     if 'denoised' in found:
-        error = found['denoised'] - wanted['denoised']
-        row['denoised'] = [abs(error).max(), np.sqrt(np.square(error).mean())]
+        row['denoised'] = _largest_and_rms(found['denoised'] - wanted['denoised'])
     return jax.tree.map(lambda x: float(f'{x:.2g}'), row)
 
 
+def _largest_and_rms(error: np.ndarray) -> list[float]:
+    return [abs(error).max(), np.sqrt(np.square(error).mean())]
+
+
 def trained(workdir: str, images: int, samples: int) -> tuple[tfj.TarFlow, Case]:
-    plan, variables, source = automatic.newest(workdir)
-    chosen = [source[i] for i in range(images)]
+    plan, variables, sets = automatic.newest(workdir)
+    chosen = [sets['train'][i] for i in range(images)]
     pixels, labels = (np.stack([one[name] for one in chosen]) for name in ('image', 'label'))
     levels = plan.denoising.levels if plan.model.noise_conditioned else (0.0,)
     return plan.model, Case(
@@ -178,6 +192,7 @@ def main():
     parser.add_argument('--patches', type=int, default=64, help='of an untrained flow')
     parser.add_argument('--images', type=int, default=64, help='of likelihoods and gradients')
     parser.add_argument('--samples', type=int, default=16, help='that are denoised')
+    parser.add_argument('--streams', action='store_true', help='compare residual streams')
     args = parser.parse_args()
     if args.width:
         model, case = untrained(args.width, args.patches, args.images, args.samples)
@@ -190,7 +205,13 @@ def main():
         row = {'T': model.num_patches, 'width': model.width, 'precision': name}
         print(json.dumps(row | differences(found, wanted)), flush=True)
 
-    show('bfloat16', case.measure(model.clone(dtype=jnp.bfloat16)))
+    bfloat16 = model.clone(dtype=jnp.bfloat16)
+    if args.streams:
+        show('float32', wanted)
+        show('bfloat16', case.measure(bfloat16.clone(residual_dtype=jnp.bfloat16)))
+        show('bfloat16, float32 stream', case.measure(bfloat16.clone(residual_dtype=jnp.float32)))
+        return
+    show('bfloat16', case.measure(bfloat16))
     with as_on_a_tpu():
         for precision in reversed(PRECISIONS):
             show(precision, case.measure(model.clone(precision=precision)))

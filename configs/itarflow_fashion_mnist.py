@@ -14,7 +14,7 @@ def get_config():
     c.model.update(patch_size=7, width=64, layers_per_block=(2, 2, 2, 2), unroll=2)
     c.model.noise_conditioned = True
     c.data.expects = ('embedded',)
-    c.train.update(batch_size=64, epochs=45.0, warmup_epochs=2.0, peak_learning_rate=4e-3)
+    c.train.update(batch_size=64, epochs=41.5, warmup_epochs=2.0, peak_learning_rate=4e-3)
     c.train.update(noise='levels', noise_std=0.1, lowest_noise_std=0.01, ema_decay=0.999)
     c.train.update(log_every=100, sample_every=2000, checkpoint_every=1000)
     c.guidance.update(weight=2.0, rule='starflow')

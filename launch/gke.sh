@@ -56,11 +56,21 @@ hosts=$((chips / chips_per_node))
 
 # A JSON string, which is a YAML one too.
 json() {
-  local s=${1//\\/\\\\}
+  local s=${1//\\/\\\\} code character escape
   s=${s//'"'/'\"'}
   s=${s//$'\n'/\\n}
   s=${s//$'\t'/\\t}
   s=${s//$'\r'/\\r}
+  # Other control characters, which YAML does not allow: those of ASCII and the C1 of Unicode.
+  for code in {0..1}{{0..9},{a..f}} 7f {8..9}{{0..9},{a..f}}; do
+    case $code in
+      00 | 09 | 0a | 0d) continue ;;
+      [89]*) printf -v character %b "\\xc2\\x$code" ;;
+      *) printf -v character %b "\\x$code" ;;
+    esac
+    escape="\\u00$code"
+    s=${s//"$character"/"$escape"}
+  done
   printf '"%s"' "$s"
 }
 

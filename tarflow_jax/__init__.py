@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from tarflow_jax.flow.guidance import Guidance
     from tarflow_jax.flow.likelihood import bits_per_dim, latent_log_prob, log_prob
     from tarflow_jax.sampling.calibration import calibrate
+    from tarflow_jax.sampling.generate import sample_images
     from tarflow_jax.sampling.sample import SampleInfo, sample, sample_trajectory
     from tarflow_jax.sampling.schedule import Schedule
 
@@ -32,6 +33,7 @@ _HOMES = {
     'load_official': 'convert',
     'log_prob': 'flow.likelihood',
     'sample': 'sampling.sample',
+    'sample_images': 'sampling.generate',
     'sample_trajectory': 'sampling.sample',
     'save_official': 'convert',
 }
@@ -50,6 +52,7 @@ __all__ = [
     'load_official',
     'log_prob',
     'sample',
+    'sample_images',
     'sample_trajectory',
     'save_official',
 ]

@@ -301,6 +301,9 @@ INTERRUPTED = {
     'convert': 'a checkpoint is there whole or not at all; the same command starts again',
     'compile': 'what was compiled is printed above; the same command starts again',
 }
+# What runs have in their workdir.
+_FILES = ('metrics.jsonl', 'evaluation.json', 'report.html', 'outliers.png')
+_FOLDERS = ('checkpoints', 'samples', 'schedules', 'statistics', 'tensorboard')
 _FLAGS = ('workdir', 'input', 'output', 'topology', 'batch_per_chip', 'json', 'out')
 
 
@@ -351,7 +354,13 @@ def _setup(config, given, *flags: str):
 def _workdir(workdir) -> Path:
     if not workdir:
         raise ValueError('--workdir is missing; give the folder of the run.')
-    return paths.writable_folder(workdir, f'--workdir={workdir}')
+    path = paths.writable_folder(workdir, f'--workdir={workdir}')
+    for name in _FILES + _FOLDERS:
+        there = path / name
+        if there.exists() and there.is_dir() != (name in _FOLDERS):
+            found, wanted = ('folder', 'file') if name in _FILES else ('file', 'folder')
+            raise ValueError(f'{there} is a {found}, where a run has a {wanted}; move it away.')
+    return path
 
 
 def _plan(config):
@@ -365,8 +374,9 @@ def _plan(config):
 def _check_average(checkpoints: Checkpoints, config) -> None:
     if checkpoints.latest() is None:
         return
-    there, here = checkpoints.about()['config']['train']['ema_decay'], config.train.ema_decay
-    if (there > 0) != (here > 0):
+    there, here = checkpoints.about()['config'].get('train'), config.train.ema_decay
+    there = there.get('ema_decay') if isinstance(there, dict) else None
+    if isinstance(there, float | int) and (there > 0) != (here > 0):
         raise ValueError(
             f'{checkpoints.folder} holds a checkpoint with train.ema_decay {there}, this config '
             f'has {here}; an average can be neither begun nor dropped on the way.'

@@ -7,6 +7,7 @@ corresponds to what: loading reads them from left to right, saving from right to
 """
 
 import collections
+import hashlib
 import json
 import math
 import os
@@ -20,7 +21,7 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from tarflow_jax import files, paths, torch_file
+from tarflow_jax import files, json_files, paths, torch_file
 from tarflow_jax.flow.flow import Flow, TarFlow, Variables, field_defaults
 
 # Official name, our path, and the axes of both, named as in `_sizes`; those in parentheses are
@@ -60,6 +61,7 @@ _PRIOR = ('var', 'prior/variance', 'T (C row col)', 'T (row col C)')
 # No shape depends on head_dim: the official model always uses 64, files written here record it.
 _OFFICIAL_HEAD_DIM = '64'
 _CLASS_NAMES = 'class_names'
+_DIGEST = 'sha256'
 _MAX_NAMED = 10
 
 
@@ -140,14 +142,11 @@ def class_names(path: str | os.PathLike[str]) -> list[str] | None:
     if text is None:
         return None
     try:
-        names = json.loads(text)
-    except ValueError:
-        names = None
-    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        return json_files.parse(text, [str])
+    except json_files.Damaged:
         raise ValueError(
             f'{path}: {_CLASS_NAMES} is {text[:60]!r}, no list of names; save it again.'
-        )
-    return names
+        ) from None
 
 
 def save_official(
@@ -199,6 +198,7 @@ def save_official(
     metadata = {'head_dim': str(model.head_dim)}
     if class_names is not None:
         metadata[_CLASS_NAMES] = json.dumps(list(class_names))
+    metadata[_DIGEST] = _digest(tensors, metadata)
     data = safetensors.numpy.save(tensors, metadata=metadata)
     with files.replacing(path) as file:  # safetensors' own files only their owner may read
         file.write(data)
@@ -307,7 +307,22 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], str]:
         raise ValueError(
             f'{path} is damaged or no safetensors file ({error}); copy the file again.'
         ) from None
+    digest = metadata.pop(_DIGEST, None)
+    if digest not in (None, _digest(tensors, metadata)):
+        raise ValueError(
+            f'{path} is damaged: its numbers have another checksum than when they were saved; copy '
+            'the file again.'
+        )
     return tensors, metadata.get('head_dim', _OFFICIAL_HEAD_DIM)
+
+
+def _digest(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+    """A checksum of all that a file holds, which the format has not."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(f'{name} {tensors[name].shape}'.encode())
+        digest.update(np.ascontiguousarray(tensors[name]).data)
+    return digest.hexdigest()
 
 
 def _problems(

@@ -23,10 +23,10 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from tarflow_jax import commands, config_paths
+from tarflow_jax import commands, config_paths, lock
 from tarflow_jax import config as configs
 from tarflow_jax.training import compiled, processes, sharding
-from tarflow_jax.training.checkpoint import CheckpointError
+from tarflow_jax.training.checkpoint import CheckpointError, Unreadable
 from tarflow_jax.training.loop import Diverged, Stopped
 
 log = logging.getLogger('tarflow_jax')
@@ -69,10 +69,11 @@ def main(argv: list[str]) -> int:
     except CheckpointError as error:
         log.error('error: %s', error)
         # What failed in Orbax's threads would bury the sentence under their tracebacks at exit.
-        os._exit(1)
+        os._exit(2 if isinstance(error, Unreadable) else 1)
     except (Diverged, OSError) as error:  # such as no room for metrics or pictures
         log.error('error: %s', error)
-        return _leave(processes.DIVERGED if isinstance(error, Diverged) else 1)
+        codes = {Diverged: processes.DIVERGED, lock.Taken: 2}
+        return _leave(codes.get(type(error), 1))
     except Exception:
         if jax.process_count() == 1:
             raise

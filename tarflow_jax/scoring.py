@@ -10,12 +10,16 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tarflow_jax import files, paths
+from tarflow_jax import files, json_files, paths
 from tarflow_jax.data import kinds
 from tarflow_jax.evaluation.scores import SCORES, Subject
 from tarflow_jax.evaluation.versions import versions
 
 FILE = 'evaluation.json'
+_SHAPE = {
+    'checkpoint': {'name': str, 'step?': (int, None)}, 'scores': {str: dict},
+    'data': {'images': int, 'kind?': (str, None), 'caution?': str},
+}
 
 log = logging.getLogger(__name__)
 
@@ -66,23 +70,33 @@ def about(subject: Subject) -> dict:
 def write(workdir: Path, report: dict) -> None:
     """Writes evaluation.json; one that is there of other numbers keeps its own name."""
     path = workdir / FILE
-    text = json.dumps(report, indent=2, default=_plain) + '\n'
-    if path.exists() and (before := path.read_text()) != text:
+    report = json_files.sealed(json.loads(json.dumps(report, default=_plain)))
+    text = (json.dumps(report, indent=2) + '\n').encode()
+    if path.exists() and (before := path.read_bytes()) != text:
         # A copy: if anything fails here, evaluation.json is still there. One is enough, however
         # often it fails.
         names = (workdir / f'evaluation.{k}.json' for k in itertools.count())
-        free = (name for name in names if not name.exists() or name.read_text() == before)
-        files.write_text(next(free), before)
-    files.write_text(path, text)
+        free = (
+            name for name in names
+            if not name.exists() or name.is_file() and name.read_bytes() == before
+        )
+        files.write_bytes(next(free), before)
+    files.write_bytes(path, text)
     log.info('scores are in %s', path)
 
 
 def read(workdir) -> dict | None:
     """What evaluation.json holds; None if it is missing or is not what evaluation writes."""
+    path = paths.of(workdir) / FILE
     try:
-        found = json.loads((paths.of(workdir) / FILE).read_text())
-        return found if {'checkpoint', 'scores', 'data'} <= found.keys() else None
-    except (FileNotFoundError, ValueError, AttributeError):
+        found = json_files.read(path, _SHAPE)
+        table(found)
+        return found
+    except FileNotFoundError:
+        return None
+    # Whatever the rows of a score meet in a file that was not sealed.
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        log.warning('%s is damaged and ignored: %s', path, error)
         return None
 
 

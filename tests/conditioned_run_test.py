@@ -99,6 +99,7 @@ def variables_in(workdir):
         return checkpoints.restore_variables(functools.partial(sharding.placed, mesh=mesh))
 
 
+@pytest.mark.slow
 def test_samples_have_the_features_of_the_test_set_in_turn(workdir, command, prepared):
     assert call(*command(workdir), '--mode=sample') == 0
     [folder] = (path for path in (workdir / 'samples').iterdir() if path.is_dir())
@@ -123,6 +124,7 @@ def test_samples_have_the_features_of_the_test_set_in_turn(workdir, command, pre
     assert np.abs(found - pictures.to_pixels(images)).max() <= 1
 
 
+@pytest.mark.slow
 def test_scores(workdir, command):
     fields = dict(evaluate__metrics='("bits_per_dim","classification","levels","round_trip")')
     assert call(*command(workdir, **fields), '--mode=evaluate') == 0
@@ -141,6 +143,7 @@ def test_scores(workdir, command):
     assert 'guided_not_finite' in scores['round_trip']['float32']
 
 
+@pytest.mark.slow
 def test_report(workdir, command):
     assert call(*command(workdir), '--mode=report') == 0
     page = (workdir / 'report.html').read_text()

@@ -1,5 +1,10 @@
 """Files that are there whole or not at all."""
 
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 
 from tarflow_jax import files, paths
@@ -21,6 +26,19 @@ def test_write_text(tmp_path):
     files.write_text(tmp_path / 'new' / 'page.html', 'é')
     assert (tmp_path / 'new' / 'page.html').read_text(encoding='utf-8') == 'é'
     assert len(list((tmp_path / 'new').iterdir())) == 1
+
+
+def test_what_killed_writers_left_is_removed(tmp_path):
+    gone = subprocess.Popen([sys.executable, '-c', ''])
+    gone.wait()
+    here = socket.gethostname()
+    stale = [f'a.json.{here}.{gone.pid}.tmp', f'b.{here}.{os.getpid()}.tmp', 'c.elsewhere.1.tmp']
+    kept = [f'a.json.{here}.{os.getppid()}.tmp', 'd.elsewhere.1.tmp', 'e.tmp']
+    for name in stale + kept:
+        (tmp_path / name).write_text('')
+    os.utime(tmp_path / stale[2], (0, 0))
+    files.write_text(tmp_path / 'new', '')
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(['new', *kept])
 
 
 def test_bucket(bucket):

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -22,8 +23,8 @@ from command_line import (
 )
 from parity_cases import FOLDER, Case
 
-from tarflow_jax import commands, config_paths, main
-from tarflow_jax.training import lock
+from tarflow_jax import commands, config_paths, lock, main
+from tarflow_jax.training import checkpoint
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.metrics import MetricWriter
 from tarflow_jax.training.optimizer import adamw
@@ -261,18 +262,32 @@ def test_average_cannot_be_dropped_on_the_way(refused, trained, images):
     refused(flags(trained, images, train__ema_decay=0.0), 'train.ema_decay 0.9', 'config has 0.0')
 
 
-def test_damaged_checkpoint_is_named(trained, images, tmp_path, capfd):
+def test_damaged_checkpoints(trained, images, tmp_path, capfd, monkeypatch):
     workdir = shutil.copytree(trained, tmp_path / 'run')
-    shutil.rmtree(workdir / 'checkpoints' / '12' / 'weights')
-    (workdir / 'checkpoints' / '12' / 'weights').mkdir()
-    for mode in ('sample', 'evaluate'):
-        assert call(*flags(workdir, images), f'--mode={mode}') == 2
-        last = capfd.readouterr().err.splitlines()[-1]  # Orbax has its say before
-        assert f'{workdir}/checkpoints/12 cannot be read' in last
-        assert 'to go on from the one before it.' in last
-    shutil.rmtree(workdir / 'checkpoints' / '12')
+
+    def empty(step):
+        shutil.rmtree(workdir / 'checkpoints' / step / 'weights')
+        (workdir / 'checkpoints' / step / 'weights').mkdir()
+
+    monkeypatch.setattr(checkpoint, 'AGAIN_AFTER', 0)
+    empty('12')
     assert call(*flags(workdir, images), '--mode=sample') == 0
-    assert 'samples of step 9 of' in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert f'{workdir}/checkpoints/12 is damaged or cannot be read (' in said
+    assert '; going on from the one at step 9' in said and 'samples of step 9 of' in said
+    empty('9')
+    monkeypatch.setattr(main.os, '_exit', sys.exit)
+    for mode in ('sample', 'train'):  # of 2, supervise.sh makes no second try
+        code = 0
+        try:
+            code = call(*flags(workdir, images), f'--mode={mode}')
+        except SystemExit as ended:
+            code = ended.code
+        assert code == 2
+        last = capfd.readouterr().err.splitlines()[-1]  # Orbax has its say before
+        assert f'{workdir}/checkpoints/9 is damaged or cannot be read (' in last
+        assert last.endswith(f'or delete {workdir}/checkpoints to begin anew.')
+    assert sorted(path.name for path in (workdir / 'checkpoints').iterdir()) == ['12', '9']
 
 
 @pytest.mark.parametrize('mode', ['sample', 'evaluate'])

@@ -18,18 +18,19 @@ HEAVY = ('tensorflow', 'torch', 'grain', 'tensorflow_datasets', 'orbax', 'tensor
 # Packages beside the standard library and numpy; rooms of this package.
 ROOMS = {
     'flow': ({'jax', 'flax'}, set()),
-    'sampling': ({'jax'}, {'flow', 'files'}),
+    'sampling': ({'jax'}, {'flow', 'files', 'json_files'}),
     'data': (
         {'absl', 'array_record', 'etils', 'grain', 'PIL', 'pyarrow', 'tensorflow_datasets', 'tqdm'},
-        {'__version__', 'files'},
+        {'__version__', 'files', 'json_files', 'lock'},
     ),
     'training': (
         {'jax', 'optax', 'orbax', 'tensorboardX', 'PIL', 'tqdm'},
-        {'flow', 'sampling', 'data', 'config', 'files'},
+        {'flow', 'sampling', 'data', 'config', 'files', 'json_files', 'lock'},
     ),
     'evaluation': (
         {'jax', 'flax', 'PIL', 'plotly', 'tqdm'},
-        {'flow', 'sampling', 'data', 'training', 'config', 'files', 'torch_file', 'torch_writer'},
+        {'flow', 'sampling', 'data', 'training', 'config', 'files', 'json_files', 'lock',
+         'torch_file', 'torch_writer'},
     ),
     'ahead_of_time': (
         {'jax', 'libtpu', 'optax'},
@@ -80,8 +81,8 @@ def test_conversion_needs_no_training():
         for name in imports(PACKAGE / module):
             if name.startswith('tarflow_jax.'):
                 assert name.startswith((
-                    'tarflow_jax.flow.flow.', 'tarflow_jax.files', 'tarflow_jax.torch_file',
-                    'tarflow_jax.torch_pickle.',
+                    'tarflow_jax.flow.flow.', 'tarflow_jax.files', 'tarflow_jax.json_files',
+                    'tarflow_jax.torch_file', 'tarflow_jax.torch_pickle.',
                 ))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from command_line import call, ended, files, flags, start_processes, write_images
 
-from tarflow_jax import scoring
+from tarflow_jax import json_files, scoring
 from tarflow_jax.evaluation import statistics_files
 from tarflow_jax.evaluation.frechet import Statistics
 from tarflow_jax.evaluation.scores import SCORES
@@ -68,15 +68,15 @@ def test_what_it_takes_to_repeat_an_evaluation(workdir, images, capsys):
 
 def test_full_disk_leaves_the_scores_there(tmp_path, monkeypatch):
     scoring.write(tmp_path, {'seed': 1})
-    before, write_text = (tmp_path / 'evaluation.json').read_text(), scoring.files.write_text
+    before, write_bytes = (tmp_path / 'evaluation.json').read_text(), scoring.files.write_bytes
 
-    def full(path, text):
+    def full(path, content):
         if path.name == 'evaluation.json':
             raise OSError(28, 'No space left on device')
-        write_text(path, text)
+        write_bytes(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scoring.files, 'write_text', full)
+        patch.setattr(scoring.files, 'write_bytes', full)
         for _ in range(2):
             with pytest.raises(OSError):
                 scoring.write(tmp_path, {'seed': 2})
@@ -84,7 +84,12 @@ def test_full_disk_leaves_the_scores_there(tmp_path, monkeypatch):
     assert {path.read_text() for path in tmp_path.iterdir()} == {before}
     scoring.write(tmp_path, {'seed': 2})
     assert (tmp_path / 'evaluation.0.json').read_text() == before
-    assert report_in(tmp_path) == {'seed': 2}
+    assert report_in(tmp_path) == json_files.sealed({'seed': 2})
+    # What is there need not be text.
+    (tmp_path / 'evaluation.json').write_bytes(b'\xff\xfe')
+    (tmp_path / 'evaluation.1.json').mkdir()
+    scoring.write(tmp_path, {'seed': 3})
+    assert (tmp_path / 'evaluation.2.json').read_bytes() == b'\xff\xfe'
 
 
 def test_an_older_report_keeps_its_numbers(workdir, images):
@@ -104,7 +109,7 @@ def test_an_older_report_keeps_its_numbers(workdir, images):
 
 def test_a_report_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
     assert scoring.read(tmp_path) is None
-    report = {'checkpoint': {}, 'data': {}, 'scores': {}}
+    report = {'checkpoint': {'name': 'step 3'}, 'data': {'images': 3}, 'scores': {}}
     scoring.write(tmp_path, report)
     sync, calls = os.fsync, []
 
@@ -118,9 +123,21 @@ def test_a_report_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeyp
     with pytest.raises(OSError, match='No space left'):
         scoring.write(tmp_path, report | {'seed': 1})
     assert scoring.read(tmp_path) == report
-    for damaged in ('{"checkpoint": ', '[]', '{}'):
+    text = (tmp_path / 'evaluation.json').read_text()
+    open_ = json.dumps(report)  # by an earlier version
+    for damaged in (
+        '', '{"checkpoint": ', '[]', '{}', '[' * 10**5, text.replace('step 3', 'step 2'),
+        open_.replace('3}', '"3"}'), open_.replace('3}', f'{"9" * 5000}}}'),
+        open_.replace('{}', '{"bits_per_dim": {}}'), open_.replace('{}', '{"nosuch": {}}'),
+        open_.replace('{}', '{"bits_per_dim": {"draws": [], "bits_per_dim": null}}'),
+    ):
+        assert damaged not in (text, open_)
         (tmp_path / 'evaluation.json').write_text(damaged)
         assert scoring.read(tmp_path) is None
+    (tmp_path / 'evaluation.json').write_text(open_)
+    assert scoring.read(tmp_path) == report
+    (tmp_path / 'evaluation.json').write_bytes(open_.encode() + b'\xff')
+    assert scoring.read(tmp_path) is None
 
 
 def test_classification_and_outliers(workdir, images, tmp_path, capsys):

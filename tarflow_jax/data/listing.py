@@ -76,6 +76,9 @@ def read(file: File) -> bytes:
     try:
         with open(file.path, 'rb') as opened:
             if file.packed is not None:
+                name = '/'.join(_parts(zip_files.name_at(opened, file.offset)))
+                if not f'/{file.name}'.endswith(f'/{name}'):
+                    raise ValueError(f'is damaged: its name is {printable(name)} in the zip')
                 return zip_files.read(opened, file.offset, file.size, file.packed)
             opened.seek(file.offset)
             data = opened.read(file.size)
@@ -142,8 +145,16 @@ def _list_archive(path: str, prefix: str, listing: Listing) -> None:
         is_zip = magic.startswith(_ZIP) or path.endswith('.zip')
         try:
             if is_zip:
+                alone: dict[str, zip_files.Member | None] = {}
                 for entry in zip_files.members(file):
                     _add_zipped(entry, path, prefix, listing)
+                    folder = entry.name.rpartition('/')[0]
+                    alone[folder] = None if folder in alone else entry
+                # A damaged name would make a class of one image; of images `read` sees it.
+                for entry in filter(None, alone.values()):
+                    name = zip_files.name_at(file, entry.offset)
+                    if name != entry.name:
+                        raise ValueError(f'its directory says {entry.name!r} for {name!r}')
             else:
                 for member in tar_files.members(file, 0, os.fstat(file.fileno()).st_size):
                     _add_member(file, member, path, prefix, listing)
@@ -189,7 +200,7 @@ def _add_member(file, member: tarfile.TarInfo, path: str, prefix: str, listing: 
 
 def _place(name: str, listing: Listing) -> str | None:
     """The name without empty and . parts; None, and a note where it is due, if it is left out."""
-    parts = [part for part in name.split('/') if part not in ('', '.')]
+    parts = _parts(name)
     plain = '/'.join(parts)
     if not _IGNORED.isdisjoint(plain.lower().split('/')):
         first = next(k for k, part in enumerate(parts, 1) if part.lower() in _IGNORED)
@@ -201,3 +212,7 @@ def _place(name: str, listing: Listing) -> str | None:
         listing.problems[printable(plain)] = 'has a name that is not UTF-8 and was left out'
         return None
     return plain or None
+
+
+def _parts(name: str) -> list[str]:
+    return [part for part in name.split('/') if part not in ('', '.')]

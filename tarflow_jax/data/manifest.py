@@ -15,12 +15,22 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from tarflow_jax import files, paths
+from tarflow_jax import files, json_files, paths
 from tarflow_jax.data import kinds, sizes
 
 FILE = 'manifest.json'
 FORMAT = 1
 PROGRESS = 'progress'
+SHARD = {'name': str, 'records': int, 'bytes': int, 'sha256': str}
+_LISTED = {'count': int, 'list': list}
+_SHAPE = {
+    'dataset': str, 'tfds_name': str, 'preprocessing': str, 'classes': (None, [str]),
+    'image': {'size': (int, [int]), 'channels': int, 'crop?': str}, 'features?': [str],
+    'kind?': (None, str),
+    'splits': {str: {
+        'images': int, 'plan?': str, 'shards': [SHARD], 'skipped': _LISTED, 'notes': _LISTED,
+    }},
+}
 _VERIFY_THREADS = 8
 _CHUNK_BYTES = 2**20
 
@@ -45,22 +55,40 @@ def read(folder: epath.Path) -> dict[str, Any] | None:
         ValueError: it is damaged, or another version of this package wrote it.
     """
     path = folder / FILE
-    if not path.exists():
-        return None
     try:
-        manifest = json.loads(path.read_text())
-        known = manifest['format'] == FORMAT
-    except (ValueError, KeyError, TypeError) as error:
+        manifest = json_files.read(path, {'format': int})
+        if manifest['format'] == FORMAT:
+            _check(manifest)
+    except FileNotFoundError:
+        return None
+    except json_files.Damaged as error:
         raise ValueError(
             f'{path} is damaged ({error}); delete {folder} and prepare the set again.'
         ) from error
-    if not known:
+    if manifest['format'] != FORMAT:
         raise ValueError(
             f'{path} has the format {manifest["format"]}, and this version reads {FORMAT}; prepare '
             'the set again with this version, in another folder.'
         )
     manifest.setdefault('kind', kinds.of_set(manifest))
     return manifest
+
+
+def _check(manifest: dict[str, Any]) -> None:
+    json_files.check(manifest, _SHAPE)
+    size, classes = manifest['image']['size'], manifest['classes']
+    sides = size if isinstance(size, list) else [size, size]
+    if len(sides) != 2 or min(*sides, manifest['image']['channels']) < 1:
+        raise json_files.Damaged(f'its images are {manifest["image"]}'[:100])
+    if classes is not None and not classes:
+        raise json_files.Damaged('it names no classes')
+    for key, split in manifest['splits'].items():
+        counts = [split['images'], *(shard['records'] for shard in split['shards'])]
+        if min(counts) < 0 or counts[0] != sum(counts[1:]) or not counts[0]:
+            raise json_files.Damaged(f'its split {key[:40]!r} does not hold as many as its shards')
+        for name in (shard['name'] for shard in split['shards']):
+            if not name or '/' in name or name.startswith('.'):
+                raise json_files.Damaged(f'it names a shard {name[:40]!r}')
 
 
 def write(folder: epath.Path, manifest: dict[str, Any]) -> None:

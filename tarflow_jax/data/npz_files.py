@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from tarflow_jax.data import zip_files
+from tarflow_jax.data import arrays, zip_files
 
 _MAX_LABELS = 10**7
 _MAX_SIDE = 1024
@@ -92,15 +92,9 @@ class NpzBatch:
 
 
 def _header(stream: zip_files.Stream) -> tuple[tuple[int, ...], np.dtype]:
-    """The shape and the type of the array in a .npy; leaves the stream at its first number."""
-    version = np.lib.format.read_magic(stream)
-    if version[0] not in (1, 2):
-        raise ValueError(f'it holds an array of the version {version[0]}')
-    one = version[0] == 1
-    read = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(stream)
-    if fortran and len(shape) > 1 or any(type(n) is not int or n < 0 for n in shape):
-        raise ValueError(f'it holds an array of the shape {shape}, or in the order of Fortran')
+    shape, order, dtype = arrays.header(stream)
+    if order == 'F' and len(shape) > 1:
+        raise ValueError('it holds an array in the order of Fortran')
     return shape, dtype
 
 

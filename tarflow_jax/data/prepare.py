@@ -47,6 +47,7 @@ after an interruption and mends a DIR that was damaged; with another split, it a
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -61,7 +62,7 @@ import tqdm
 from etils import epath
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from tarflow_jax import __version__, paths
+from tarflow_jax import __version__, json_files, lock, paths
 from tarflow_jax.data import feature_files, kinds, originals, shards, sizes
 from tarflow_jax.data import manifest as manifests
 from tarflow_jax.data.cores import available_cores
@@ -99,7 +100,7 @@ def main(argv: list[str]) -> int:
                 test_fraction=given.test_fraction, labels=given.labels, name=given.name,
                 features=given.features, strict=given.strict, workers=given.workers,
             )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, lock.Taken) as error:
         log.error('error: %s', str(error).replace('\n', r'\n'))  # which names of files may hold
         return 2
     except (OSError, BrokenProcessPool) as error:
@@ -146,10 +147,14 @@ def prepare(source: str, out: str, *, size: int | tuple[int, int] | None = None,
     Raises:
         FileNotFoundError, ValueError: the source, the features or the folder cannot be used, see
             `originals.recognise` and `feature_files.attach`; or, with `strict`, one of the images.
+        Taken: another process prepares a set in the folder.
         OSError: something cannot be read or written.
     """
     folder = manifests.folder_path(out)
     _check_place(folder, source)
+    local = manifests.is_local(folder)
+    if local:
+        lock.check(folder)
     before = manifests.read(folder)
     wanted = Wanted(
         None if size is None else sizes.pair(size), split, crop, labels, test_fraction,
@@ -166,7 +171,19 @@ def prepare(source: str, out: str, *, size: int | tuple[int, int] | None = None,
     per_shard = images_per_shard(found.size, found.channels)
     plans = {key: _plan(settings, part.identity, per_shard) for key, part in found.splits.items()}
     _check_notes(found.splits, strict)
+    with lock.held(folder) if local else contextlib.nullcontext():
+        if manifests.read(folder) != before:
+            raise OSError(f'{folder} was prepared by another process meanwhile')
+        _write(folder, settings, found, plans, before, strict, workers)
+
+
+def _write(
+    folder: epath.Path, settings: dict, found: originals.Originals, plans: dict[str, str],
+    before: dict | None, strict: bool, workers: int,
+) -> None:
+    """Writes what is missing in the folder, which no other process writes to."""
     _begin(folder, plans, before)
+    per_shard = images_per_shard(found.size, found.channels)
     done = dict(before['splits']) if before else {}
     total = sum(part.count for part in found.splits.values())
     bar = tqdm.tqdm(total=total, unit='image', disable=None)
@@ -196,6 +213,8 @@ def prepare(source: str, out: str, *, size: int | tuple[int, int] | None = None,
         ),
     )
     (folder / manifests.PROGRESS).rmtree()
+    for left in folder.glob('*.part'):  # of a process that was killed
+        left.unlink()
 
 
 def _settings(found: originals.Originals) -> dict[str, Any]:
@@ -283,21 +302,28 @@ def _begin(folder: epath.Path, plans: dict[str, str], before: dict | None) -> No
         ValueError: something else was begun, or is done.
     """
     for key, entry in (before['splits'] if before else {}).items():
-        if plans.get(key, entry['plan']) != entry['plan']:
+        if plans.get(key, entry.get('plan')) != entry.get('plan'):
             raise ValueError(
                 f'{folder} already holds the split {key!r}, of other images or with other '
                 'options; give another --out.'
             )
     path = folder / manifests.PROGRESS / PLAN
     if path.exists():
-        if json.loads(path.read_text()) != plans:
+        try:
+            begun = json_files.read(path)
+        except json_files.Damaged as error:
+            place = path.parent if before else folder
+            raise ValueError(
+                f'{path} is damaged ({error}); delete {place} and start the same command again.'
+            ) from error
+        if begun != plans:
             raise ValueError(
                 f'{folder} holds a preparation that was begun with other images or options; give '
                 f'the same command again, or another --out, or delete {path.parent}.'
             )
         return
     if before is None and folder.exists():
-        if any(entry.name != manifests.PROGRESS for entry in folder.iterdir()):
+        if any(entry.name not in (manifests.PROGRESS, lock.FILE) for entry in folder.iterdir()):
             raise ValueError(f'{folder} holds other files; give an empty or new folder as --out.')
     path.parent.mkdir(parents=True, exist_ok=True)
     manifests.replace(path, json.dumps(plans))

@@ -26,7 +26,7 @@ import numpy as np
 from array_record.python import array_record_module
 from etils import epath
 
-from tarflow_jax import paths
+from tarflow_jax import json_files, paths
 from tarflow_jax.data import manifest as manifests
 from tarflow_jax.data.image_files import Encoded
 from tarflow_jax.data.splits import Split, Task
@@ -36,6 +36,7 @@ log = logging.getLogger('tarflow_jax')
 # One record per group, so that one image can be read alone; PNG is compressed already.
 WRITER_OPTIONS = 'group_size:1,uncompressed'
 TASKS_AHEAD_PER_WORKER = 4
+_TOLD = manifests.SHARD | {'skipped': [[str]], 'notes': [[str]]}
 
 
 def bounds(count: int, per_shard: int) -> list[tuple[int, int]]:
@@ -54,8 +55,17 @@ def finished(folder: epath.Path, names: list[str]) -> dict[str, dict]:
     told = {}
     for name in names:
         path = folder / manifests.PROGRESS / f'{name}.json'
-        if path.exists():
-            told[name] = json.loads(path.read_text())
+        try:
+            told[name] = json_files.read(path, _TOLD)
+            if told[name]['name'] != name:
+                raise json_files.Damaged(f'it is of {told[name]["name"][:80]}')
+        except FileNotFoundError:
+            continue
+        except json_files.Damaged as error:
+            log.warning('%s is damaged (%s); the shard is written anew', path, error)
+            told.pop(name, None)
+            if path.is_dir():
+                path.rmtree()
     damaged = manifests.damage(folder, list(told.values()), contents=True)
     return {name: shard for name, shard in told.items() if name not in damaged}
 

@@ -11,6 +11,7 @@ from typing import BinaryIO
 _BLOCK = 512
 _MAX_HEADER_BYTES = 2**20  # of a long name or the attributes of one member
 _MAX_END_BYTES = 2**26
+_CHUNK_BYTES = 2**20
 
 
 def members(file: BinaryIO, start: int, stop: int) -> Iterator[tarfile.TarInfo]:
@@ -52,6 +53,8 @@ def gzipped(path: Path, limit: int, wanted: Callable[[str], bool]) -> Iterator[t
                     if not 0 <= member.size <= limit:
                         raise ValueError(f'its {member.name[:200]!r} has {member.size} bytes')
                     yield member.name, tar.extractfile(member).read()
+            while limited.read(_CHUNK_BYTES):  # to the checksum at the end
+                pass
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error, RecursionError) as error:
         raise ValueError(str(error) or type(error).__name__) from error
 

@@ -92,6 +92,20 @@ def read(file: BinaryIO, member_offset: int, size: int, packed: Packed) -> bytes
     return data
 
 
+def name_at(file: BinaryIO, offset: int) -> str:
+    """The name before a member, which no checksum covers, nor that in the directory.
+
+    Raises:
+        ValueError: there is no member at that place.
+    """
+    file.seek(offset)
+    head = file.read(_LOCAL.size)
+    if len(head) < _LOCAL.size or head[:4] != b'PK\x03\x04':
+        raise ValueError('is damaged: the zip holds no file where its directory says')
+    flags, name_length = head[6] | head[7] << 8, _LOCAL.unpack(head)[-2]
+    return _text(file.read(name_length), flags)
+
+
 def open_member(file: BinaryIO, offset: int, packed: Packed) -> 'Stream':
     """A member to read from its start on; the file must not be moved meanwhile.
 

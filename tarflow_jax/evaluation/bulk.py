@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from tarflow_jax import files, paths
+from tarflow_jax import files, json_files, lock, paths
 from tarflow_jax.evaluation import sample_files, sample_parts
 from tarflow_jax.evaluation.over_set import images_of
 from tarflow_jax.evaluation.versions import versions
@@ -33,9 +33,10 @@ from tarflow_jax.sampling.generate import generate
 from tarflow_jax.sampling.noise import keys_of_examples, noise_of_examples
 from tarflow_jax.sampling.sample import MAX_REDRAWS
 from tarflow_jax.sampling.schedule import Schedule
-from tarflow_jax.training import lock, pictures, sharding
+from tarflow_jax.training import pictures, sharding
+from tarflow_jax.training.digests import sums_of_hashes
 from tarflow_jax.training.loop import Stopped
-from tarflow_jax.training.processes import Stop, from_first
+from tarflow_jax.training.processes import Stop, by_first, from_first
 
 SHEETS, PER_SHEET = 10, 100  # pictures of the first images
 LOG_SECONDS = 60  # between lines about the progress where there is no bar
@@ -85,27 +86,14 @@ def folder_name(fingerprint: dict) -> str:
 def digest(variables) -> str:
     """Sixteen hexadecimal digits that change with any number of the variables.
 
-    The sums of bits are integers, so that it does not matter how the arrays are split.
+    The sums are of integers, so that it does not matter how the arrays are split.
     """
-    sums = jax.device_get(_sums_of_bits(variables))
+    sums = jax.tree.leaves(sums_of_hashes(variables))
     lines = [
-        f'{jax.tree_util.keystr(path)} {leaf.shape} {int(total)}'
-        for (path, leaf), total in zip(jax.tree.leaves_with_path(variables), jax.tree.leaves(sums))
+        f'{jax.tree_util.keystr(path)} {leaf.shape} {total}'
+        for (path, leaf), total in zip(jax.tree.leaves_with_path(variables), sums)
     ]
     return hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:16]
-
-
-@jax.jit
-def _sums_of_bits(variables):
-    def leaf(x):
-        bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-        place = jnp.zeros(x.shape, jnp.uint32)
-        for axis, size in enumerate(x.shape):
-            place = place * size + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        # Odd factors that differ from place to place: a permutation changes the sum as well.
-        return jnp.sum((bits ^ (bits >> 15)) * (2 * place + 1), dtype=jnp.uint32)
-
-    return jax.tree.map(leaf, variables)
 
 
 def draw_set(
@@ -145,7 +133,13 @@ def draw_set(
     folder = paths.of(folder)
     about = from_first(sample_files.read_about(folder))
     there = about and about['count'] >= count and about['format'] == file_format
-    with contextlib.nullcontext() if there else lock.held(folder):
+    if there and from_first(sample_parts.are_left(folder)):
+        # Unless the set is being made longer, or cannot be written to.
+        with contextlib.suppress(OSError), lock.held(folder, by_first):
+            if jax.process_index() == 0:
+                parts = sample_parts.parts(folder, plan.model.example_shape)
+                sample_parts.remove(folder, parts, about['count'])
+    with contextlib.nullcontext() if there else lock.held(folder, by_first):
         return _draw_set(
             folder, plan, variables, count, batch_size, seed, mesh, fingerprint, file_format,
             schedule,
@@ -291,8 +285,9 @@ def _assemble(folder: Path, stretches, conditions, shape, about: dict) -> None:
         names = conditions.class_names or [str(k) for k in range(conditions.num_classes)]
         sample_files.write_array_record(path, pixels, shape, labels, names)
     _write_sheets(folder, sample_files.open_samples(path), conditions)
+    sealed = json_files.sealed(about)
     files.write_text(
-        folder / sample_files.ABOUT, json.dumps(about, indent=2, sort_keys=True) + '\n'
+        folder / sample_files.ABOUT, json.dumps(sealed, indent=2, sort_keys=True) + '\n'
     )
     if about['format'] == 'array_record':
         for shorter in set(folder.glob('array_record-*')) - {path}:

@@ -120,8 +120,11 @@ def cached_statistics(
         return kept
     statistics = compute()
     if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        statistics_files.write(path, statistics)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            statistics_files.write(path, statistics)
+        except OSError as error:
+            log.warning('the statistics are not kept for the next time: %s', error)
     return statistics
 
 
@@ -149,7 +152,7 @@ def _kept(path: Path, about: dict) -> Statistics | None:
         return None
     try:
         kept = statistics_files.read(path)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         log.warning('The statistics are computed again: %s', error)
         return None
     return kept if kept.about == about else None

@@ -17,7 +17,8 @@ class Statistics:
       about: where the numbers come from: data set, flips, network, 'format' of the file.
       spatial: of the features before the pooling, for sFID (Nash et al. 2021, arXiv 2103.03841).
     Raises:
-      ValueError: for other shapes, or numbers that are not finite.
+      ValueError: for other shapes, numbers that are not finite, a covariance that is not symmetric
+        or has a negative variance, or fewer than two images.
     """
 
     count: int | None
@@ -38,6 +39,19 @@ class Statistics:
                 raise ValueError(
                     f'the {name} holds numbers that are not finite; compute the statistics again.'
                 )
+        wrong = None
+        if self.count is not None and self.count < 2:
+            wrong = f'{self.count} images have no covariance'
+        elif self.mean.size and (variance := self.covariance.diagonal().min()) < -self._rounding():
+            wrong = f'the covariance has the variance {variance:.3g}, which is negative'
+        elif abs(self.covariance - self.covariance.T).max(initial=0) > self._rounding():
+            wrong = 'the covariance is not symmetric'
+        if wrong:
+            raise ValueError(f'{wrong}; compute the statistics again.')
+
+    def _rounding(self) -> float:
+        """What may be rounding in an entry of the covariance, of float32 sums at worst."""
+        return 1e-3 * abs(self.covariance).max(initial=0)
 
     @functools.cached_property
     def factor(self) -> np.ndarray:

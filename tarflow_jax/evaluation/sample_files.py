@@ -7,10 +7,8 @@ int64 [N]; that suite itself scores RGB only, and grey images keep their one cha
 """
 
 import itertools
-import json
-import struct
+import logging
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from concurrent import futures
 from pathlib import Path
@@ -18,13 +16,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tarflow_jax import files, paths
-from tarflow_jax.data import image_files, kinds, manifest, shards, sizes, sources, splits
+from tarflow_jax import files, json_files, paths
+from tarflow_jax.data import arrays, image_files, kinds, manifest, shards, sizes, sources, splits
 from tarflow_jax.evaluation.over_set import View
 
 ABOUT = 'samples.json'
 SPLIT = 'samples'
+FORMATS = ('npz', 'array_record')
+TOTALS = ('count', 'redraws', 'redrawn', 'not_finite')  # of images
 ENCODERS = 8  # threads: zlib lets them run side by side
+_ABOUT = {'format': str, 'fingerprint': dict} | dict.fromkeys(TOTALS, int)
+
+log = logging.getLogger(__name__)
 
 
 def write_npz(path, pieces: Iterable[np.ndarray], shape, labels: np.ndarray | None) -> None:
@@ -103,11 +106,17 @@ def images_path(folder: Path, about: dict) -> Path:
 
 def read_about(folder: Path) -> dict | None:
     """What `samples.json` says; None if the set is not finished or the file is damaged."""
+    path = folder / ABOUT
     try:
-        about = json.loads((folder / ABOUT).read_text())
-    except (FileNotFoundError, ValueError):
+        about = json_files.read(path, _ABOUT)
+        if about['format'] not in FORMATS or min(about[name] for name in TOTALS) < 0:
+            raise json_files.Damaged(f'it says {about}'[:200])
+    except FileNotFoundError:
         return None
-    return about if isinstance(about, dict) and {'count', 'format'} <= about.keys() else None
+    except json_files.Damaged as error:
+        log.warning('%s is damaged (%s) and ignored', path, error)
+        return None
+    return about
 
 
 def open_samples(path, count: int | None = None):
@@ -121,7 +130,7 @@ def open_samples(path, count: int | None = None):
       FileNotFoundError: if there is nothing, or the set was not finished.
       ValueError: if the file is in another layout or damaged, or has fewer images.
     """
-    path = paths.of(path)
+    path, whole = paths.of(path), None
     if path.is_dir() and not (path / manifest.FILE).exists():
         about = read_about(path)
         if about is None:
@@ -129,7 +138,7 @@ def open_samples(path, count: int | None = None):
                 f'{path} holds no finished set of samples, as {ABOUT} is missing or damaged; '
                 '--mode=sample with the same config finishes it.'
             )
-        path = images_path(path, about)
+        path, whole = images_path(path, about), about['count']
     if not path.exists():
         raise FileNotFoundError(
             f'{path} does not exist; draw samples with --mode=sample, or correct the path.'
@@ -142,6 +151,11 @@ def open_samples(path, count: int | None = None):
             'dataset': path.parent.name if path.name == 'samples.npz' else path.name,
             'split': SPLIT, 'images': len(images),
         })
+    if whole not in (None, len(source)):
+        raise ValueError(
+            f'{path} holds {len(source)} images, and {ABOUT} beside it says {whole}; draw them '
+            'again in another folder.'
+        )
     if count is not None and len(source) < count:
         raise ValueError(f'{path} holds {len(source)} images and {count} are wanted; draw more.')
     if count in (None, len(source)):
@@ -153,15 +167,15 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [N, H, W, C] and labels int32 [N], -1 where there are none."""
     wanted = 'samples are arr_0, uint8 [N, H, W, 1 or 3], and perhaps arr_1, labels [N]'
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name.removesuffix('.npy') for name in archive.namelist()]
-            if 'arr_0' not in names:
-                raise ValueError(f'it holds {", ".join(names)[:60] or "nothing"}')
-            images = _array(path, archive, 'arr_0')
-            labels = _array(path, archive, 'arr_1') if 'arr_1' in names else None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        members = arrays.members(path)
+        if 'arr_0' not in members:
+            raise ValueError(f'it holds {", ".join(members)[:60] or "nothing"}')
+        images = arrays.mapped(path, members['arr_0'])
+        labels = arrays.read(path, members['arr_1']) if 'arr_1' in members else None
+    except (ValueError, OSError) as error:
         raise ValueError(f'{path} is no .npz of samples ({error}); {wanted}.') from None
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+    grey_or_colour = images.ndim == 4 and images.shape[3] in (1, 3)
+    if images.dtype != np.uint8 or not images.size or not grey_or_colour:
         raise ValueError(f'{path}: arr_0 is {images.dtype} {list(images.shape)}; {wanted}.')
     if labels is None:
         labels = np.full(len(images), -1)
@@ -172,23 +186,3 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
         )
     return images, labels.astype(np.int32)
 
-
-def _array(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """An array of an archive, mapped from the file unless it is compressed."""
-    info = archive.getinfo(f'{name}.npy')
-    with archive.open(info) as member:
-        if info.compress_type != zipfile.ZIP_STORED:
-            return np.lib.format.read_array(member, allow_pickle=False)
-        version = np.lib.format.read_magic(member)
-        if version != (1, 0):
-            raise ValueError(f'{name} is in the version {version} of the format of numpy')
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
-        header = member.tell()
-    if dtype.hasobject or 0 in shape:
-        raise ValueError(f'{name} is {dtype} {list(shape)}')
-    with open(path, 'rb') as file:
-        # Of the lengths only this copy is right: the extra fields in the directory may differ.
-        file.seek(info.header_offset)
-        local = struct.unpack('<26xHH', file.read(30))
-    start = info.header_offset + 30 + sum(local) + header
-    return np.memmap(path, dtype, 'r', start, shape, 'F' if fortran else 'C')

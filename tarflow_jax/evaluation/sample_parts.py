@@ -6,7 +6,6 @@ FIRST on, as `bulk` draws a batch of them. Each array has a checksum, so that da
 
 import dataclasses
 import functools
-import io
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from tarflow_jax import files, paths
+from tarflow_jax.data import arrays
 from tarflow_jax.evaluation import sample_files
 from tarflow_jax.evaluation.over_set import images_of
 
@@ -70,13 +70,12 @@ def parts(folder: Path, shape) -> list[Stretch]:
     for path in sorted((folder / 'parts').glob('*.npz')):
         try:
             pixels = _load(path)['pixels']
-            if pixels.shape[1:] != shape or pixels.dtype != np.uint8:
-                raise ValueError(f'it holds {pixels.dtype} {list(pixels.shape)}')
-        except Exception as error:  # zipfile and numpy answer damage with anything
+            if pixels.shape[1:] != shape:
+                raise ValueError(f'it holds images {list(pixels.shape[1:])}')
+            found.append(_stretch(path, len(pixels)))
+        except (ValueError, OSError) as error:
             log.warning('%s is damaged (%s); its images are drawn again', path, error)
-            path.unlink()
-            continue
-        found.append(_stretch(path, len(pixels)))
+            paths.remove_tree(path) if path.is_dir() else path.unlink()
     return found
 
 
@@ -89,8 +88,18 @@ def write(folder: Path, first: int, part: dict) -> Stretch:
 
 
 def _load(path: Path) -> dict:
-    with np.load(io.BytesIO(path.read_bytes())) as part:
-        return {name: part[name] for name in ('pixels', 'redraws', 'finite')}
+    path = paths.local_copy(path)
+    members = arrays.members(path)
+    kinds = {'pixels': 'u', 'redraws': 'i', 'finite': 'b'}
+    if not kinds.keys() <= members.keys():
+        raise ValueError(f'it holds {", ".join(members)[:60] or "nothing"}')
+    part = {name: arrays.read(path, members[name]) for name in kinds}
+    if any(part[name].dtype.kind != kind for name, kind in kinds.items()) or not (
+        part['pixels'].ndim == 4 and part['pixels'].dtype == np.uint8
+        and part['pixels'].shape[:1] == part['redraws'].shape == part['finite'].shape
+    ):
+        raise ValueError('its arrays are of other types or shapes')
+    return part
 
 
 def _stretch(part: Path, images: int) -> Stretch:
@@ -133,6 +142,11 @@ def in_order(stretches: list[Stretch], count: int, totals: dict) -> Iterator[np.
         first = stretch.last
 
 
+def are_left(folder: Path) -> bool:
+    """Whether there are parts, or files of a run that was killed."""
+    return (folder / 'parts').exists() or any(folder.glob('*.tmp'))
+
+
 def remove(folder: Path, stretches: list[Stretch], count: int) -> None:
     """Removes the parts below `count`, and all that was left when a run was killed."""
     for stretch in stretches:
@@ -140,3 +154,5 @@ def remove(folder: Path, stretches: list[Stretch], count: int) -> None:
             stretch.part.unlink()
     if not any((folder / 'parts').glob('*.npz')):
         paths.remove_tree(folder / 'parts')
+    for left in folder.glob('*.tmp'):
+        paths.remove_tree(left) if left.is_dir() else left.unlink()

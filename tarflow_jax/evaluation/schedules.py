@@ -43,6 +43,9 @@ def schedule_of(
         tolerance=tolerance,
     )
     if jax.process_index() == 0:
-        schedule.save(path)
+        try:
+            schedule.save(path)
+        except OSError as error:
+            log.warning('the schedule is not kept for the next time: %s', error)
     log.info('%s:\n%s', path, '\n'.join(schedule.table()))
     return schedule

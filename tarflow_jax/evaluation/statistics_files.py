@@ -9,21 +9,20 @@ A `.pth` file is the state dict of torchmetrics' FrechetInceptionDistance, in wh
 TarFlow code keeps its statistics: the sums of x and of x x^T, and the count.
 """
 
+import contextlib
 import json
-import zipfile
-import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from tarflow_jax import files, paths
+from tarflow_jax import files, json_files, paths
+from tarflow_jax.data import arrays
 from tarflow_jax.evaluation.frechet import Statistics
 from tarflow_jax.torch_file import read_torch_file
 from tarflow_jax.torch_writer import write_torch_file
 
 _TORCHMETRICS = ('features_sum', 'features_cov_sum', 'features_num_samples')
-# What numpy and zipfile raise on damaged archives.
-_DAMAGED = (ValueError, EOFError, KeyError, OSError, zipfile.BadZipFile, zlib.error)
 
 
 def read(path) -> Statistics:
@@ -49,14 +48,11 @@ def read(path) -> Statistics:
         )
     if magic != b'PK':
         raise ValueError(f'{path} starts with {magic!r} and is neither .npz nor .pth of torch.')
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except _DAMAGED as error:
-        raise ValueError(f'{path} is damaged ({error}); copy it again.') from None
-    if any(name.endswith('/data.pkl') for name in names):
+    with _damage(path):
+        members = arrays.members(path)
+    if any(name.endswith('/data.pkl') for name in members):
         return _from_torchmetrics(path, read_torch_file(path))
-    return _from_npz(path, [name.removesuffix('.npy') for name in names])
+    return _from_npz(path, members)
 
 
 def write(path, statistics: Statistics) -> None:
@@ -78,46 +74,53 @@ def write(path, statistics: Statistics) -> None:
     if path.suffix == '.pth':
         write_torch_file(path, _torchmetrics_state(path, statistics))
         return
-    arrays = {'mu': statistics.mean, 'sigma': statistics.covariance}
+    content = {'mu': statistics.mean, 'sigma': statistics.covariance}
     if statistics.spatial is not None:
-        arrays |= {'mu_s': statistics.spatial.mean, 'sigma_s': statistics.spatial.covariance}
+        content |= {'mu_s': statistics.spatial.mean, 'sigma_s': statistics.spatial.covariance}
     about = {name: value for name, value in statistics.about.items() if name != 'format'}
     manifest = {'format': 'tarflow_jax', 'count': statistics.count, 'about': about}
-    arrays['manifest'] = np.array(json.dumps(manifest, sort_keys=True))
+    content['manifest'] = np.array(json.dumps(manifest, sort_keys=True))
     with files.replacing(path) as file:
-        np.savez(file, **arrays)
+        np.savez(file, **content)
 
 
-def _from_npz(path: Path, names: list[str]) -> Statistics:
-    wanted = [name for name in ('mu', 'sigma', 'mu_s', 'sigma_s', 'manifest') if name in names]
-    pairs = [('mu', 'sigma')] + [('mu_s', 'sigma_s')] * ('mu_s' in names or 'sigma_s' in names)
-    _need(path, names, [name for pair in pairs for name in pair])
+@contextlib.contextmanager
+def _damage(path: Path) -> Iterator[None]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in wanted}
-    except _DAMAGED as error:
+        yield
+    except ValueError as error:
         raise ValueError(
             f'{path} is damaged, or holds objects, which are not loaded ({error}); copy it again, '
             'or write it with numpy.savez from arrays of numbers.'
         ) from None
-    if 'manifest' in arrays:
-        count, about = _manifest(path, arrays['manifest'])
+
+
+def _from_npz(path: Path, members: dict) -> Statistics:
+    pairs = [('mu', 'sigma')] + [('mu_s', 'sigma_s')] * ('mu_s' in members or 'sigma_s' in members)
+    wanted = [name for pair in pairs for name in pair]
+    _need(path, members, wanted)
+    wanted += ['manifest'] * ('manifest' in members)
+    with _damage(path):
+        found = {name: arrays.read(path, members[name]) for name in wanted}
+    if 'manifest' in found:
+        count, about = _manifest(path, found['manifest'])
     else:
-        count, about = None, {'format': 'adm' if 'mu_s' in arrays else 'edm'}
+        count, about = None, {'format': 'adm' if 'mu_s' in found else 'edm'}
     spatial = None
     if len(pairs) == 2:
-        spatial = _statistics(path, count, arrays['mu_s'], arrays['sigma_s'], {})
-    return _statistics(path, count, arrays['mu'], arrays['sigma'], about, spatial)
+        spatial = _statistics(path, count, found['mu_s'], found['sigma_s'], {})
+    return _statistics(path, count, found['mu'], found['sigma'], about, spatial)
 
 
 def _manifest(path: Path, text: np.ndarray) -> tuple[int | None, dict]:
+    shape = {'format': str, 'count': (int, None), 'about': dict}
     try:
-        manifest = json.loads(str(text)) if text.dtype.kind == 'U' and text.ndim == 0 else None
-    except (ValueError, RecursionError):
-        manifest = None
-    match manifest:
-        case {'format': 'tarflow_jax', 'count': int() | None as count, 'about': dict(about)}:
-            return count, about | {'format': 'tarflow_jax'}
+        if text.dtype.kind == 'U' and text.ndim == 0:
+            manifest = json_files.parse(str(text), shape)
+            if manifest['format'] == 'tarflow_jax':
+                return manifest['count'], manifest['about'] | {'format': 'tarflow_jax'}
+    except json_files.Damaged:
+        pass
     raise ValueError(
         f'{path} has a manifest that was not written here ({str(text)[:60]!r}); leave it out, or '
         'compute the statistics again.'
@@ -153,9 +156,9 @@ def _torchmetrics_state(path: Path, statistics: Statistics) -> dict[str, np.ndar
         )
     count, mean = statistics.count, statistics.mean
     outer = statistics.covariance * (count - 1) + count * np.outer(mean, mean)
-    arrays = dict(zip(_TORCHMETRICS, (count * mean, outer, np.int64(count))))
-    real = {f'real_{name}': array for name, array in arrays.items()}
-    return real | {f'fake_{name}': np.zeros_like(array) for name, array in arrays.items()}
+    state = dict(zip(_TORCHMETRICS, (count * mean, outer, np.int64(count))))
+    real = {f'real_{name}': array for name, array in state.items()}
+    return real | {f'fake_{name}': np.zeros_like(array) for name, array in state.items()}
 
 
 def _need(path: Path, names, needed: list[str]) -> None:
@@ -168,8 +171,8 @@ def _need(path: Path, names, needed: list[str]) -> None:
         )
 
 
-def _check_numbers(path: Path, **arrays: np.ndarray) -> None:
-    for name, array in arrays.items():
+def _check_numbers(path: Path, **given: np.ndarray) -> None:
+    for name, array in given.items():
         if array.dtype.kind not in 'fiu':
             raise ValueError(f'{path}: {name} is {array.dtype}; it must hold real numbers.')
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tarflow_jax.flow.attention import Array, at_least_float32
@@ -78,6 +79,64 @@ def generate(
         model, variables, raw, condition, denoising, denoising_key, progress=progress
     )
     return Generated(samples, raw, info)
+
+
+def sample_images(
+    model: Flow,
+    variables: Variables,
+    key: Array,
+    count: int,
+    labels: Array | int | None = None,
+    *,
+    features: Array | None = None,
+    guidance: Guidance | None = None,
+    denoise: float | Sequence[float] | None = None,
+    schedule: Schedule | None = None,
+) -> Array:
+    """Draws `count` finished samples: noise from the key, the flow's inverse, then denoising.
+
+    Args:
+      labels: one class for all, or int32 [count] (-1 for "no class"); None is without classes.
+      features: float32 [F] for all, or [count, F] or per token [count, T, F].
+      guidance: None is unguided.
+      denoise: the noise level that the flow was trained at, to take one step of `denoise` from it.
+        Of a noise-conditioned flow, falling levels [N] as for `iterative_denoise`, or one: samples
+        are drawn at the first. None leaves the noise in, for flows trained without.
+      schedule: of `calibrate`; None decodes sequentially.
+    Returns:
+      float32 images [count, H, W, C] in about [-1, 1], or sequences [count, T, D].
+    Raises:
+      ValueError: if the arguments do not fit the flow or each other.
+    """
+    if count < 1:
+        raise ValueError(f'count {count} must be at least 1.')
+    if model.noise_conditioned and denoise is None:
+        raise ValueError(
+            'a noise-conditioned flow needs denoise: the noise levels to draw at and to go down.'
+        )
+    levels = () if denoise is None else tuple(np.atleast_1d(denoise).tolist())
+    if len(levels) > 1 and not model.noise_conditioned:
+        raise ValueError(
+            f'denoise {levels} goes through several noise levels, for noise-conditioned flows; '
+            'give the one that this flow was trained at.'
+        )
+    key, redraw_key = jax.random.split(key)
+    condition = Condition(
+        labels=None if labels is None else jnp.broadcast_to(jnp.int32(labels), (count,)),
+        noise_std=levels[0] if model.noise_conditioned else None,
+        features=features if features is None or jnp.ndim(features) > 1
+        else jnp.broadcast_to(features, (count, *jnp.shape(features))),
+    )
+    denoising = None
+    if model.noise_conditioned:
+        denoising = Denoising(levels=levels, precision=model.precision)
+    elif levels:
+        denoising = Denoising(levels[0])
+    noise = jax.random.normal(key, (count, *model.token_shape))
+    return generate(
+        model, variables, noise, condition, guidance=guidance, denoising=denoising,
+        schedule=schedule, key=None if isinstance(noise, jax.core.Tracer) else redraw_key,
+    ).samples
 
 
 def denoised(

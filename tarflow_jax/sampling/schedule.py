@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tarflow_jax import files, paths
+from tarflow_jax import files, json_files, paths
 from tarflow_jax.flow import decoder
 from tarflow_jax.flow.attention import Array
 from tarflow_jax.flow.flow import Flow, architecture
@@ -19,6 +19,15 @@ from tarflow_jax.sampling.parallel import Solution, solve_block
 
 TOLERANCE = 1e-4  # of the [-1, 1] range of images
 FORMAT = 1
+_NUMBER, _WHOLE = (float, None), (int, None)
+_FILE = {
+    'format': int,
+    'blocks': [{
+        'segments?': int, 'tolerance?': float, 'max_iterations?': int, 'calls?': _WHOLE,
+        'seconds?': _NUMBER, 'sequential_seconds?': _NUMBER,
+    }],
+    'tolerance?': float, 'made_for?': (dict, None), 'batch_size?': _WHOLE, 'error?': _NUMBER,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +52,8 @@ class BlockSchedule:
     def __post_init__(self):
         if self.segments < 0:
             raise ValueError(f'segments {self.segments} must be at least 1, or 0 for sequential.')
+        if self.max_iterations < 0:
+            raise ValueError(f'max_iterations {self.max_iterations} must be at least 0.')
         if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
             raise ValueError(f'tolerance {self.tolerance} must be a number from 0 up.')
 
@@ -78,16 +89,18 @@ class Schedule:
             )
         here = made_for(model, guidance)
         for what, value in (self.made_for or {}).items():
-            if value != here[what]:
+            if value != here.get(what):
                 raise ValueError(
-                    f'the schedule was made for {what} {value}, this is {here[what]}; calibrate '
-                    'again.'
+                    f'the schedule was made for {what} {value}, this is {here.get(what)}; '
+                    'calibrate again.'
                 )
 
     def save(self, path) -> None:
         """Writes the schedule as JSON."""
-        text = json.dumps({'format': FORMAT} | dataclasses.asdict(self), indent=2)
-        files.write_text(path, text + '\n')
+        content = json_files.sealed(json.loads(json.dumps(
+            {'format': FORMAT} | dataclasses.asdict(self)
+        )))
+        files.write_text(path, json.dumps(content, indent=2) + '\n')
 
     @classmethod
     def load(cls, path) -> 'Schedule':
@@ -98,12 +111,12 @@ class Schedule:
           FileNotFoundError: if there is none.
         """
         try:
-            fields = json.loads(paths.of(path).read_text())
+            fields = json_files.read(paths.of(path), _FILE)
             if fields.pop('format') != FORMAT:
                 raise ValueError('another format')
             blocks = tuple(BlockSchedule(**block) for block in fields.pop('blocks'))
             return cls(blocks, **fields)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(
                 f'{path} is not a schedule of this version ({error}); remove it and calibrate '
                 'again.'

@@ -2,28 +2,48 @@
 
 A checkpoint is a folder `<workdir>/checkpoints/<step>`. Orbax writes it under a temporary name and
 renames it when complete, so that a run killed while writing leaves the checkpoint before it.
+
+Orbax does not notice all damage: a flipped bit in an array is read as another number. So a
+checksum of every array is saved beside it, and compared with that of what was read.
 """
 
 import contextlib
+import logging
 import shutil
+import time
 from collections.abc import Callable
 
 import jax
 import orbax.checkpoint as ocp
 
-from tarflow_jax import paths
+from tarflow_jax import json_files, lock, paths
 from tarflow_jax.flow.flow import Flow, architecture, field_defaults
-from tarflow_jax.training import lock
+from tarflow_jax.training import digests
+from tarflow_jax.training.processes import by_first, from_any, from_first
 from tarflow_jax.training.state import TrainState, variables_of
 
 KEPT = 2
+AGAIN_AFTER = 0.5  # seconds: a run deletes its older checkpoints while others read them
 _SMALL = 2**20  # bytes
 _WEIGHTS = ('params', 'ema_params', 'prior')
 _PROGRESS = ('step', 'opt_state', 'skipped')
 
 
+_TRIES = 20
+_ABOUT = {
+    'model': dict, 'config': dict, 'arrays?': {str: str},
+    'data?': {'class_names?': (None, [str]), 'kind?': (None, str)},
+}
+
+log = logging.getLogger(__name__)
+
+
 class CheckpointError(OSError):
-    """A checkpoint could not be written, and the ones before it are whole; or it cannot be read."""
+    """A checkpoint could not be written, and the ones before it are whole."""
+
+
+class Unreadable(CheckpointError):
+    """No checkpoint can be read, or not the one that was asked for."""
 
 
 class Checkpoints:
@@ -40,7 +60,8 @@ class Checkpoints:
 
     Raises:
       ValueError: if the newest checkpoint there is of another model.
-      CheckpointError: if it is damaged, as from everything here that reads one.
+      Unreadable: if all are damaged, as from everything here that reads one. Where only the newest
+        is, a warning says so, and the one before it takes its place.
       Taken: with a config, if another process writes to the workdir; as from entering it.
     """
 
@@ -51,11 +72,13 @@ class Checkpoints:
         self._held = contextlib.ExitStack()
         self._writes = config is not None
         if self._writes:
-            lock.check(workdir)  # before the cleaning below
+            lock.check(workdir, by_first)  # before the cleaning below
         self._model = model
         self._about = {
             'model': architecture(model), 'config': config or {}, 'data': data or {}
         }
+        self._damaged: set[int] = set()
+        self._read: int | None = None
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -73,7 +96,7 @@ class Checkpoints:
 
     def __enter__(self):
         if self._writes:
-            self._held.enter_context(lock.held(self.folder.parent))
+            self._held.enter_context(lock.held(self.folder.parent, by_first))
         return self
 
     def __exit__(self, *_):
@@ -84,18 +107,21 @@ class Checkpoints:
                 raise self._failure(_reason(error)) from error
 
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint, or None."""
-        return self._manager.latest_step()
+        """Step of the newest complete checkpoint that is not known to be damaged, or None.
+
+        Where this only reads, that which was read, whatever a run may be writing meanwhile.
+        """
+        if self._read is not None:
+            return self._read
+        return max(set(self._manager.all_steps()) - self._damaged, default=None)
 
     def about(self, step: int | None = None) -> dict:
         """What was saved beside the state: 'model', 'config' and 'data', each a dict.
 
         Checkpoints of version 0.1 have no 'data'.
         """
-        step = self._existing(step)
-        args = ocp.args.Composite(about=ocp.args.JsonRestore())
-        with self._reading(step):
-            return self._manager.restore(step, args=args)['about']
+        about = self._newest(self._read_about, step)
+        return {name: value for name, value in about.items() if name != 'arrays'}
 
     def _check(self) -> None:
         if self.latest() is None:
@@ -127,12 +153,11 @@ class Checkpoints:
                     f'step {step} needs {needed / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are '
                     'free'
                 )
-        state = jax.tree.map(_from_one_device, state)
-        part = lambda names: ocp.args.StandardSave(  # noqa: E731
-            {k: v for k, v in state._asdict().items() if k in names and v is not None}
-        )
+        about = self._about | {'arrays': digests.digests(_parts(state))}
+        parts = _parts(jax.tree.map(_from_one_device, state))
+        items = {item: ocp.args.StandardSave(parts[item]) for item in parts}
         args = ocp.args.Composite(
-            weights=part(_WEIGHTS), progress=part(_PROGRESS), about=ocp.args.JsonSave(self._about)
+            about=ocp.args.JsonSave(json_files.sealed(about)), **items
         )
         try:
             self._manager.save(step, args=args)
@@ -158,34 +183,15 @@ class Checkpoints:
             'the disk is full, and start again with the same command.'
         )
 
-    @contextlib.contextmanager
-    def _reading(self, step: int):
-        try:
-            yield
-        except Exception as error:  # Orbax answers damage with anything from KeyError on
-            raise CheckpointError(
-                f'the checkpoint {self.folder / str(step)} cannot be read ({_reason(error)}); '
-                'delete this folder if it is damaged, to go on from the one before it.'
-            ) from error
-
-    def _existing(self, step: int | None) -> int:
-        step = self.latest() if step is None else step
-        if step is None:
-            raise FileNotFoundError(
-                f'{self.folder} holds no checkpoint; train first, or give --workdir the folder of '
-                'a run.'
-            )
-        return step
-
     def restore(self, abstract: TrainState, step: int | None = None) -> TrainState:
-        """The state at `step` (default: the newest), placed as the abstract state says."""
-        step = self._existing(step)
-        part = lambda names: ocp.args.StandardRestore(  # noqa: E731
-            {k: v for k, v in abstract._asdict().items() if k in names and v is not None}
-        )
-        args = ocp.args.Composite(weights=part(_WEIGHTS), progress=part(_PROGRESS))
-        with self._reading(step):
-            found = self._manager.restore(step, args=args)
+        """The state at `step` (default: the newest), placed as the abstract state says.
+
+        Where this writes to the workdir, damaged checkpoints that are newer are renamed.
+        """
+        parts = _parts(abstract)
+        found = self._newest(lambda step: self._read_arrays(step, lambda: parts), step)
+        if self._writes:
+            self._set_aside()
         empty = dict.fromkeys(TrainState._fields)
         return TrainState(**{**empty, **found['weights'], **found['progress']})
 
@@ -195,13 +201,126 @@ class Checkpoints:
         Args:
           place: gives the leaves of an abstract tree of variables their shardings.
         """
-        step = self._existing(step)
-        with self._reading(step):
-            saved = self._manager.item_metadata(step)['weights'].tree
-            abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), dict(saved))
-            args = ocp.args.Composite(weights=ocp.args.StandardRestore(place(abstract)))
-            found = self._manager.restore(step, args=args)['weights']
+        def saved(step: int) -> dict:
+            folder = self.folder / str(step) / 'weights'
+            tree = ocp.StandardCheckpointHandler().metadata(folder).tree
+            abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), dict(tree))
+            return {'weights': place(abstract)}
+
+        read = lambda step: self._read_arrays(step, lambda: saved(step))  # noqa: E731
+        found = self._newest(read, step)['weights']
         return variables_of(found.get('ema_params', found['params']), found.get('prior'))
+
+    # Reading. What a process finds wrong counts for all: none may wait for one that gave up.
+
+    def _newest(self, read: Callable, step: int | None):
+        """`read(step)` of the newest checkpoint that can be read, or of the given one."""
+        given, tries = step is not None, 0
+        while True:
+            step = step if given else from_first(self.latest())
+            if step is None:
+                raise FileNotFoundError(
+                    f'{self.folder} holds no checkpoint; train first, or give --workdir the folder '
+                    'of a run.'
+                )
+            try:
+                found = read(step)
+            except Unreadable as error:
+                tries += 1
+                time.sleep(AGAIN_AFTER)
+                there = from_first((self.folder / str(step)).is_dir())
+                if tries == 1 and there:
+                    continue
+                if given or tries == _TRIES:
+                    raise Unreadable(f'{error}; copy it again if there is a copy.') from error
+                if there:
+                    self._pass_over(step, error)
+                    tries = 0
+                self._read = None
+                self._manager.reload()
+                continue
+            if not (given or self._writes):
+                self._read = step
+            return found
+
+    def _pass_over(self, step: int, error: Unreadable) -> None:
+        """Takes a checkpoint for damaged; raises the error if there is none before it."""
+        older = [s for s in self._manager.all_steps() if s < step and s not in self._damaged]
+        if from_first(not older):
+            raise Unreadable(
+                f'{error}, and there is no other that can be; copy it again if there is a copy, or '
+                f'delete {self.folder} to begin anew.'
+            ) from error
+        self._damaged.add(step)
+        log.warning('%s; going on from the one at step %d', error.args[0], from_first(max(older)))
+
+    def _read_about(self, step: int) -> dict:
+        path = self.folder / str(step) / 'about' / 'metadata'
+        return self._agreed(step, lambda: json_files.read(path, _ABOUT))
+
+    def _read_arrays(self, step: int, abstract: Callable[[], dict]) -> dict:
+        """What Orbax reads, compared with what was saved."""
+        saved = self._read_about(step).get('arrays')  # which version 0.1 did not write
+        parts = self._agreed(step, abstract)
+
+        def compare(found: dict[str, str]) -> None:
+            # Of what was saved, the same parts, and as much as `found` says of each array.
+            for name in found.keys() | (k for k in saved or () if k.partition('/')[0] in parts):
+                if saved is None or saved.get(name, '').startswith(found.get(name, '?')):
+                    continue
+                raise ValueError(f'{name} is not the array that was saved')
+
+        def load() -> dict:
+            compare(digests.kinds(parts))
+            return {
+                item: ocp.StandardCheckpointHandler().restore(
+                    self.folder / str(step) / item, args=ocp.args.StandardRestore(part)
+                )
+                for item, part in parts.items()
+            }
+
+        found = self._agreed(step, load)
+        if saved is not None:
+            self._agreed(step, lambda: compare(digests.digests(found)))
+        return found
+
+    def _agreed(self, step: int, action: Callable):
+        """What the action returns; Unreadable on every process if it raises on any."""
+        result, problem, cause = None, None, None
+        try:
+            result = action()
+        except Exception as error:  # Orbax answers damage with anything from KeyError on
+            problem, cause = _reason(error), error
+        problem = from_any(problem)
+        if problem is not None:
+            raise Unreadable(
+                f'the checkpoint {self.folder / str(step)} is damaged or cannot be read ({problem})'
+            ) from cause
+        return result
+
+    def _set_aside(self) -> None:
+        """Renames what was found to be damaged: its place is for a new one of that step."""
+        for step in sorted(self._damaged):
+            path = self.folder / str(step)
+            aside = path.with_name(f'{step}.damaged')
+            log.warning('%s is called %s now; delete it once you need nothing of it', path, aside)
+
+            def rename(path=path, aside=aside):
+                paths.remove_tree(aside)
+                path.rename(aside)
+
+            by_first(rename)
+        self._damaged.clear()
+        self._manager.reload()
+
+
+def _parts(state: TrainState) -> dict[str, dict]:
+    """What is saved of a state in each item."""
+    fields = {name: value for name, value in state._asdict().items() if value is not None}
+    return {
+        item: {name: fields[name] for name in names if name in fields}
+        for item, names in (('weights', _WEIGHTS), ('progress', _PROGRESS))
+    }
 
 
 def _from_one_device(leaf):
@@ -218,4 +337,5 @@ def _from_one_device(leaf):
 def _reason(error: Exception) -> str:
     """The end of an error's first line, where Orbax has the cause behind file names."""
     line = str(error).strip().partition('\n')[0] or type(error).__name__
+    line = line.partition(' [source locations=')[0]  # of TensorStore
     return line if len(line) <= 200 else f'... {line[-200:]}'

@@ -11,7 +11,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from tarflow_jax import files, paths
+from tarflow_jax import files, json_files, paths
 from tarflow_jax.flow.flow import Flow
 
 FILE = 'metrics.jsonl'
@@ -138,15 +138,17 @@ class NoWriter:
 def read(workdir) -> list[dict]:
     """The lines of metrics.jsonl; none if it is missing, and not half a line of a killed run."""
     path = paths.of(workdir) / FILE
-    found = []
-    text = path.read_bytes().decode(errors='replace') if path.exists() else ''
-    for line in text.splitlines():
+    found, damaged = [], 0
+    lines = path.read_bytes().splitlines() if path.exists() and path.is_file() else []
+    for line in lines:
         try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get('step'), int):
+            entry = json_files.parse(line, {str: float})
+            json_files.check(entry, {'step': int})
             found.append(entry)
+        except json_files.Damaged:
+            damaged += 1
+    if damaged:
+        log.warning('%s: %d of %d lines are damaged and ignored', path, damaged, len(lines))
     return found
 
 

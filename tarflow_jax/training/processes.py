@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 import threading
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -66,11 +67,37 @@ def _several(given: dict) -> bool:
 
 def from_first(value):
     """The first process's value, anything that can be pickled, on every process; all call this."""
+    return _from(0, value)
+
+
+def by_first(action: Callable):
+    """What the action returns on the first process, else None; its OSError on every process."""
+    result, problem = None, None
+    if jax.process_index() == 0:
+        try:
+            result = action()
+        except OSError as error:  # not raised here, where the others would wait for ever
+            problem = error
+    if problem := from_first(problem):
+        raise problem
+    return result
+
+
+def from_any(value):
+    """The value that is not None of the first process that has one, on every process, or None."""
     if jax.process_count() == 1:
         return value
+    there = multihost_utils.process_allgather(np.bool_(value is not None))
+    return _from(int(np.argmax(there)), value)
+
+
+def _from(index: int, value):
+    if jax.process_count() == 1:
+        return value
+    its = jax.process_index() == index
     data = np.frombuffer(pickle.dumps(value), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
-    data = multihost_utils.broadcast_one_to_all(np.resize(data, size))
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size), its))
+    data = multihost_utils.broadcast_one_to_all(np.resize(data, size), its)
     return pickle.loads(np.asarray(data).astype(np.uint8).tobytes())
 
 

@@ -182,6 +182,7 @@ FLAGS = [
 ]
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path):
     # In a process of its own, as on a laptop: no environment variable prepares it.
     file = tmp_path / 'found.json'

@@ -1,9 +1,13 @@
 """Tars that lie about themselves are refused, at once and in one sentence."""
 
+import gzip
 import tarfile
 
+import numpy as np
 import pytest
 from prepared_pictures import last_error, pack, run
+
+from tarflow_jax.data import tar_files
 
 pytestmark = pytest.mark.usefixtures('in_threads')
 
@@ -65,3 +69,34 @@ def test_a_tar_within_a_tar_ends_within_it(classes, tmp_path, capfd):
     path.write_bytes(with_size(data, b'./b.tar', b'%011o\0' % 1536))
     run(path, tmp_path / 'out', '--size=8', code=2)
     assert 'train.tar is no tar, truncated or damaged' in last_error(capfd)
+
+
+def test_flipped_bits_of_a_tar(tmp_path):
+    rng = np.random.default_rng(0)
+    for k in range(20):
+        (tmp_path / 'files').mkdir(exist_ok=True)
+        (tmp_path / 'files' / f'{k}.bin').write_bytes(rng.bytes(700))
+    whole = pack(tmp_path / 'files', tmp_path / 'files.tar').read_bytes()
+    path = tmp_path / 'x.tar'
+
+    def names(data):
+        path.write_bytes(data)
+        with open(path, 'rb') as file:
+            return [(m.name, m.size, m.offset_data) for m in tar_files.members(file, 0, len(data))]
+
+    def contents(data):
+        path.write_bytes(data)
+        return list(tar_files.gzipped(path, 10**6, lambda name: True))
+
+    for read, data in ((names, whole), (contents, gzip.compress(whole, mtime=0))):
+        wanted, refused = read(data), 0
+        headers = [k for k in range(0, len(data), 512) if data[k + 257 : k + 262] == b'ustar']
+        for _ in range(60):
+            flipped = bytearray(data)
+            place = rng.integers(len(data)) if not headers else rng.choice(headers) + rng.integers(512)
+            flipped[place] ^= 1 << rng.integers(8)
+            try:
+                assert read(flipped) == wanted
+            except ValueError:
+                refused += 1
+        assert refused > 50

@@ -167,3 +167,25 @@ def test_a_run_is_repeated_to_the_byte(classes, tmp_path, small_shards):
     run(path, tmp_path / 'b', '--size=8', '--workers=1')
     assert content(tmp_path / 'a') == content(tmp_path / 'b')
     os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize('name, wrong, says', [
+    (b'1.png', b'1.pnf', 'train/cat/1.pnf is damaged: its name is train/cat/1.png in the zip; skipped'),
+    (b'cat/1.png', b'dog/1.png', 'train/dog/1.png is damaged: its name is train/cat/1.png in the zip'),
+    (b'cat/1.png', b'cau/1.png', "its directory says 'train/cau/1.png' for 'train/cat/1.png'"),
+])
+def test_a_flipped_bit_in_a_name(tmp_path, name, wrong, says, capfd):
+    path = tmp_path / 'pets.zip'
+    with zipfile.ZipFile(path, 'w') as file:
+        for k in range(3):
+            file.writestr(f'train/cat/{k}.png', encoded(picture(k)))
+            file.writestr(f'train/dog/{k + 3}.png', encoded(picture(k + 3)))
+    content = path.read_bytes()
+    first, _, second = content.rpartition(name)  # in the directory
+    path.write_bytes(first + wrong + second)
+    refused = 'for' in says
+    run(path, tmp_path / 'out', '--size=8', code=2 if refused else 0)
+    assert says in capfd.readouterr().err
+    if not refused:
+        assert manifest(tmp_path / 'out')['splits']['train']['images'] == 5
+        assert manifest(tmp_path / 'out')['classes'] == ['cat', 'dog']

@@ -23,10 +23,10 @@ from tiny_state import random_variables
 
 import tarflow_jax as tfj
 from tarflow_jax import files as writing
-from tarflow_jax import paths
-from tarflow_jax.evaluation import bulk, sample_files
+from tarflow_jax import json_files, lock, paths
+from tarflow_jax.evaluation import bulk, sample_files, sample_parts
 from tarflow_jax.evaluation.versions import versions
-from tarflow_jax.training import lock, pictures, sharding
+from tarflow_jax.training import pictures, sharding
 from tarflow_jax.training.loop import Stopped
 
 MODEL = tiny((1, 1), image_channels=1)
@@ -95,6 +95,8 @@ def test_what_a_set_is(wanted):
     assert about['versions'].items() >= {
         'jax': jax.__version__, 'numpy': np.__version__, 'tarflow_jax': tfj.__version__
     }.items()
+    seal = about.pop('checksum')
+    assert json_files.sealed(about)['checksum'] == seal
     assert about.pop('versions') == versions()
     assert about == {
         'count': 22, 'fingerprint': KNOWN, 'format': 'npz', 'not_finite': 0, 'redrawn': 0,
@@ -159,11 +161,20 @@ def test_killed_and_started_again(wanted, tmp_path):
     output, _ = killed.communicate(timeout=120)
     assert killed.returncode == -signal.SIGKILL, output
     assert sorted(contents(tmp_path)) == [
-        'lock', 'parts/00000000.npz', 'parts/00000008.npz', f'parts/00000016.npz.{killed.pid}.tmp'
+        'lock', 'parts/00000000.npz', 'parts/00000008.npz',
+        f'parts/00000016.npz.{socket.gethostname()}.{killed.pid}.tmp',
     ]
     assert draw(tmp_path)['drawn'] == 6
     assert contents(tmp_path) == contents(wanted)
     assert not (tmp_path / 'parts').exists()
+    # Killed when all but the cleaning was done.
+    (tmp_path / 'array_record-22.tmp').mkdir()
+    (tmp_path / 'samples.npz.host.7.tmp').write_bytes(b'')
+    part = dict(pixels=pixels(wanted)[8:16], redraws=np.zeros(8, np.int32), finite=np.ones(8, bool))
+    sample_parts.write(tmp_path, 8, part)
+    assert draw(tmp_path)['drawn'] == 0
+    assert contents(tmp_path) == contents(wanted)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in wanted.iterdir())
 
 
 TWO = """
@@ -370,6 +381,7 @@ def test_images_that_are_not_finite(wanted, tmp_path, monkeypatch):
     assert np.abs(found[5].astype(int) - pictures.to_pixels(image)[0]).max() <= 1
 
 
+@pytest.mark.slow
 def test_features_and_levels_of_samples(tmp_path):
     model = MODEL.clone(num_features=2, noise_conditioned=True)
     variables = random_variables(model)

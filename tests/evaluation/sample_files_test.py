@@ -75,7 +75,7 @@ def test_open_fortran_order(tmp_path):
     (dict(arr_0=IMAGES.transpose(0, 3, 1, 2)), r'arr_0 is uint8 \[7, 3, 4, 5\]'),
     (dict(arr_0=IMAGES[..., 0]), r'arr_0 is uint8 \[7, 4, 5\]'),
     (dict(arr_0=IMAGES[:0]), r'arr_0 is uint8 \[0, 4, 5, 3\]'),
-    (dict(arr_0=np.array([None])), 'arr_0 is object'),
+    (dict(arr_0=np.array([None])), 'arr_0.npy: it holds objects'),
     (dict(arr_0=IMAGES, arr_1=LABELS[:6]), r'arr_1 is int32 \[6\] beside 7 images'),
     (dict(arr_0=IMAGES, arr_1=np.eye(7)), r'arr_1 is float64 \[7, 7\]'),
 ], ids=lambda x: x if isinstance(x, str) else '')
@@ -114,3 +114,55 @@ def test_rectangular_array_record(tmp_path, labels):
     assert source.about['image'] == {'size': [4, 5], 'channels': 3, 'encoding': 'png'}
     images, _ = elements(path, sample_files.SPLIT)  # TFDS reads the same
     np.testing.assert_array_equal(images, IMAGES)
+
+
+@pytest.mark.parametrize('save', [write, lambda path: np.savez_compressed(path, IMAGES, LABELS)])
+def test_flipped_bytes_are_noticed(tmp_path, save):
+    path = tmp_path / 'samples.npz'
+    save(path)
+    whole, rng, noticed = path.read_bytes(), np.random.default_rng(0), 0
+    for _ in range(100):
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        try:
+            source = sample_files.open_samples(path)
+        except ValueError:
+            noticed += 1
+            continue
+        np.testing.assert_array_equal(source.image_NxHxWxC, IMAGES)
+        np.testing.assert_array_equal(source.label_N, LABELS)
+    assert noticed > 50  # the rest are dates and the like
+
+
+def test_a_header_that_claims_too_much(tmp_path):
+    path = tmp_path / 'samples.npz'
+    for save, wrong in ((np.savez, 'has other bytes'), (np.savez_compressed, 'has other bytes')):
+        claims = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            claims, {'descr': '|u1', 'fortran_order': False, 'shape': (10**6, 64, 64, 3)}
+        )
+        with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED if save is not np.savez else 0) as file:
+            file.writestr('arr_0.npy', claims.getvalue() + bytes(1000))
+        with pytest.raises(ValueError, match=wrong):
+            sample_files.open_samples(path)
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED, compresslevel=1) as file:
+        file.writestr('arr_0.npy', bytes(2**26 + 1))
+    with pytest.raises(ValueError, match='is a decompression bomb'):
+        sample_files.open_samples(path)
+
+
+@pytest.mark.parametrize('text', [
+    '', '{', '[' * 10**5, '{"count": 22}', '{"count": 1e400, "format": "npz"}', '[]', '\udcff',
+    '{"count": %s, "format": "npz"}' % ('9' * 5000), None,
+])
+def test_damaged_samples_json_is_as_none(tmp_path, text, caplog):
+    write(tmp_path / 'samples.npz')
+    if text is None:
+        (tmp_path / sample_files.ABOUT).mkdir()
+    else:
+        (tmp_path / sample_files.ABOUT).write_bytes(text.encode(errors='surrogateescape'))
+    assert sample_files.read_about(tmp_path) is None
+    assert caplog.messages[0].startswith(f'{tmp_path / sample_files.ABOUT} is damaged (')
+    with pytest.raises(FileNotFoundError, match='no finished set of samples'):
+        sample_files.open_samples(tmp_path)

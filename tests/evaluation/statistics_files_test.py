@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -135,6 +136,10 @@ MANIFEST = json.dumps({'format': 'tarflow_jax', 'count': 50, 'about': {}})
     ({'manifest': np.array('[' * 9999)}, 'has a manifest that was not written here'),
     ({'manifest': np.array(MANIFEST.replace('50', '"50"'))}, 'has a manifest that was not'),
     ({'manifest': np.zeros(3)}, 'has a manifest that was not written here'),
+    ({'manifest': np.array(MANIFEST.replace('50', '-5'))}, '-5 images have no covariance; compute'),
+    ({'manifest': np.array(MANIFEST.replace('50', '1e400'))}, 'has a manifest that was not'),
+    ({'sigma': np.diag([1.0, 2, -3, 4, 5])}, 'has the variance -3, which is negative'),
+    ({'sigma': np.triu(np.ones((5, 5)))}, 'the covariance is not symmetric'),
 ])
 def test_archives_refused(tmp_path, changed, message):
     arrays = {'mu': MEAN, 'sigma': COVARIANCE} | changed
@@ -165,6 +170,33 @@ def test_damaged_archives_refused(tmp_path, name):
     place = whole.index(MEAN.tobytes() if name == 'whole.npz' else (50 * MEAN).tobytes())
     damaged.write_bytes(whole[:place] + b'xxxx' + whole[place + 4 :])
     refused(damaged, 'damaged')
+
+
+@pytest.mark.parametrize('name', ['whole.npz', 'whole.pth'])
+def test_flipped_bytes_are_noticed(tmp_path, name):
+    statistics_files.write(tmp_path / name, STATISTICS)
+    whole, rng, noticed = (tmp_path / name).read_bytes(), np.random.default_rng(0), 0
+    wanted, damaged = statistics_files.read(tmp_path / name), tmp_path / f'damaged-{name}'
+    for _ in range(100):
+        flipped = bytearray(whole)
+        flipped[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+        damaged.write_bytes(flipped)
+        try:
+            found = statistics_files.read(damaged)
+        except ValueError:
+            noticed += 1
+            continue
+        same(found, wanted)
+        assert (found.count, found.about) == (50, wanted.about)
+        assert (found.spatial is None) == (wanted.spatial is None)
+    assert noticed > 30  # the rest are dates and padding
+
+
+def test_an_archive_that_unpacks_to_gigabytes(tmp_path):
+    with zipfile.ZipFile(tmp_path / 'file.npz', 'w', zipfile.ZIP_DEFLATED, compresslevel=1) as file:
+        file.writestr('mu.npy', bytes(2**26 + 1))
+        file.writestr('sigma.npy', b'')
+    refused(tmp_path / 'file.npz', 'mu.npy: is a decompression bomb')
 
 
 def test_failed_writes_leave_the_file(tmp_path):

@@ -80,7 +80,8 @@ def test_slices_and_spot(stubs):
 
 def test_arguments_arrive(stubs, hard_args):
     """Kubernetes makes $ of $$, and puts variables in place of $(NAME)."""
-    args = [*hard_args, 'two\nlines', 'a\tb', 'yes', '1']
+    args = [*hard_args, 'two\nlines', 'a\tb', 'yes', '1', 'é & \u20ac']
+    args += [f'-{chr(code)}&' for code in (*range(1, 32), *range(127, 160))]
     container = parts(apply(stubs, *BASE, '--claim=c1', '--topology=2x2', args=args))[3]
     assert all('$(' not in arg.replace('$$', '') for arg in container['args'])
     assert [arg.replace('$$', '$') for arg in container['args']] == args

@@ -1,5 +1,7 @@
 """Drawing and denoising in one call, and what numbered samples are conditioned on."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,3 +95,34 @@ def test_without_denoising_samples_are_raw():
     model = tiny((1,))
     found = generate(model, perturbed(model), noise_for(model))
     assert found.samples is found.raw and found.info is None
+
+
+def test_sample_images():
+    model = tiny((1,))
+    variables, guidance = perturbed(model), tfj.Guidance(weight=0.5)
+    draw = functools.partial(tfj.sample_images, model, variables, jax.random.key(3), 3)
+    found = draw(2, guidance=guidance, denoise=0.1)
+    noise = jax.random.normal(jax.random.split(jax.random.key(3))[0], (3, *model.token_shape))
+    raw = tfj.sample(model, variables, noise, jnp.full(3, 2), guidance=guidance)
+    clean = tfj.denoise(model, variables, raw, jnp.full(3, 2), noise_std=0.1)
+    np.testing.assert_allclose(found, clean, atol=1e-6)
+    np.testing.assert_allclose(draw(jnp.array([2, 2, 2]), guidance=guidance), raw, atol=1e-6)
+    with pytest.raises(ValueError, match='several noise levels'):
+        draw(denoise=(0.2, 0.1))
+    with pytest.raises(ValueError, match='count 0 must be at least 1'):
+        tfj.sample_images(model, variables, jax.random.key(3), 0)
+
+
+def test_sample_images_of_a_noise_conditioned_flow():
+    model = tiny((1,), **CONDITIONED)
+    variables, features = perturbed(model), jnp.arange(model.num_features, dtype=jnp.float32)
+    draw = functools.partial(
+        tfj.sample_images, model, variables, jax.random.key(3), 2, 1, features=features
+    )
+    noise = jax.random.normal(jax.random.split(jax.random.key(3))[0], (2, *model.token_shape))
+    condition = tfj.Condition(jnp.array([1, 1]), LEVELS[0], jnp.stack([features] * 2))
+    raw = tfj.sample(model, variables, noise, condition)
+    clean = tfj.iterative_denoise(model, variables, raw, condition, levels=LEVELS)
+    np.testing.assert_allclose(draw(denoise=LEVELS), clean, atol=1e-6)
+    with pytest.raises(ValueError, match='a noise-conditioned flow needs denoise'):
+        draw()

@@ -303,27 +303,96 @@ def test_first_checkpoint_that_fails(tmp_path, monkeypatch):
             checkpoints.save(state_at(1))
 
 
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 4
+    path.write_bytes(content)
+
+
+def largest(folder):
+    return max((p for p in folder.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    monkeypatch.setattr(checkpoint, 'AGAIN_AFTER', 0)
+
+
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # Orbax's threads
-def test_damaged_checkpoint_is_named(tmp_path):
+@pytest.mark.parametrize('item', ['weights', 'progress'])
+def test_a_flipped_bit_is_noticed_and_the_one_before_taken(item, tmp_path, at_once, caplog):
     save(tmp_path, 2, 3)
     newest = tmp_path / 'checkpoints' / '3'
-    for path in [p for p in newest.rglob('*') if p.is_file() and p.parent.name == 'd']:
-        os.truncate(path, path.stat().st_size // 2)
+    flip(largest(newest / item), 5000)  # within the numbers, which nothing else protects
     with Checkpoints(tmp_path, MODEL) as checkpoints:
-        for read in (
-            lambda: checkpoints.restore(abstract()),
-            lambda: checkpoints.restore_variables(copied),
-        ):
-            with pytest.raises(CheckpointError) as error:
-                read()
-            assert one_sentence(error).startswith(f'the checkpoint {newest} cannot be read (')
-    shutil.rmtree(newest)
-    newest.mkdir()
-    with pytest.raises(CheckpointError, match='cannot be read .* delete this folder'):
-        Checkpoints(tmp_path, MODEL)
-    newest.rmdir()
-    with Checkpoints(tmp_path, MODEL) as checkpoints:
+        found = checkpoints.restore_variables(copied)
+        step = 2 if item == 'weights' else 3  # progress is not what is sampled from
+        assert checkpoints.latest() == step
+        assert_identical(found['params'], state_at(step).ema_params)
+        with pytest.raises(checkpoint.Unreadable, match='3 is damaged or cannot .*; copy it again'):
+            checkpoints.restore(abstract(), step=3)
+    assert folders(tmp_path) == ['2', '3']  # whoever only reads leaves it there
+    caplog.clear()
+    with Checkpoints(tmp_path, MODEL, {}) as checkpoints:
+        assert checkpoints.latest() == 3
         assert_identical(checkpoints.restore(abstract()), state_at(2))
+        assert checkpoints.latest() == 2
+        assert folders(tmp_path) == ['2', '3.damaged']
+        checkpoints.save(state_at(3))
+    assert [m.partition(' (')[0] for m in caplog.messages] == [
+        f'the checkpoint {newest} is damaged or cannot be read',
+        f'{newest} is called {newest}.damaged now; delete it once you need nothing of it',
+    ]
+    assert caplog.messages[0].endswith('; going on from the one at step 2')
+    with Checkpoints(tmp_path, MODEL) as checkpoints:
+        assert_identical(checkpoints.restore(abstract()), state_at(3))
+
+
+DAMAGES = [
+    lambda text: text[: len(text) // 2],
+    lambda text: text.replace('"seed":1', '"seed":3'),
+    lambda text: text.replace('"model":{', '"modal":{'),
+    lambda text: text.replace('"config":{"seed":1}', '"config":' + '[' * 5000),
+    lambda text: text.replace('"seed":1', '"seed":1' + '0' * 5000),
+    lambda text: text.replace('cat', 'c\udcff'),
+    lambda text: '[]',
+    lambda text: '',
+]
+
+
+def test_damaged_metadata(tmp_path, at_once):
+    save(tmp_path, 2, 3)
+    path = tmp_path / 'checkpoints' / '3' / 'about' / 'metadata'
+    text = path.read_text().replace(': ', ':').replace(', ', ',')
+
+    def is_passed_over():
+        with Checkpoints(tmp_path, MODEL) as checkpoints:
+            assert checkpoints.latest() == 2 and checkpoints.about()['config'] == {'seed': 1}
+
+    for damage in DAMAGES:
+        assert damage(text) != text
+        path.write_bytes(damage(text).encode(errors='surrogateescape'))
+        is_passed_over()
+    path.unlink()
+    path.mkdir()
+    is_passed_over()
+    shutil.rmtree(tmp_path / 'checkpoints' / '2')
+    with pytest.raises(checkpoint.Unreadable) as error:
+        Checkpoints(tmp_path, MODEL)
+    message = one_sentence(error)
+    assert message.startswith(f'the checkpoint {path.parents[1]} is damaged or cannot be read (')
+    assert message.endswith(f'or delete {tmp_path / "checkpoints"} to begin anew.')
+
+
+def test_read_while_a_run_replaces_it(tmp_path, at_once):
+    save(tmp_path, 2, 3)
+    with Checkpoints(tmp_path, MODEL) as reader:
+        assert reader.latest() == 3
+        save(tmp_path, 4, 5)
+        assert folders(tmp_path) == ['4', '5']
+        assert_identical(reader.restore_variables(copied)['params'], state_at(5).ema_params)
+        save(tmp_path, 6)
+        assert reader.latest() == 5 and reader.about()['config'] == {'seed': 1}
 
 
 def test_restore_goes_where_it_is_told(tmp_path):

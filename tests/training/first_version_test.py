@@ -47,6 +47,7 @@ def test_flow_is_the_same(workdir):
     np.testing.assert_allclose(samples, EXPECTED['sample'], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_goes_on(workdir):
     fields = dict(
         model__image_size=28, model__patch_size=7, model__width=8, model__head_dim=8,

@@ -191,6 +191,51 @@ def test_sigterm_to_one_stops_all_at_one_step(images, tmp_path):
     assert step > 20 and step < 240
 
 
+DAMAGED = """
+import sys
+from pathlib import Path
+import jax, numpy as np
+from tarflow_jax.training import checkpoint, processes, sharding
+import checkpoint_test as c
+
+processes.start()
+mesh = sharding.make_mesh(fsdp=4)
+place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('fsdp'))
+wanted = np.arange(2**20, dtype=np.float32)
+there = jax.make_array_from_callback(wanted.shape, place, lambda index: wanted[index])
+everywhere = sharding.replicated(mesh)
+here = lambda x: jax.make_array_from_callback((), everywhere, lambda _: np.int32(x))
+state = lambda k: c.TrainState(here(k), {'w': there, 'b': here(k)}, None, None, None, here(0))
+abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(0))
+with c.Checkpoints(sys.argv[1], c.MODEL, {}) as checkpoints:
+    for step in (1, 2):
+        checkpoints.save(state(step))
+    checkpoints.wait()
+    newest = Path(sys.argv[1]) / 'checkpoints' / '2' / 'weights'
+    if jax.process_index() == 0:
+        c.flip(c.largest(newest / 'ocdbt.process_1'), 4000)
+    processes.from_first(None)
+    found = checkpoints.restore(abstract)
+    same = all((x.data == wanted[x.index]).all() for x in found.params['w'].addressable_shards)
+    print('restored', int(found.step), same, checkpoints.latest())
+    try:
+        checkpoints.restore(abstract, step=7)
+    except checkpoint.Unreadable:
+        print('refused')
+"""
+
+
+@pytest.mark.slow
+def test_damage_that_one_process_meets_counts_for_all(tmp_path):
+    tests = f'import sys; sys.path[:0] = {[str(Path(__file__).parent), str(ROOT / "tests")]}\n'
+    results = ended(start_processes(2, ['-c', tests + DAMAGED], tmp_path, devices=2))
+    for code, output in results:
+        assert code == 0, output
+        assert 'restored 1 True 1' in output and 'refused' in output
+    assert sorted(path.name for path in (tmp_path / 'checkpoints').iterdir()) == ['1', '2.damaged']
+
+
 def process_number(index, workdir) -> int | None:
     """The id of the running process of this index."""
     for folder in Path('/proc').glob('[0-9]*'):

@@ -313,7 +313,7 @@ def test_gradient_norm_is_taken_before_clipping():
     np.testing.assert_allclose(optax.global_norm(first_moments), 0.1 * 0.01, rtol=1e-4)
 
 
-@pytest.mark.parametrize('alone', [False, True])
+@pytest.mark.parametrize('alone', [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('parts', [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_eight_devices_compute_what_one_does(parts, alone):
     # With a layout each device takes its gradients alone, without it XLA's partitioner decides.

@@ -40,7 +40,8 @@ def loss_bits(metrics: list[dict]) -> tuple[list[int], np.ndarray]:
 
     From the terms of the loss, which noise levels do not weight as they do the loss.
     """
-    (steps, prior), (_, logdet) = series(metrics, 'prior'), series(metrics, 'logdet')
+    whole = [line for line in metrics if line.keys() >= {'prior', 'logdet'}]
+    (steps, prior), (_, logdet) = series(whole, 'prior'), series(whole, 'logdet')
     nats = np.array(logdet, float) - np.array(prior, float) - 0.5 * math.log(2 * math.pi)
     return steps, np.asarray(likelihood.bits_per_dim(nats, 1))
 

@@ -124,9 +124,9 @@ def _training(found) -> str:
         figure('Bits per dimension over training', charts.bits(metrics, scored)),
     ])
     _, skipped = charts.series(metrics, 'skipped')
-    if skipped and skipped[-1]:
+    if skipped and skipped[-1] > 0:
         text += paragraph(
-            f'{number(int(skipped[-1]))} steps were skipped, as their gradient was not finite.',
+            f'{skipped[-1]:,.0f} steps were skipped, as their gradient was not finite.',
             'warning',
         )
     if scored is None:

@@ -53,6 +53,7 @@ def test_pictures_and_their_noise():
     np.testing.assert_allclose(found['between'][:, -1], found['denoised'][:, 1], **close)
 
 
+@pytest.mark.slow
 def test_rows_with_features_and_a_noise_level():
     model = tiny((1, 1), **CONDITIONED)
     features = np.random.default_rng(0).standard_normal((2, 2)).astype(np.float32)

@@ -114,6 +114,16 @@ METRICS = [
     {'step': s, 'loss': -0.1 * s, 'prior': 0.5, 'logdet': 0.1 * s, 'skipped': 2.0,
      'mean_square/block_0': 1.0, 'mean_square/block_1': 0.9} for s in (1, 2, 3)
 ]
+
+
+def test_lines_of_metrics_that_lack_a_number():
+    lines = [*METRICS, {'step': 4, 'prior': 1.0}, {'step': 5, 'logdet': 1.0}, {'step': 6}]
+    steps, bits = charts.loss_bits(lines)
+    assert steps == [1, 2, 3] and bits.shape == (3,)
+    found = collected() | {'metrics': [*lines, {'step': 7, 'loss': 1.0, 'skipped': float('nan')}]}
+    assert 'steps were skipped' not in checked(page.page(found)).text
+
+
 SIDE = dict(max=1e-6, rms=1e-7, not_finite=0.0)
 PASSED = dict(
     image_z_image=SIDE, z_image_z=SIDE, blocks=[dict(image_z_image=SIDE, z_image_z=SIDE)],

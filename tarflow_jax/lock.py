@@ -8,11 +8,7 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
-
-from tarflow_jax import paths
-from tarflow_jax.training import bucket_lock
-from tarflow_jax.training.processes import from_first
+from tarflow_jax import bucket_lock, paths
 
 FILE = 'lock'
 
@@ -23,8 +19,8 @@ class Taken(OSError):
     """Another process writes to the folder."""
 
 
-def check(folder) -> None:
-    """Raises Taken if another process holds the folder; creates nothing. All processes call it."""
+def check(folder, by_first: Callable = lambda action: action()) -> None:
+    """Raises Taken if another process holds the folder; creates nothing. See `held`."""
     path = paths.of(folder) / FILE
 
     def look():
@@ -33,41 +29,29 @@ def check(folder) -> None:
         elif path.exists():
             _lock(path).close()
 
-    _by_first(look)
+    by_first(look)
 
 
 @contextlib.contextmanager
-def held(folder) -> Iterator[None]:
-    """Holds a folder, which is created if it is missing. All processes of a run call it.
+def held(folder, by_first: Callable = lambda action: action()) -> Iterator[None]:
+    """Holds a folder, which is created if it is missing.
 
-    The first process locks a file in the folder, which names it. The system ends the lock with the
+    A file in the folder is locked, and names the process. The system ends the lock with the
     process, however it ends: a file that is left behind stops nobody. For buckets see
     `bucket_lock`.
 
+    Args:
+      by_first: of several processes that are one run, and all call this: `processes.by_first`.
     Raises:
       Taken: if another process holds it.
     """
     path = paths.of(folder) / FILE
-    release = _by_first(lambda: _take(path))
+    release = by_first(lambda: _take(path))
     try:
         yield
     finally:
         if release:
             release()
-
-
-def _by_first(action):
-    """What the action returns on the first process, else None; its OSError on every process."""
-    result, problem = None, None
-    if jax.process_index() == 0:
-        try:
-            result = action()
-        except OSError as error:  # not raised here, where the others would wait for ever
-            problem = error
-    problem = from_first(problem)
-    if problem:
-        raise problem
-    return result
 
 
 def _of_bucket(action: Callable, path: Path):

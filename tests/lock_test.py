@@ -9,11 +9,11 @@ import sys
 import pytest
 from command_line import ROOT
 
-from tarflow_jax.training import lock
+from tarflow_jax import lock
 
 HOLDER = """
 import sys, time
-from tarflow_jax.training import lock
+from tarflow_jax import lock
 with lock.held(sys.argv[1]):
     print('held', flush=True)
     time.sleep(100)

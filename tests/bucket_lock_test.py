@@ -7,8 +7,7 @@ import time
 
 import pytest
 
-from tarflow_jax import paths
-from tarflow_jax.training import bucket_lock, lock
+from tarflow_jax import bucket_lock, lock, paths
 
 HOLDER = f'process {os.getpid()} on {socket.gethostname()}'
 

@@ -1,0 +1,130 @@
+"""Samples by the way they are denoised: `python benchmarks/denoising.py --workdir=DIR`.
+
+Draws samples from the newest checkpoint of a run and scores each kind: Frechet distance on
+EfficientNet-Lite0 (not FID) to the training set, precision and recall. Prints one line of JSON for
+as many images of the test set, the floor that real images reach, and one for each combination of
+`--guidances` (RULE:WEIGHT), of `--levels`, the noise levels that an iTARFlow draws at (empty is the
+highest of its training), and of `--steps` of denoising. A TarFlow has one level and takes one step.
+All samples come from the same noise and go through the classes in turn. The lines also hold the
+milliseconds that an image takes to draw and to denoise.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import time
+
+import automatic
+import jax
+import numpy as np
+
+import tarflow_jax as tfj
+from tarflow_jax.evaluation import features, networks
+from tarflow_jax.evaluation.frechet import frechet_distance
+from tarflow_jax.evaluation.over_set import evenly_spaced
+from tarflow_jax.evaluation.precision_recall import precision_recall
+from tarflow_jax.flow.condition import at_noise_level, per_example
+from tarflow_jax.sampling.generate import Denoising, denoised
+from tarflow_jax.training import sharding
+
+BATCH = 100
+
+
+class Judge:
+    """Scores sets of images against a training set."""
+
+    def __init__(self, train, mesh):
+        self.of = functools.partial(
+            features.statistics_and_features, networks.load('auto', ''), mesh=mesh,
+            batch_size=BATCH, about={},
+        )
+        # The same images of each kind whatever the number of samples, as recall depends on it.
+        self.reference, self.real = self.of(train, keep=len(train), what='training set')
+
+    def __call__(self, source) -> dict[str, float]:
+        statistics, found = self.of(source, keep=len(source), what='samples')
+        count = min(len(found), len(self.real))
+        some = np.random.default_rng(0).choice(len(self.real), count, replace=False)
+        scores = precision_recall(self.real[some], found)
+        distance = frechet_distance(statistics, self.reference)
+        row = {'frechet': distance, 'precision': scores['precision'], 'recall': scores['recall']}
+        return {name: float(f'{value:.4g}') for name, value in row.items()}
+
+
+class Flow:
+    """The flow of a run, each core a device."""
+
+    def __init__(self, plan, variables, mesh):
+        self.plan, self.model = plan, plan.model
+        self.variables = jax.device_put(variables, sharding.replicated(mesh))
+        self.split = sharding.batch_sharding(mesh)
+
+    def draw(self, count: int, guidance, level: float | None) -> tuple[list, float]:
+        """Samples before denoising, as batches with their conditions, and the seconds they took."""
+        found, seconds = [], 0.0
+        for start in range(0, count, BATCH):
+            numbers = np.arange(start, start + BATCH)
+            condition = self.plan.conditions.of(numbers)
+            if level is not None:
+                condition = at_noise_level(condition, np.float32(level))
+            noise = jax.random.normal(jax.random.key(start), (BATCH, *self.model.token_shape))
+            both = noise, per_example(condition, BATCH)
+            noise, condition = jax.device_put(both, self.split)
+            begin = time.perf_counter()
+            raw = tfj.sample(self.model, self.variables, noise, condition, guidance=guidance)
+            found.append((jax.block_until_ready(raw), condition))
+            seconds += (time.perf_counter() - begin) * (start > 0)  # the first one compiles
+        return found, seconds
+
+    def denoise(self, drawn: list, denoising: Denoising) -> tuple[np.ndarray, float]:
+        found, seconds = [], 0.0
+        for i, (raw, condition) in enumerate(drawn):
+            begin = time.perf_counter()
+            images = denoised(self.model, self.variables, raw, condition, denoising)
+            found.append(np.asarray(images))
+            seconds += (time.perf_counter() - begin) * (i > 0)
+        return np.concatenate(found), seconds
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--workdir', required=True, help='a run of the command line')
+    parser.add_argument('--samples', type=int, default=2000)
+    parser.add_argument('--guidances', default='linear:1')
+    parser.add_argument('--levels', default='', help='noise levels to draw at')
+    parser.add_argument('--steps', default='1,5,10,30')
+    args = parser.parse_args()
+    sharding.use_cores_as_devices(BATCH)
+    mesh = sharding.make_mesh()
+    plan, variables, sets = automatic.newest(args.workdir)
+    if args.samples % BATCH:
+        parser.error(f'--samples {args.samples} must be a multiple of {BATCH}.')
+    judge, flow = Judge(sets['train'], mesh), Flow(plan, variables, mesh)
+    real = judge(evenly_spaced(sets['test'], args.samples))
+    print(json.dumps({'samples': args.samples, 'real': True} | real), flush=True)
+
+    levels, steps, lowest = (None,), (1,), None
+    if plan.model.noise_conditioned:
+        levels = [float(x) for x in args.levels.split(',') if x] or (plan.recipe.noise_std,)
+        steps, lowest = [int(x) for x in args.steps.split(',')], plan.recipe.lowest_noise_std
+    for given, level in itertools.product(args.guidances.split(','), levels):
+        rule, weight = given.split(':')
+        drawn, drawing = flow.draw(args.samples, tfj.Guidance(float(weight), rule=rule), level)
+        for count in steps:
+            denoising = Denoising(plan.recipe.noise_std)
+            if level is not None:
+                denoising = Denoising(levels=tuple(np.linspace(level, lowest, count).tolist()))
+            images, seconds = flow.denoise(drawn, denoising)
+            each = 1000 / (args.samples - BATCH)
+            row = {
+                'samples': args.samples, 'guidance': given, 'level': level, 'steps': count,
+                'drawing_ms': round(drawing * each, 3), 'denoising_ms': round(seconds * each, 3),
+            }
+            print(json.dumps(row | judge(automatic.Images(images))), flush=True)
+
+
+if __name__ == '__main__':
+    main()
