@@ -2,7 +2,7 @@
 # Trains on TPU slices of Google Kubernetes Engine, as a JobSet that restarts as a whole.
 #
 #   launch/gke.sh --name=NAME --image=IMAGE --accelerator=tpu-v5-lite-podslice --topology=16x16 \
-#       --bucket=B [FLAGS] -- ARGS OF tarflow_jax.main
+#       [FLAGS] -- ARGS OF tarflow_jax.main, such as --workdir=gs://B/FOLDER
 #
 #   --accelerator=A      node label cloud.google.com/gke-tpu-accelerator
 #   --topology=AxB[xC]   chips of a slice; with --chips_per_node it gives the number of hosts
@@ -10,8 +10,7 @@
 #   --slices=N           that many slices (1)
 #   --spot               Spot nodes
 #   --namespace=NS       Kubernetes namespace (that of kubectl)
-#   --claim=PVC          PersistentVolumeClaim to mount at /workdir, or
-#   --bucket=B           bucket to mount at /workdir, by the Cloud Storage FUSE CSI driver
+#   --claim=PVC          PersistentVolumeClaim to mount at /workdir, where no bucket is used
 #   --service_account=A  Kubernetes service account, which must be allowed to use the bucket
 #   --max_restarts=N     restarts of the whole, preemptions included (100)
 #   --action=ACTION      apply (default), logs (of every worker), delete, or before all else pools:
@@ -23,9 +22,9 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 name='' image='' accelerator='' topology='' chips_per_node=4 slices=1 spot='' namespace='' claim=''
-bucket='' service_account='' max_restarts=100 action=apply cluster='' location=''
+service_account='' max_restarts=100 action=apply cluster='' location=''
 parse_flags 'name= image= accelerator= topology= chips_per_node= slices= spot namespace= claim=
-  bucket= service_account= max_restarts= action= cluster= location= ' "$@"
+  service_account= max_restarts= action= cluster= location= ' "$@"
 ((${#words[@]} == 0)) || refuse "${words[0]} is not a flag"
 require name
 dns_name='^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$'
@@ -52,8 +51,8 @@ whole_numbers chips_per_node slices max_restarts
 grid='^[1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){1,2}$'
 [[ $topology =~ $grid ]] ||
   refuse "--topology=$topology does not look like 16x16 or 4x4x8"
-[[ $claim || $bucket || $action == pools ]] || refuse '--claim or --bucket is missing; the workdir is there'
-[[ ! $claim || ! $bucket ]] || refuse '--claim and --bucket exclude each other'
+[[ $claim || " ${rest[*]-} " == *=gs://* || $action == pools ]] ||
+  refuse '--claim is missing, and no --workdir=gs://BUCKET/FOLDER; the workdir must outlive the pods'
 chips=$((${topology//x/*}))
 if ((chips < chips_per_node)); then chips_per_node=$chips; fi
 ((chips % chips_per_node == 0)) ||
@@ -147,13 +146,6 @@ spec:
               operator: In
               values: [2, 76, 130]
         template:
-YAML
-  if [[ $bucket ]]; then cat <<YAML; fi
-          metadata:
-            annotations:
-              gke-gcsfuse/volumes: "true"
-YAML
-  cat <<YAML
           spec:
             restartPolicy: Never
             terminationGracePeriodSeconds: 120
@@ -192,28 +184,28 @@ YAML
               resources:
                 limits:
                   google.com/tpu: $chips_per_node
+YAML
+  cat <<YAML
               volumeMounts:
-              - name: workdir
-                mountPath: /workdir
               - name: shared-memory
                 mountPath: /dev/shm
+YAML
+  if [[ $claim ]]; then cat <<YAML; fi
+              - name: workdir
+                mountPath: /workdir
+YAML
+  cat <<YAML
             volumes:
             # Through which the processes of data.workers hand over batches: Kubernetes gives 64 MiB.
             - name: shared-memory
               emptyDir:
                 medium: Memory
-            - name: workdir
 YAML
-  if [[ $claim ]]; then cat <<YAML; else cat <<YAML_BUCKET; fi
+  if [[ $claim ]]; then cat <<YAML; fi
+            - name: workdir
               persistentVolumeClaim:
                 claimName: $(json "$claim")
 YAML
-              csi:
-                driver: gcsfuse.csi.storage.gke.io
-                volumeAttributes:
-                  bucketName: $(json "$bucket")
-                  mountOptions: implicit-dirs
-YAML_BUCKET
 }
 
 ((${#rest[@]})) || refuse 'the arguments of tarflow_jax.main are missing; they stand after --'

@@ -16,7 +16,6 @@
 #   --version=V      runtime version (by the type)
 #   --slices=N       N such slices as one TPU (1)
 #   --spot           cheaper, and taken away at times
-#   --bucket=B       mount the bucket B at /mnt/B on all workers, for the workdir and data
 #   --source=DIR     checkout to install (.)
 #   --setup=COMMAND  shell to run on each worker before the installation
 #   --logs=DIR       where logs go; given to run, it fetches them at the end (logs)
@@ -27,9 +26,9 @@ set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-name='' zone='' project='' type='' version='' slices=1 spot='' bucket='' source=. setup='' logs=''
+name='' zone='' project='' type='' version='' slices=1 spot='' source=. setup='' logs=''
 poll=30 max_restarts=20 min_uptime=600 wait=5
-parse_flags 'name= zone= project= type= version= slices= spot bucket= source= setup= logs= poll=
+parse_flags 'name= zone= project= type= version= slices= spot source= setup= logs= poll=
   max_restarts= min_uptime= wait= ' "$@"
 action=${words[0]:-}
 case $action in
@@ -51,9 +50,7 @@ case $type in
 esac
 
 where=("--zone=$zone")
-for value in "$name" ${bucket:+"$bucket"}; do
-  [[ $value =~ ^[a-z0-9][a-z0-9._-]*$ ]] || refuse "$value cannot be a name or bucket"
-done
+[[ $name =~ ^[a-z0-9][a-z0-9._-]*$ ]] || refuse "$name cannot be a name"
 [[ ! $project ]] || where+=("--project=$project")
 nodes=("$name")
 if ((slices > 1)); then
@@ -133,10 +130,6 @@ up() {
 }
 
 # What workers run. $HOME/tarflow has the source, the venv, train.log, pid, exit_code and stopped.
-mount_bucket="command -v gcsfuse >/dev/null || sudo apt-get install -y gcsfuse || { echo 'gcsfuse is \
-not there; install it with --setup' >&2; exit 1; }
-mountpoint -q /mnt/$bucket || { sudo mkdir -p /mnt/$bucket && sudo chown \"\$(id -u)\" /mnt/$bucket &&
-gcsfuse --implicit-dirs $bucket /mnt/$bucket; }"
 # The images of some TPUs have a Python that is too old; uv brings one along.
 install="if [ -e tarflow/pid ]; then kill -TERM \$(cat tarflow/pid) 2>/dev/null || true
 for wait in \$(seq 120); do kill -0 \$(cat tarflow/pid) 2>/dev/null || break; sleep 1; done
@@ -146,7 +139,7 @@ tar -xzf tarflow_source.tar.gz -C tarflow/source
 if [ ! -x tarflow/venv/bin/python ]; then
 if python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then python3 -m venv tarflow/venv
 else python3 -m pip install --quiet --user uv && python3 -m uv venv --seed --python 3.12 tarflow/venv; fi; fi
-tarflow/venv/bin/python -m pip install --quiet './tarflow/source[tpu]'"
+tarflow/venv/bin/python -m pip install --quiet './tarflow/source[tpu,gcs]'"
 train=$(quoted launch/supervise.sh --watch_maintenance "--max_restarts=$max_restarts" \
   "--min_uptime=$min_uptime" "--wait=$wait")
 train+=" --exit_file=\"\$HOME/tarflow/exit_code\" -- "
@@ -170,7 +163,6 @@ deploy() {
   done
   on_workers "set -e
 ${setup:+$setup
-}${bucket:+$mount_bucket
 }$install" || return
   on_workers "$start"
 }

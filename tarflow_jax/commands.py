@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import optax
 
-from tarflow_jax import class_order, files, reporting, run_checks, scoring
+from tarflow_jax import class_order, files, paths, reporting, run_checks, scoring
 from tarflow_jax import config as configs
 from tarflow_jax import convert as official
 from tarflow_jax.data import kinds, sizes
@@ -201,7 +201,7 @@ def convert(config, given) -> Callable[[], None]:
     if output_file:
         if not output_file.endswith('.safetensors'):
             raise ValueError(f'--output {output_file} must end with .safetensors.')
-        files.try_file(output_file, '--output')
+        paths.check_writable_file(output_file, f'--output={output_file}')
         origin_dir = None if input_file else _workdir(given.workdir)
         variables, origin, known = _variables(plan, origin_dir, input_file, mesh)
         found, names = class_order.official_rows(known)
@@ -255,9 +255,8 @@ def compile_ahead(config, given) -> Callable[[], None]:
     for name in given.topology:
         topology.check(name)
     if given.json:
-        files.try_file(given.json, '--json')
-    if given.out:
-        files.try_folder(given.out, '--out')
+        paths.check_writable_file(given.json, f'--json={given.json}')
+    out = paths.writable_folder(given.out, f'--out={given.out}') if given.out else None
     found = [topology.describe(name) for name in given.topology]
     setups = []
     for slice_ in found:
@@ -275,9 +274,7 @@ def compile_ahead(config, given) -> Callable[[], None]:
         )
         rows = []
         for own, slice_ in setups:
-            row = cost_report.compile_for(
-                own, slice_, given.program, Path(given.out) if given.out else None
-            )
+            row = cost_report.compile_for(own, slice_, given.program, out)
             print(*cost_report.lines(row), sep='\n', flush=True)
             if not row['fits']:
                 better = cost_report.smallest_change(own, slice_, given.program)
@@ -365,8 +362,7 @@ def _setup(config, given, *flags: str):
 def _workdir(workdir) -> Path:
     if not workdir:
         raise ValueError('--workdir is missing; give the folder of the run.')
-    files.check_workdir(workdir)
-    return Path(workdir)
+    return run_checks.workdir(workdir)
 
 
 def _plan(config):
@@ -389,7 +385,7 @@ def _variables(plan, workdir, input_file, mesh):
         variables = official.load_official(input_file, plan.model)
         variables = jax.device_put(variables, sharding.shardings(variables, mesh))
         known = _classes_in(input_file)
-        with open(input_file, 'rb') as file:
+        with paths.local_copy(input_file).open('rb') as file:
             return variables, {
                 'name': input_file, 'sha256': hashlib.file_digest(file, 'sha256').hexdigest()
             }, known

@@ -21,7 +21,7 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from tarflow_jax import files, json_files, torch_file, wrong_files
+from tarflow_jax import files, json_files, paths, torch_file, wrong_files
 from tarflow_jax.flow.flow import Flow, TarFlow, Variables, field_defaults
 
 # Official name, our path, and the axes of both, named as in `_sizes`; those in parentheses are
@@ -91,7 +91,7 @@ def load_official(path: str | os.PathLike[str], model: TarFlow) -> dict[str, Any
         or dtype than the model's, not finite, or (attention masks, the prior variance) of values
         that the model cannot represent.
     """
-    path = Path(path)
+    path = paths.local_copy(path)
     _check_representable(model)
     if not path.exists():
         raise FileNotFoundError(f'{path} does not exist; give the path of an official checkpoint.')
@@ -138,7 +138,7 @@ def class_names(path: str | os.PathLike[str]) -> list[str] | None:
     """
     if Path(path).suffix != '.safetensors':
         return None
-    with safetensors.safe_open(path, framework='numpy') as file:
+    with safetensors.safe_open(paths.local_copy(path), framework='numpy') as file:
         text = (file.metadata() or {}).get(_CLASS_NAMES)
     if text is None:
         return None
@@ -171,11 +171,11 @@ def save_official(
       ValueError: if `path` ends otherwise, or any leaf is missing, unknown, of another shape or
         dtype than the model's, or not finite.
     """
-    path = Path(path)
+    path = paths.of(path)
     _check_representable(model)
     if path.suffix != '.safetensors':
         raise ValueError(f'{path} ends with {path.suffix!r}; choose a name ending in .safetensors.')
-    if not path.parent.is_dir():
+    if not paths.can_hold_files(path.parent):
         raise FileNotFoundError(f'the folder {path.parent} does not exist; create it first.')
 
     rows, sizes = _rows(model), _sizes(model)

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import shutil
 import socket
 import tempfile
 import time
@@ -11,9 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-# What a run keeps in its workdir.
-FOLDERS = ('checkpoints', 'compiled', 'samples', 'schedules', 'statistics', 'tensorboard')
-FILES = ('metrics.jsonl', 'evaluation.json', 'report.html', 'outliers.png')
+from tarflow_jax import paths
 
 _DAY = 86400  # seconds; no file takes that long to write
 _cleaned: set[Path] = set()
@@ -25,9 +22,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     The file is written beside `path`, whose folder is created if it is missing. If anything fails,
     the new file is removed and whatever was at `path` stays as it was. What killed processes left
-    in the folder is removed.
+    in the folder is removed. A file in a bucket is written to the disk first.
     """
-    path = Path(path)
+    path = paths.of(path)
+    if paths.in_bucket(path):
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder) / path.name
+            with local.open('wb') as file:
+                yield file
+            paths.upload(local, path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     _clean(path.parent)
     # Two processes may write the same file at the same time.
@@ -53,6 +57,28 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
         file.write(content)
 
 
+@contextlib.contextmanager
+def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Makes a folder on the disk that takes the place of `path` once it is complete.
+
+    In a bucket its files appear one by one, in the order in which they were written.
+    """
+    path = paths.of(path)
+    if paths.in_bucket(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+            paths.remove_tree(path)
+            for file in sorted(Path(folder).iterdir(), key=lambda file: file.stat().st_mtime_ns):
+                paths.upload(file, path / file.name)
+        return
+    temporary = path.with_name(f'{path.name}.tmp')
+    paths.remove_tree(temporary)
+    temporary.mkdir(parents=True)
+    yield temporary
+    paths.remove_tree(path)
+    temporary.replace(path)
+
+
 def _clean(folder: Path) -> None:
     """Removes the files of writers that are gone, before the first file that is written there."""
     if folder in _cleaned:
@@ -75,71 +101,3 @@ def _is_gone(process: int) -> bool:
     except PermissionError:
         return False
     return process == os.getpid()  # nothing of this one is here yet
-
-
-def try_folder(folder, what: str) -> None:
-    """Makes a folder and a file in it, and removes what it has made.
-
-    Args:
-      what: the flag or field that names the folder, for the error.
-
-    Raises:
-      ValueError: if it cannot be written to.
-    """
-    folder, made = Path(folder), []
-    whole = folder.absolute()
-    missing = [p for p in (whole, *whole.parents) if not os.path.exists(p)]
-    there = missing[-1].parent if missing else folder
-    try:
-        if not there.is_dir():
-            raise NotADirectoryError(None, f'{there} is not a folder')
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise PermissionError(None, f'{there} cannot be written to')
-        for path in reversed(missing):
-            with contextlib.suppress(FileExistsError):  # another process was faster
-                path.mkdir()
-                made.append(path)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except (OSError, ValueError) as error:
-        reason = (getattr(error, 'strerror', None) or str(error)).rstrip('.')
-        raise ValueError(
-            f'{what}={folder} cannot be written to ({reason}); choose another folder.'
-        ) from None
-    finally:
-        for path in reversed(made):
-            with contextlib.suppress(OSError):  # another process has put something there
-                path.rmdir()
-
-
-def try_file(file, what: str) -> None:
-    """The same of a file that is to be written, into a folder that exists."""
-    file = Path(file)
-    if not file.absolute().parent.is_dir():
-        raise ValueError(f'{what}={file}: its folder does not exist; create it first.')
-    if file.is_dir():
-        raise ValueError(f'{what}={file} is a folder; give the name of a file.')
-    try_folder(file.parent, what)
-
-
-def check_workdir(workdir) -> None:
-    """ValueError if a workdir cannot be written to, or something else has a name it needs."""
-    try_folder(workdir, '--workdir')
-    for names, wrong, kind in ((FOLDERS, Path.is_file, 'folder'), (FILES, Path.is_dir, 'file')):
-        for path in (Path(workdir) / name for name in names):
-            if wrong(path):
-                raise ValueError(
-                    f'{path} is no {kind}, and the run needs a {kind} of this name; move it away.'
-                )
-
-
-def check_size(folder, size: int, what: str) -> None:
-    """ValueError if so many bytes are more than the whole file system of a folder holds."""
-    folder = Path(folder).absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    total = shutil.disk_usage(there).total
-    if size > total:
-        raise ValueError(
-            f'{what} need {size / 1e9:,.0f} GB, and the file system of {there} has '
-            f'{total / 1e9:,.0f} GB; choose fewer.'
-        )

@@ -8,6 +8,8 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tarflow_jax import bucket_lock, paths
+
 FILE = 'lock'
 
 log = logging.getLogger(__name__)
@@ -19,10 +21,12 @@ class Taken(OSError):
 
 def check(folder, by_first: Callable = lambda action: action()) -> None:
     """Raises Taken if another process holds the folder; creates nothing. See `held`."""
-    path = Path(folder) / FILE
+    path = paths.of(folder) / FILE
 
     def look():
-        if path.exists():
+        if paths.in_bucket(path):
+            _of_bucket(bucket_lock.check, path)
+        elif path.exists():
             _lock(path).close()
 
     by_first(look)
@@ -33,24 +37,41 @@ def held(folder, by_first: Callable = lambda action: action()) -> Iterator[None]
     """Holds a folder, which is created if it is missing.
 
     A file in the folder is locked, and names the process. The system ends the lock with the
-    process, however it ends: a file that is left behind stops nobody.
+    process, however it ends: a file that is left behind stops nobody. For buckets see
+    `bucket_lock`.
 
     Args:
       by_first: of several processes that are one run, and all call this: `processes.by_first`.
     Raises:
       Taken: if another process holds it.
     """
-    path = Path(folder) / FILE
-    file = by_first(lambda: _take(path))
+    path = paths.of(folder) / FILE
+    release = by_first(lambda: _take(path))
     try:
         yield
     finally:
-        if file:
-            path.unlink(missing_ok=True)
-            file.close()
+        if release:
+            release()
 
 
-def _take(path: Path):
+def _of_bucket(action: Callable, path: Path):
+    try:
+        return action(path)
+    except bucket_lock.Held as holder:
+        raise _taken(path, str(holder)) from None
+
+
+def _taken(path: Path, holder: str) -> Taken:
+    return Taken(
+        f'{path.parent} is written to by {holder or "another process"}; wait for it, stop it, or '
+        'choose another folder.'
+    )
+
+
+def _take(path: Path) -> Callable[[], None]:
+    """Takes the lock; returns what releases it."""
+    if paths.in_bucket(path):
+        return _of_bucket(bucket_lock.take, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     file = _lock(path)
     while not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
@@ -61,7 +82,12 @@ def _take(path: Path):
     file.truncate(0)
     file.write(f'process {os.getpid()} on {socket.gethostname()}')
     file.flush()
-    return file
+
+    def release():
+        path.unlink(missing_ok=True)
+        file.close()
+
+    return release
 
 
 def _lock(path: Path):
@@ -72,10 +98,7 @@ def _lock(path: Path):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         with file:
-            raise Taken(
-                f'{path.parent} is written to by {file.read() or "another process"}; wait for it, '
-                'stop it, or choose another folder.'
-            ) from None
+            raise _taken(path, file.read()) from None
     except OSError as error:  # a network file system without locks
         log.warning('%s cannot be locked (%s); start only one run in its folder', path, error)
     return file

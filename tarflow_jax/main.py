@@ -31,7 +31,7 @@ except ValueError as error:  # a variable JAX_... has a value that JAX does not 
 from absl import flags
 from ml_collections import config_flags
 
-from tarflow_jax import commands, config_of_run, config_ranges, environment, lock
+from tarflow_jax import commands, config_of_run, config_paths, config_ranges, environment, lock
 from tarflow_jax import config as configs
 from tarflow_jax.training import compiled, processes, sharding
 from tarflow_jax.training.checkpoint import CheckpointError, Unreadable
@@ -53,6 +53,7 @@ def main(argv: list[str]) -> int:
             print(__doc__, given, sep='\n')
             return 0
         config = given.config
+        config_paths.resolve(config, given)
         environment.check()
         processes.start(given.distributed)
         sharding.use_cores_as_devices(config.train.batch_size // max(config.train.accumulation, 1))
@@ -159,6 +160,10 @@ def _flags(argv: list[str], saved: config_of_run.Saved | None) -> flags.FlagValu
 def _parse(argv: list[str]) -> flags.FlagValues:
     """The flags of the command line; ValueError if they cannot be understood."""
     argv = _last_of_tuples(argv)
+    argv = [
+        f'{word[:9]}{os.path.expanduser(word[9:])}' if word.startswith('--config=') else word
+        for word in argv
+    ]
     _check_file(argv)
     workdir, known = _values_of('workdir', argv), list(_TEXT_FLAGS)
     saved = config_of_run.saved(workdir[-1]) if workdir else None

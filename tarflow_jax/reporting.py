@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from tarflow_jax import files, scoring
+from tarflow_jax import files, paths, scoring
 from tarflow_jax.data import kinds
 from tarflow_jax.evaluation.over_set import evenly_spaced, images_of
 from tarflow_jax.evaluation.report import drawn, measured
@@ -46,9 +46,10 @@ def prepare(subject: Subject, train) -> Callable:
         start = time.perf_counter()
         found = _collect(subject, train, variables, origin)
         path = subject.workdir / 'report.html'
-        files.write_text(path, page.page(found))
+        text = page.page(found)
+        files.write_text(path, text)
         log.info('the report took %.1f s and is in %s (%.1f MB)', time.perf_counter() - start, path,
-                 path.stat().st_size / 1e6)
+                 len(text.encode()) / 1e6)
 
     return work
 
@@ -68,7 +69,7 @@ def _collect(s: Subject, train, variables, origin) -> dict:
     count = min(BLOCK_IMAGES, len(few))
     devices = s.mesh.devices.ravel()
     return {
-        'title': f'Report of {s.workdir.absolute().name}',
+        'title': f'Report of {paths.absolute(s.workdir).name}',
         'origin': origin,
         'model': architecture(plan.model),
         'class_names': plan.conditions.class_names,

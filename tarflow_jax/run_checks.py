@@ -1,14 +1,32 @@
 """Whether a run can do what its config asks: memory, disk, workers, and what was there before."""
 
 import logging
+import shutil
+from pathlib import Path
 
-from tarflow_jax import class_order, config_of_run, files
+from tarflow_jax import class_order, config_of_run, paths
 from tarflow_jax import config as configs
 from tarflow_jax.data import pipeline
 from tarflow_jax.training import memory, sharding
 from tarflow_jax.training.checkpoint import Checkpoints
 
+# What a run keeps in its workdir.
+FOLDERS = ('checkpoints', 'compiled', 'samples', 'schedules', 'statistics', 'tensorboard')
+FILES = ('metrics.jsonl', 'evaluation.json', 'report.html', 'outliers.png')
+
 log = logging.getLogger(__name__)
+
+
+def workdir(given: str) -> Path:
+    """The workdir; ValueError if it cannot be written to, or something else has a name it needs."""
+    folder = paths.writable_folder(given, f'--workdir={given}')
+    for names, wrong, kind in ((FOLDERS, 'is_file', 'folder'), (FILES, 'is_dir', 'file')):
+        for path in (folder / name for name in names):
+            if getattr(path, wrong)():
+                raise ValueError(
+                    f'{path} is no {kind}, and the run needs a {kind} of this name; move it away.'
+                )
+    return folder
 
 
 def training(config, plan, mesh) -> str:
@@ -28,7 +46,7 @@ def batches(config, mesh, source) -> None:
     configs.named('data', pipeline.check_workers, source, rows, config.data.workers)
 
 
-def sample_set(config, plan, mesh, workdir, always: bool = False) -> str:
+def sample_set(config, plan, mesh, folder: Path, always: bool = False) -> str:
     """The memory that config.sample needs; ValueError if it, or the disk, is too small for it."""
     s, model = config.sample, plan.model
     if not always and ('frechet' not in config.evaluate.metrics or config.evaluate.frechet.samples):
@@ -36,8 +54,22 @@ def sample_set(config, plan, mesh, workdir, always: bool = False) -> str:
     batch_size = min(s.batch_size, s.count)
     needed = memory.of_sampling(model, mesh, batch_size)
     told = memory.check(needed, model, mesh, f'sampling (sample.batch_size {batch_size})')
-    files.check_size(workdir, s.count * model.num_dims, f'the images of sample.count {s.count}')
+    _check_disk(folder, s.count * model.num_dims, f'the images of sample.count {s.count}')
     return told
+
+
+def _check_disk(folder: Path, size: int, what: str) -> None:
+    """ValueError if so many bytes are more than the whole file system of a folder holds."""
+    if paths.in_bucket(folder):
+        return
+    folder = folder.absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    total = shutil.disk_usage(there).total
+    if size > total:
+        raise ValueError(
+            f'{what} need {size / 1e9:,.0f} GB, and the file system of {there} has '
+            f'{total / 1e9:,.0f} GB; choose fewer.'
+        )
 
 
 def scoring(config, plan, mesh, source) -> str:

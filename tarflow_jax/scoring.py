@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tarflow_jax import files, json_files
+from tarflow_jax import files, json_files, paths
 from tarflow_jax.data import kinds
 from tarflow_jax.evaluation.scores import SCORES, Subject
 from tarflow_jax.evaluation.versions import versions
@@ -87,7 +87,7 @@ def write(workdir: Path, report: dict) -> None:
 
 def read(workdir) -> dict | None:
     """What evaluation.json holds; None if it is missing or is not what evaluation writes."""
-    path = Path(workdir) / FILE
+    path = paths.of(workdir) / FILE
     try:
         found = json_files.read(path, _SHAPE)
         table(found)

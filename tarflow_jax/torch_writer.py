@@ -7,11 +7,10 @@ and none of the memo.
 import struct
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
-from tarflow_jax import files
+from tarflow_jax import files, paths
 from tarflow_jax.torch_pickle import STORAGES
 
 # Of each dtype, by its name: 'torch', 'FloatStorage'.
@@ -37,8 +36,8 @@ def write_torch_file(path, arrays: Mapping[str, np.ndarray]) -> None:
       FileNotFoundError: if the folder of `path` does not exist.
       ValueError: for an array of a dtype that torch has no storage for.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
+    path = paths.of(path)
+    if not paths.can_hold_files(path.parent):
         raise FileNotFoundError(f'the folder {path.parent} does not exist; create it first.')
     arrays = {name: np.asarray(array) for name, array in arrays.items()}
     for name, array in arrays.items():

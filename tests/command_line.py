@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from parity_cases import FOLDER
 
-from tarflow_jax import main
+from tarflow_jax import main, paths
 from tarflow_jax.data.idx import write_idx
 
 ROOT = Path(main.__file__).parents[1]
@@ -120,7 +120,7 @@ def saved(workdir, step: int) -> dict:
     # It warns that it takes the places of the arrays from a file; here they come to the host.
     warnings.filterwarnings('ignore', 'Sharding info not provided')
     for item in ('weights', 'progress'):
-        path = Path(workdir).absolute() / 'checkpoints' / str(step) / item
+        path = paths.absolute(workdir) / 'checkpoints' / str(step) / item
         with ocp.PyTreeCheckpointer() as reader:
             tree = reader.restore(path)
         for name, leaf in jax.tree.leaves_with_path(tree):
@@ -130,7 +130,7 @@ def saved(workdir, step: int) -> dict:
 
 def metrics(workdir) -> list[dict]:
     """metrics.jsonl without what depends on the clock."""
-    lines = (Path(workdir) / 'metrics.jsonl').read_text().splitlines()
+    lines = (paths.of(workdir) / 'metrics.jsonl').read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in lines]
 
 

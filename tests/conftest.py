@@ -3,6 +3,7 @@
 import atexit
 import logging
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -35,6 +36,7 @@ logging.getLogger('tarflow_jax.training.compiled').setLevel(logging.WARNING)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # After the above: these start JAX.
+import bucket_emulator  # noqa: E402
 import jax  # noqa: E402
 from command_line import COND_GRAY, OFFICIAL, call, flags, write_images  # noqa: E402
 
@@ -44,6 +46,21 @@ def forget_compiled_programs():
     """Else they pile up to as many memory maps as Linux allows a process, and it crashes."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope='session')
+def emulator():
+    """Buckets on this machine, for this process and those that it starts."""
+    with bucket_emulator.running() as url, pytest.MonkeyPatch.context() as patch:
+        for name, value in bucket_emulator.environment(url).items():
+            patch.setenv(name, value)
+        yield url
+
+
+@pytest.fixture
+def bucket(emulator, request):
+    """A folder in a bucket, for one test."""
+    return f'gs://{bucket_emulator.BUCKET}/{re.sub("[^a-z0-9_]", "-", request.node.name)}'
 
 
 @pytest.fixture(scope='session')

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tarflow_jax import files
+from tarflow_jax import files, paths
 
 
 def test_replacing_keeps_the_file_before(tmp_path):
@@ -41,38 +41,26 @@ def test_what_killed_writers_left_is_removed(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(['new', *kept])
 
 
-def test_a_folder_is_tried_and_left_as_it_was(tmp_path):
-    files.try_folder(tmp_path / 'a' / 'b', '--out')
-    (tmp_path / 'c').mkdir()
-    files.try_folder(tmp_path / 'c', '--out')
-    assert sorted(tmp_path.rglob('*')) == [tmp_path / 'c']
+def test_bucket(bucket):
+    path = paths.of(bucket) / 'new' / 'file'
+    files.write_text(path, 'before')
+    with pytest.raises(OSError), files.replacing(path) as file:
+        file.write(b'half')
+        raise OSError(28, 'No space left on device')
+    assert path.read_text() == 'before'
+    with files.replacing(path) as file:
+        file.write(bytes(6_000_000))  # in several parts
+    assert path.read_bytes() == bytes(6_000_000)
 
 
-@pytest.mark.parametrize('name, says', [
-    ('file', 'is not a folder'), ('file/below', 'file is not a folder'), ('x' * 300, 'too long'),
-    ('a/' + 'x' * 300, 'too long'), ('nul\0', 'null'),
-])
-def test_a_folder_that_cannot_be(tmp_path, name, says):
-    (tmp_path / 'file').write_text('mine')
-    with pytest.raises(ValueError) as error:
-        files.try_folder(tmp_path / name, '--workdir')
-    assert str(error.value).startswith(f'--workdir={tmp_path}') and says in str(error.value)
-    assert str(error.value).endswith('; choose another folder.')
-    assert [path.name for path in tmp_path.iterdir()] == ['file']
-
-
-def test_names_that_a_run_needs(tmp_path):
-    files.check_workdir(tmp_path / 'new')
-    (tmp_path / 'samples').write_text('mine')
-    with pytest.raises(ValueError, match=f'{tmp_path}/samples is no folder, and the run needs a'):
-        files.check_workdir(tmp_path)
-    (tmp_path / 'samples').unlink()
-    (tmp_path / 'evaluation.json').mkdir()
-    with pytest.raises(ValueError, match='evaluation.json is no file, .* move it away'):
-        files.check_workdir(tmp_path)
-
-
-def test_more_than_a_disk_holds(tmp_path):
-    files.check_size(tmp_path / 'new', 1000, 'the images')
-    with pytest.raises(ValueError, match=r'the images need 1,000,000,000 GB, and the file system of'):
-        files.check_size(tmp_path / 'new', 10**18, 'the images')
+def test_replacing_folder(bucket, tmp_path):
+    for path in (paths.of(bucket) / 'x', tmp_path / 'x'):
+        files.write_text(path / 'old', '')
+        with pytest.raises(OSError), files.replacing_folder(path) as folder:
+            (folder / 'half').write_text('')
+            raise OSError(28, 'No space left on device')
+        assert [entry.name for entry in path.iterdir()] == ['old']
+        with files.replacing_folder(path) as folder:
+            (folder / 'a').write_text('a')
+            (folder / 'b').write_text('b')
+        assert {entry.name: entry.read_text() for entry in path.iterdir()} == {'a': 'a', 'b': 'b'}

@@ -23,7 +23,7 @@ from command_line import (
 )
 from parity_cases import FOLDER, Case
 
-from tarflow_jax import commands, lock, main
+from tarflow_jax import commands, config_paths, lock, main
 from tarflow_jax.training import checkpoint
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.metrics import MetricWriter
@@ -83,10 +83,10 @@ def refused(capfd):
     (['--distributed=onn'], ['--distributed=onn', "did you mean 'on'?"]),
     (['train'], ["'train' is not a flag"]),
     (['--workdir='], ['--workdir is missing']),
-    (['--input=x.pth'], ['--input=x.pth has no meaning with --mode=train']),
-    (['--output=x.safetensors'], ['--output=x.safetensors has no meaning with --mode=train']),
+    (['--input=x.pth'], ['x.pth has no meaning with --mode=train']),
+    (['--output=x.safetensors'], ['x.safetensors has no meaning with --mode=train']),
     (['--mode=report'], ['holds no checkpoint']),
-    (['--mode=report', '--input=x.pth'], ['--input=x.pth has no meaning with --mode=report']),
+    (['--mode=report', '--input=x.pth'], ['x.pth has no meaning with --mode=report']),
     # The model.
     (['--config.model.patch_size=5'], ['model.image_size 16', 'patch_size 5', 'divides']),
     (['--config.model.patch_size=0'], ['patch_size 0']),
@@ -204,6 +204,14 @@ def test_last_value_of_a_field_wins(earlier, last):
     assert parsed.config.model.layers_per_block == (3, 3)
     assert parsed.config.evaluate.levels == (0.1,)
     assert parsed.config.seed == 5 and parsed.workdir == 'x' and parsed.mode == 'sample'
+
+
+def test_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    shutil.copy(ROOT / 'configs' / 'fashion_mnist.py', tmp_path / 'mine.py')
+    given = main._parse(['main', '--config=~/mine.py', '--workdir=~/x'])
+    config_paths.resolve(given.config, given)
+    assert (given.config.train.batch_size, given.workdir) == (64, f'{tmp_path}/x')
 
 
 def test_missing_flags(refused):
@@ -365,7 +373,7 @@ def test_workdir_of_the_other_kind_of_flow(refused, trained, images, mode):
 def test_convert_wants_to_know_what(refused, trained, images, tmp_path):
     common = [*flags(trained, images), '--mode=convert']
     refused(common, '--input=FILE', '--output=FILE.safetensors')
-    refused([*common, '--output=x.pth'], '--output x.pth must end with .safetensors')
+    refused([*common, '--output=x.pth'], 'x.pth must end with .safetensors')
     refused([*common, f'--output={tmp_path}/no/x.safetensors'], f'{tmp_path}/no', 'does not exist')
 
 

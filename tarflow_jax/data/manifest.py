@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from tarflow_jax import json_files
+from tarflow_jax import files, json_files, paths
 from tarflow_jax.data import kinds, sizes
 
 FILE = 'manifest.json'
@@ -41,18 +41,11 @@ def folder_path(folder: str) -> epath.Path:
     Raises:
         ValueError: the folder is in a bucket and the package for buckets is missing.
     """
-    path = epath.Path(os.path.expanduser(folder))
-    try:
-        path.exists()
-    except ImportError as error:
-        raise ValueError(
-            f'{folder} is in a bucket, and the package to reach it is missing: pip install gcsfs.'
-        ) from error
-    return path
+    return epath.Path(paths.of(os.path.expanduser(folder)))
 
 
 def is_local(folder: epath.Path) -> bool:
-    return '://' not in os.fspath(folder)
+    return not paths.in_bucket(folder)
 
 
 def read(folder: epath.Path) -> dict[str, Any] | None:
@@ -106,11 +99,13 @@ def write(folder: epath.Path, manifest: dict[str, Any]) -> None:
 
 
 def replace(path: epath.Path, content: str) -> None:
-    """Writes a file under another name and then renames it."""
+    """Writes a file under another name and then renames it; in a bucket, at once."""
+    if not is_local(path):
+        files.write_text(path, content)
+        return
     temporary = path.parent / f'{path.name}.part'
     temporary.write_text(content)
-    if is_local(path):
-        sync(temporary)
+    sync(temporary)
     temporary.replace(path)
 
 

@@ -70,7 +70,7 @@ import tqdm
 from etils import epath
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from tarflow_jax import __version__, json_files, lock
+from tarflow_jax import __version__, json_files, lock, paths
 from tarflow_jax.data import feature_files, kinds, originals, prepare_flags, shards, sizes
 from tarflow_jax.data import manifest as manifests
 from tarflow_jax.data.image_files import COUNTED
@@ -80,6 +80,7 @@ log = logging.getLogger('tarflow_jax')
 
 MAX_LISTED = 1000
 PLAN = 'plan.json'
+PATHS = ('source', 'out', 'labels', 'features')  # of the arguments
 
 
 def main(argv: list[str]) -> int:
@@ -97,6 +98,9 @@ def main(argv: list[str]) -> int:
     except SystemExit as error:
         return error.code
     try:
+        for name in PATHS:
+            if value := getattr(given, name):
+                setattr(given, name, _resolved(name, value))
         with logging_redirect_tqdm():
             prepare(
                 given.source, given.out, size=given.size, crop=given.crop, split=given.split,
@@ -114,6 +118,17 @@ def main(argv: list[str]) -> int:
         log.error('interrupted; the same command goes on.')
         return 130
     return 0
+
+
+def _resolved(name: str, value: str) -> str:
+    label = value if name == 'source' else f'--{name}={value}'
+    path = paths.resolved(value, label, {'out': 'folder', 'source': 'any'}.get(name, 'file'))
+    if name != 'out' and paths.in_bucket(path):
+        raise ValueError(
+            f'{label} is in a bucket; copy it to a disk first (gcloud storage cp --recursive).'
+        )
+    paths.reach(path, label, write=True)
+    return path
 
 
 def prepare(source: str, out: str, *, size: int | tuple[int, int] | None = None,

@@ -3,13 +3,18 @@
 import hashlib
 import logging
 import os
+import shutil
+import tempfile
 import time
 from concurrent import futures
+from pathlib import Path
 
 import numpy as np
 from array_record.python import array_record_data_source, array_record_module
+from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
+from tarflow_jax import files
 from tarflow_jax.data import kinds
 from tarflow_jax.data import manifest as manifests
 from tarflow_jax.data.png import read_png
@@ -76,6 +81,8 @@ def prepared_source(folder: str, split: str, verify: tuple[int, int] = (0, 1)) -
             'prepare this one too.'
         )
     entry = manifest['splits'][split]
+    if not manifests.is_local(path):
+        path = _copied(path, entry['shards'])
     start = time.monotonic()
     share = entry['shards'][verify[0]::verify[1]]
     damaged = manifests.damage(path, entry['shards'], contents=False)
@@ -131,6 +138,43 @@ def _opened(folder: str):
             f'tarflow_jax.data.prepare SOURCE --out={folder}`, or correct data.path.'
         )
     return path, manifest
+
+
+def _copied(folder: epath.Path, shards: list[dict]) -> epath.Path:
+    """Copies the shards and the manifest of a set in a bucket to the disk, but for what is there.
+
+    Each file appears whole, so that several processes of a machine do not disturb each other.
+
+    Raises:
+        OSError: there is no room for them.
+    """
+    manifest = (folder / manifests.FILE).read_bytes()
+    name = f'tarflow_jax-{os.getuid()}'
+    target = Path(tempfile.gettempdir()) / name / hashlib.sha256(manifest).hexdigest()[:16]
+    target.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with files.replacing(target / manifests.FILE) as file:
+        file.write(manifest)
+    held = {path.name: path.stat().st_size for path in target.iterdir()}
+    missing = [shard for shard in shards if held.get(shard['name']) != shard['bytes']]
+    needed, free = sum(shard['bytes'] for shard in missing), shutil.disk_usage(target).free
+    if needed > free:
+        raise OSError(
+            f'{folder} needs {needed / 2**30:.1f} GiB on the disk, as its images are read at '
+            f'random, and {target.parent.parent} has {free / 2**30:.1f} GiB; set TMPDIR to a '
+            'folder with more room.'
+        )
+
+    def copy(shard: dict) -> None:
+        with files.replacing(target / shard['name']) as file:
+            with (folder / shard['name']).open('rb') as there:
+                shutil.copyfileobj(there, file, 2**20)
+
+    if missing:
+        log.info('copying %d shards (%.1f MB) of %s to %s', len(missing), needed / 1e6, folder,
+                 target)
+    with futures.ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(copy, missing))
+    return epath.Path(target)
 
 
 def _miscounted(folder, entry: dict) -> dict[str, str]:

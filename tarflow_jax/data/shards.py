@@ -26,7 +26,7 @@ import numpy as np
 from array_record.python import array_record_module
 from etils import epath
 
-from tarflow_jax import json_files
+from tarflow_jax import json_files, paths
 from tarflow_jax.data import manifest as manifests
 from tarflow_jax.data.image_files import COUNTED, Encoded
 from tarflow_jax.data.splits import Split, Task
@@ -112,7 +112,8 @@ def write(folder: epath.Path, split: Split, places: dict[str, tuple[int, int]], 
     results = _in_order(pool, tasks, TASKS_AHEAD_PER_WORKER * workers)
     written = {}
     for name, group in itertools.groupby(results, key=lambda result: result[0]):
-        part = folder / manifests.PROGRESS / f'{name}.part'
+        local_set = manifests.is_local(folder)
+        part = folder / manifests.PROGRESS / f'{name}.part' if local_set else folder / name
         with _local_file(part) as local:
             shard = _write_shard(
                 local, ((task, encoded) for _, task, encoded in group), labelled, strict, progress
@@ -123,8 +124,8 @@ def write(folder: epath.Path, split: Split, places: dict[str, tuple[int, int]], 
                     f'{name} cannot be made again as it was: the images, Pillow or zlib changed; '
                     f'delete {folder} and prepare the set again.'
                 )
-        part.replace(folder / name)
-        if manifests.is_local(folder):
+        if local_set:
+            part.replace(folder / name)
             manifests.sync(folder)
         manifests.replace(folder / manifests.PROGRESS / f'{name}.json', json.dumps(shard))
         log.info('%s is written: %d images', name, shard['records'])
@@ -185,7 +186,7 @@ def _local_file(target: epath.Path) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / target.name
         yield str(local)
-        epath.Path(local).copy(target, overwrite=True)
+        paths.upload(local, paths.of(target))
 
 
 def _record(png: bytes, label: int | None, features: np.ndarray | None) -> bytes:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tarflow_jax import paths
 from tarflow_jax.data import kinds, sizes
 from tarflow_jax.data.idx import read_idx
 
@@ -49,6 +50,12 @@ def load(kind, split, *, path='', name='', verify=(0, 1)):
         FileNotFoundError: files are missing.
         ValueError: the kind or the split is unknown, or the files are damaged.
     """
+    if kind in ('idx', 'tfds') and paths.in_bucket(path):
+        raise ValueError(
+            f'{path} is in a bucket, and images are read at random, which needs a disk: copy the '
+            f'set to each machine first (gcloud storage cp --recursive {path} DIR), and give the '
+            'folder that it is in then.'
+        )
     openers = {
         'embedded': lambda: embedded(split),
         'idx': lambda: idx_folder(path, split),

@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import logging
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from tarflow_jax import files, json_files, lock
+from tarflow_jax import files, json_files, lock, paths
 from tarflow_jax.evaluation import sample_files, sample_parts
 from tarflow_jax.evaluation.over_set import images_of
 from tarflow_jax.evaluation.versions import versions
@@ -131,7 +130,7 @@ def draw_set(
       ValueError: if the folder holds a finished set with another fingerprint.
       Taken: if another process draws this set; a finished one is read by many.
     """
-    folder = Path(folder)
+    folder = paths.of(folder)
     about = from_first(sample_files.read_about(folder))
     there = about and about['count'] >= count and about['format'] == file_format
     if there and from_first(sample_parts.are_left(folder)):
@@ -292,7 +291,7 @@ def _assemble(folder: Path, stretches, conditions, shape, about: dict) -> None:
     )
     if about['format'] == 'array_record':
         for shorter in set(folder.glob('array_record-*')) - {path}:
-            shutil.rmtree(shorter)
+            paths.remove_tree(shorter)
     if about['not_finite']:
         log.warning('%d of %d images were not finite after %d attempts and are grey',
                     about['not_finite'], about['count'], MAX_REDRAWS)

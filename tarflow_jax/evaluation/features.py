@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from tarflow_jax import paths
 from tarflow_jax.evaluation import statistics_files
 from tarflow_jax.evaluation.frechet import Statistics, Sums
 from tarflow_jax.evaluation.over_set import View, batches
@@ -113,7 +114,7 @@ def cached_statistics(
     )
     if not about['source']:
         return compute()
-    path = _path(Path(folder), about)
+    path = _path(paths.of(folder), about)
     kept = from_first(_kept(path, about) if jax.process_index() == 0 else None)
     if kept is not None:
         return kept

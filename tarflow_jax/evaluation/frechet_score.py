@@ -1,11 +1,10 @@
 """The score `frechet`: distances to reference sets, precision and recall, from one network."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
-from tarflow_jax import files
+from tarflow_jax import paths
 from tarflow_jax.data import kinds
 from tarflow_jax.evaluation import features, networks, sample_files, statistics_files
 from tarflow_jax.evaluation.frechet import Statistics, frechet_distance
@@ -56,8 +55,9 @@ def prepare(s) -> Callable:
             f'training images leave {keep} of each to look for {NEIGHBOURS} neighbours among; take '
             'more.'
         )
-    folder = Path(f.statistics) if f.statistics else s.workdir / 'statistics'
-    files.try_folder(folder, 'evaluate.frechet.statistics')
+    folder = paths.writable_folder(
+        f.statistics or s.workdir / 'statistics', f'evaluate.frechet.statistics {f.statistics}'
+    )
     options = dict(mesh=s.mesh, batch_size=f.batch_size)
 
     def work(_, draw_samples) -> dict:

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from tarflow_jax import paths
 from tarflow_jax.evaluation import efficientnet, inception
 
 INCEPTION_FILE = 'pt_inception-2015-12-05-6726825d.pth'
@@ -63,6 +64,7 @@ def load(name: str, path: str = '') -> FeatureNetwork:
                 f'{INCEPTION_FILE} from the releases of pytorch-fid (torch-fidelity has the same '
                 f'file as {INCEPTION_FILE.replace("pt_", "weights-")}).'
             )
+        path = paths.local_copy(path)
         variables = inception.load_inception(path)  # says what is wrong with a path
         about = _about(
             'inception-v3-compat', path, _INCEPTION_SHA256, 2048,
@@ -71,7 +73,7 @@ def load(name: str, path: str = '') -> FeatureNetwork:
         )
         return FeatureNetwork(about, True, variables, inception_features)
     if name == 'efficientnet_lite0':
-        path = path or efficientnet.installed_weights()
+        path = paths.local_copy(path or efficientnet.installed_weights())
         variables = efficientnet.load_efficientnet_lite0(path)
         about = _about(
             'efficientnet-lite0', path, _EFFICIENTNET_SHA256, 1280,

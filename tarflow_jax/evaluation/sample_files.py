@@ -8,7 +8,6 @@ int64 [N]; that suite itself scores RGB only, and grey images keep their one cha
 
 import itertools
 import logging
-import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent import futures
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tarflow_jax import files, json_files, wrong_files
+from tarflow_jax import files, json_files, paths, wrong_files
 from tarflow_jax.data import arrays, image_files, kinds, manifest, shards, sizes, sources, splits
 from tarflow_jax.evaluation.over_set import View
 
@@ -60,7 +59,6 @@ def write_array_record(
       path: a folder, which is complete when it appears.
       pieces, shape, labels: as for `write_npz`.
     """
-    path = Path(path)
     count, size, channels = shape[0], tuple(shape[1:3]), shape[3]
     images = (image for piece in pieces for image in piece)
 
@@ -74,30 +72,30 @@ def write_array_record(
                 image_files.encode_array, (batch, size),
             )
 
-    temporary = path.with_name(f'{path.name}.tmp')
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / manifest.PROGRESS).mkdir(parents=True)
     places = shards.bounds(count, splits.images_per_shard(size, channels))
     names = shards.names('samples', SPLIT, len(places))
-    with futures.ThreadPoolExecutor(ENCODERS) as pool, tqdm(disable=True) as progress:
-        told = shards.write(
-            manifest.folder_path(str(temporary)), splits.Split(count, '', tasks, []),
-            dict(zip(names, places)), pool=pool, workers=ENCODERS, labelled=labels is not None,
-            strict=True, progress=progress,
-        )
-    shutil.rmtree(temporary / manifest.PROGRESS)
-    told = [{k: told[name][k] for k in ('name', 'records', 'bytes', 'sha256')} for name in names]
     none = {'count': 0, 'list': []}
-    manifest.write(manifest.folder_path(str(temporary)), {
-        'format': manifest.FORMAT, 'dataset': 'samples', 'kind': kinds.SAMPLES,
-        'tfds_name': 'samples',
-        'image': {'size': sizes.plain(size), 'channels': channels, 'encoding': 'png'},
-        'preprocessing': f'none: drawn as {ABOUT} says',
-        'classes': None if labels is None else class_names,
-        'splits': {SPLIT: {'images': count, 'shards': told, 'skipped': none, 'notes': none}},
-    })
-    shutil.rmtree(path, ignore_errors=True)
-    temporary.replace(path)
+    with files.replacing_folder(path) as temporary:
+        (temporary / manifest.PROGRESS).mkdir()
+        folder = manifest.folder_path(str(temporary))
+        with futures.ThreadPoolExecutor(ENCODERS) as pool, tqdm(disable=True) as progress:
+            told = shards.write(
+                folder, splits.Split(count, '', tasks, []), dict(zip(names, places)), pool=pool,
+                workers=ENCODERS, labelled=labels is not None, strict=True, progress=progress,
+            )
+        paths.remove_tree(temporary / manifest.PROGRESS)
+        keys = ('name', 'records', 'bytes', 'sha256')
+        manifest.write(folder, {
+            'format': manifest.FORMAT, 'dataset': 'samples', 'kind': kinds.SAMPLES,
+            'tfds_name': 'samples',
+            'image': {'size': sizes.plain(size), 'channels': channels, 'encoding': 'png'},
+            'preprocessing': f'none: drawn as {ABOUT} says',
+            'classes': None if labels is None else class_names,
+            'splits': {SPLIT: {
+                'images': count, 'shards': [{k: told[name][k] for k in keys} for name in names],
+                'skipped': none, 'notes': none,
+            }},
+        })
 
 
 def images_path(folder: Path, about: dict) -> Path:
@@ -132,7 +130,7 @@ def open_samples(path, count: int | None = None):
       FileNotFoundError: if there is nothing, or the set was not finished.
       ValueError: if the file is in another layout or damaged, or has fewer images.
     """
-    path, whole = Path(path), None
+    path, whole = paths.of(path), None
     if path.is_dir() and not (path / manifest.FILE).exists():
         about = read_about(path)
         if about is None:
@@ -148,7 +146,7 @@ def open_samples(path, count: int | None = None):
     if path.is_dir():
         source = sources.load('prepared', SPLIT, path=str(path))
     else:
-        images, labels = _read_npz(path)
+        images, labels = _read_npz(paths.local_copy(path))
         source = sources.InMemory(images, labels, {
             'dataset': path.parent.name if path.name == 'samples.npz' else path.name,
             'split': SPLIT, 'images': len(images),

@@ -7,13 +7,12 @@ FIRST on, as `bulk` draws a batch of them. Each array has a checksum, so that da
 import dataclasses
 import functools
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from tarflow_jax import files
+from tarflow_jax import files, paths
 from tarflow_jax.data import arrays
 from tarflow_jax.evaluation import sample_files
 from tarflow_jax.evaluation.over_set import images_of
@@ -76,7 +75,7 @@ def parts(folder: Path, shape) -> list[Stretch]:
             found.append(_stretch(path, len(pixels)))
         except (ValueError, OSError) as error:
             log.warning('%s is damaged (%s); its images are drawn again', path, error)
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            paths.remove_tree(path) if path.is_dir() else path.unlink()
     return found
 
 
@@ -89,6 +88,7 @@ def write(folder: Path, first: int, part: dict) -> Stretch:
 
 
 def _load(path: Path) -> dict:
+    path = paths.local_copy(path)
     members = arrays.members(path)
     kinds = {'pixels': 'u', 'redraws': 'i', 'finite': 'b'}
     if not kinds.keys() <= members.keys():
@@ -153,6 +153,6 @@ def remove(folder: Path, stretches: list[Stretch], count: int) -> None:
         if stretch.part and stretch.last <= count:
             stretch.part.unlink()
     if not any((folder / 'parts').glob('*.npz')):
-        shutil.rmtree(folder / 'parts', ignore_errors=True)
+        paths.remove_tree(folder / 'parts')
     for left in folder.glob('*.tmp'):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+        paths.remove_tree(left) if left.is_dir() else left.unlink()

@@ -1,11 +1,11 @@
 """The schedules of a workdir: how the samples of each checkpoint are drawn fastest."""
 
 import logging
-from pathlib import Path
 
 import jax
 import numpy as np
 
+from tarflow_jax import paths
 from tarflow_jax.sampling.calibration import calibrate
 from tarflow_jax.sampling.schedule import Schedule
 from tarflow_jax.training import sharding
@@ -22,7 +22,7 @@ def schedule_of(
       plan: a `config.Plan`; its flow is laid out over `mesh`.
       batch_size: rounded up to a multiple of what the mesh splits a batch into.
     """
-    path, model = Path(path), plan.model
+    path, model = paths.of(path), plan.model
     batch_size = sharding.round_up(batch_size, mesh)
     try:
         schedule = Schedule.load(path)

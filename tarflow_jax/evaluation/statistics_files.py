@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tarflow_jax import files, json_files
+from tarflow_jax import files, json_files, paths
 from tarflow_jax.data import arrays
 from tarflow_jax.evaluation.frechet import Statistics
 from tarflow_jax.torch_file import read_torch_file
@@ -36,7 +36,7 @@ def read(path) -> Statistics:
       ValueError: if the file is damaged, is in another format, lacks anything, or holds numbers
         that are not finite.
     """
-    path = Path(path)
+    path = paths.local_copy(path)
     if not path.is_file():
         raise FileNotFoundError(f'{path} is no file; give statistics as .npz or .pth.')
     with path.open('rb') as file:
@@ -66,10 +66,10 @@ def write(path, statistics: Statistics) -> None:
       FileNotFoundError: if the folder of `path` does not exist.
       ValueError: if `path` ends otherwise, or the count is unknown that `.pth` needs.
     """
-    path = Path(path)
+    path = paths.of(path)
     if path.suffix not in ('.npz', '.pth'):
         raise ValueError(f'{path} ends with {path.suffix!r}; choose a name in .npz or .pth.')
-    if not path.parent.is_dir():
+    if not paths.can_hold_files(path.parent):
         raise FileNotFoundError(f'the folder {path.parent} does not exist; create it first.')
     if path.suffix == '.pth':
         write_torch_file(path, _torchmetrics_state(path, statistics))

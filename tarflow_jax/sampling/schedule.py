@@ -4,13 +4,12 @@ import dataclasses
 import json
 import math
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tarflow_jax import files, json_files
+from tarflow_jax import files, json_files, paths
 from tarflow_jax.flow import decoder
 from tarflow_jax.flow.attention import Array
 from tarflow_jax.flow.flow import Flow, architecture
@@ -112,7 +111,7 @@ class Schedule:
           FileNotFoundError: if there is none.
         """
         try:
-            fields = json_files.read(Path(path), _FILE)
+            fields = json_files.read(paths.of(path), _FILE)
             if fields.pop('format') != FORMAT:
                 raise ValueError('another format')
             blocks = tuple(BlockSchedule(**block) for block in fields.pop('blocks'))

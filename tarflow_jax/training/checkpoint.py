@@ -12,12 +12,11 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
 
-from tarflow_jax import json_files, lock
+from tarflow_jax import json_files, lock, paths
 from tarflow_jax.flow.flow import Flow, architecture, field_defaults
 from tarflow_jax.training import digests
 from tarflow_jax.training.processes import by_first, from_any, from_first
@@ -69,7 +68,7 @@ class Checkpoints:
     def __init__(
         self, workdir, model: Flow, config: dict | None = None, data: dict | None = None
     ):
-        self.folder = Path(workdir).absolute() / 'checkpoints'
+        self.folder = paths.absolute(workdir) / 'checkpoints'
         self._held = contextlib.ExitStack()
         self._writes = config is not None
         if self._writes:
@@ -145,13 +144,15 @@ class Checkpoints:
           CheckpointError: if there is no room for it, or the one before could not be written.
         """
         step = int(state.step)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise self._failure(
-                f'step {step} needs {needed / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free'
-            )
+        if not paths.in_bucket(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+            free = shutil.disk_usage(self.folder).free
+            if free < needed:
+                raise self._failure(
+                    f'step {step} needs {needed / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are '
+                    'free'
+                )
         about = self._about | {'arrays': digests.digests(_parts(state))}
         parts = _parts(jax.tree.map(_from_one_device, state))
         items = {item: ocp.args.StandardSave(parts[item]) for item in parts}
@@ -305,7 +306,7 @@ class Checkpoints:
             log.warning('%s is called %s now; delete it once you need nothing of it', path, aside)
 
             def rename(path=path, aside=aside):
-                shutil.rmtree(aside, ignore_errors=True)
+                paths.remove_tree(aside)
                 path.rename(aside)
 
             by_first(rename)

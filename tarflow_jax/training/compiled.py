@@ -3,9 +3,10 @@
 import contextlib
 import logging
 import os
-from pathlib import Path
 
 import jax
+
+from tarflow_jax import paths
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +20,10 @@ def keep_in(workdir) -> None:
     JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
     """
     if workdir and 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-        jax.config.update('jax_compilation_cache_dir', str(Path(workdir).absolute() / 'compiled'))
+        folder = paths.absolute(workdir) / 'compiled'
+        jax.config.update('jax_compilation_cache_dir', str(folder))
+        if paths.in_bucket(folder):  # XLA, which keeps files of its own for GPUs, reaches none
+            jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
 
 
 @contextlib.contextmanager

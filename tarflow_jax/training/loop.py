@@ -5,12 +5,12 @@ import contextlib
 import functools
 import logging
 import time
-from pathlib import Path
 
 import jax
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from tarflow_jax import paths
 from tarflow_jax.config import Plan, Schedule
 from tarflow_jax.data import pipeline
 from tarflow_jax.training import pictures, sharding
@@ -66,7 +66,7 @@ def train(
       Diverged: after train.stop_after_skipped steps in a row that had to be skipped, or if the
         last step was.
     """
-    t, model, workdir = config.train, plan.model, Path(workdir)
+    t, model, workdir = config.train, plan.model, paths.of(workdir)
     init_key, step_key, sheet_key = jax.random.split(jax.random.key(config.seed), 3)
     clock = _Clock(t.batch_size, model_flops(model))
     with clock.paused():
@@ -157,13 +157,13 @@ def _start(checkpoints: Checkpoints, plan: Plan, schedule: Schedule, key, mesh):
     return checkpoints.restore(abstract)
 
 
-def _writer(config, workdir: Path, resume_step: int):
+def _writer(config, workdir, resume_step: int):
     writer = MetricWriter(workdir, resume_step=resume_step)
     project = config.train.wandb_project
     return WandbWriter(writer, project, workdir, config.to_dict()) if project else writer
 
 
-def _write_sheets(writer, plan: Plan, state, key, mesh, config, workdir: Path) -> None:
+def _write_sheets(writer, plan: Plan, state, key, mesh, config, workdir) -> None:
     step = int(state.step)
     sheets, redraws = pictures.sheets(plan, state.variables(), key, SHEET_COUNT, mesh)
     if jax.process_index() == 0:

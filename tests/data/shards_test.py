@@ -6,14 +6,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import types
 from pathlib import Path
 
 import pytest
 from prepared_pictures import content, elements, last_error, picture, run, save
 
 import tarflow_jax
-from tarflow_jax.data import prepare, shards
+from tarflow_jax import paths
+from tarflow_jax.data import prepare, shards, sources
 
 
 @pytest.mark.parametrize('count, per_shard, bounds', [
@@ -160,41 +163,37 @@ def test_mending_from_changed_images_is_refused(classes, tmp_path, small_shards,
     assert 'cannot be made again as it was' in last_error(capfd)
 
 
-@pytest.fixture
-def bucket(monkeypatch):
-    """gs:// in memory."""
-    from etils.epath import backend
-    from fsspec.implementations.local import LocalFileSystem
-    from fsspec.implementations.memory import MemoryFileSystem
-
-    class Bucket(MemoryFileSystem):
-        protocol = ('gs', 'gcs')
-        store = {}
-        pseudo_dirs = ['']
-
-        @classmethod
-        def _strip_protocol(cls, path):
-            return '/' + path.removeprefix('gs://').strip('/')
-
-    systems = {'gcs': Bucket(), 'file': LocalFileSystem()}
-    monkeypatch.setattr(backend.fsspec_backend, '_get_filesystem', systems.get)
-    return Bucket.store
-
-
-def test_bucket(classes, tmp_path, bucket, small_shards):
+def test_bucket(classes, tmp_path, bucket, small_shards, capfd, monkeypatch):
     run(classes, tmp_path / 'local', '--size=8')
-    run(classes, 'gs://bucket/pets', '--size=8')
+    run(classes, bucket, '--size=8')
     written = {
-        path.removeprefix('/bucket/pets/'): hashlib.sha256(file.getvalue()).hexdigest()
-        for path, file in bucket.items()
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in paths.of(bucket).iterdir()
     }
     assert written == content(tmp_path / 'local')
+    run(classes, bucket, '--size=8')
+    assert 'is already prepared' in capfd.readouterr().err
+    monkeypatch.setenv('TMPDIR', str(tmp_path))
+    monkeypatch.setattr(tempfile, 'tempdir', None)
+
+    def read(folder):
+        source = sources.load('prepared', 'train', path=str(folder))
+        images = [source[i] for i in range(len(source))]
+        return source.about, [(image['image'].tobytes(), int(image['label'])) for image in images]
+
+    assert read(bucket) == read(tmp_path / 'local')
+    [copy] = tmp_path.glob('tarflow_jax-*/*')
+    (copy / 'pets-train.array_record-00001-of-00003').write_bytes(b'half')
+    assert read(bucket) == read(tmp_path / 'local')
+    monkeypatch.setattr(shutil, 'disk_usage', lambda _: types.SimpleNamespace(free=0))
+    (copy / 'pets-train.array_record-00001-of-00003').unlink()
+    with pytest.raises(OSError, match='^gs://.* read at random, and .* set TMPDIR to a folder'):
+        sources.load('prepared', 'train', path=bucket)
+    with pytest.raises(ValueError, match='is in a bucket, and images are read at random'):
+        sources.load('idx', 'train', path=bucket)
 
 
 def test_bucket_without_its_package(classes, capfd, monkeypatch):
-    from etils.epath import backend
-
     monkeypatch.setitem(sys.modules, 'gcsfs', None)
-    backend.fsspec_backend._get_filesystem.cache_clear()
     run(classes, 'gs://bucket/pets', '--size=8', code=2)
     assert 'pip install gcsfs' in last_error(capfd)

@@ -23,7 +23,7 @@ from tiny_state import random_variables
 
 import tarflow_jax as tfj
 from tarflow_jax import files as writing
-from tarflow_jax import json_files, lock
+from tarflow_jax import json_files, lock, paths
 from tarflow_jax.evaluation import bulk, sample_files, sample_parts
 from tarflow_jax.evaluation.versions import versions
 from tarflow_jax.training import pictures, sharding
@@ -333,6 +333,19 @@ def test_array_record(wanted, tmp_path, monkeypatch):
         for found in (ours[i], theirs[i]):
             np.testing.assert_array_equal(found['image'], image)
             assert found['label'] == i % 3
+
+
+def test_bucket(wanted, bucket):
+    assert draw(bucket, count=16)['drawn'] == 16
+    assert draw(bucket)['drawn'] == 6
+    summary = draw(bucket, file_format='array_record')
+    assert (summary['drawn'], summary['path']) == (0, f'{bucket}/array_record-22')
+    found = {path.name: path for path in paths.of(bucket).iterdir()}
+    assert set(found) == {'array_record-22', 'samples.npz', 'samples.json', 'sheet_000000.png'}
+    for name in ('samples.npz', 'sheet_000000.png'):
+        assert found[name].read_bytes() == contents(wanted)[name]
+    source = sample_files.open_samples(bucket)
+    np.testing.assert_array_equal([source[i]['image'] for i in range(22)], pixels(wanted))
 
 
 def test_images_that_are_not_finite(wanted, tmp_path, monkeypatch):

@@ -4,10 +4,11 @@ import pytest
 
 yaml = pytest.importorskip('yaml')
 
-BASE = ['--name=flow', '--image=host/a:1', '--accelerator=tpu-v5-lite-podslice', '--bucket=b1']
+BUCKET = '--workdir=gs://b1/flow'
+BASE = ['--name=flow', '--image=host/a:1', '--accelerator=tpu-v5-lite-podslice']
 
 
-def apply(stubs, *flags, args=('a',)):
+def apply(stubs, *flags, args=(BUCKET,)):
     """The manifest that kubectl receives."""
     code, _, err = stubs.run('gke.sh', *flags, '--', *args)
     assert code == 0, err
@@ -56,31 +57,24 @@ def test_the_rest_of_the_manifest(stubs):
     assert pod['serviceAccountName'] == 'trainer' and 'tolerations' not in pod
     assert container['image'] == 'host/a:1'
     assert container['command'] == ['python', '-m', 'tarflow_jax.main']
-    assert container['volumeMounts'] == [
-        {'name': 'workdir', 'mountPath': '/workdir'},
-        # Kubernetes gives 64 MiB there, which the processes of data.workers soon fill.
-        {'name': 'shared-memory', 'mountPath': '/dev/shm'},
-    ]
-    assert {'name': 'shared-memory', 'emptyDir': {'medium': 'Memory'}} in pod['volumes']
-    assert job['template']['metadata']['annotations'] == {'gke-gcsfuse/volumes': 'true'}
-    assert pod['volumes'][1:] == [{'name': 'workdir', 'csi': {
-        'driver': 'gcsfuse.csi.storage.gke.io',
-        'volumeAttributes': {'bucketName': 'b1', 'mountOptions': 'implicit-dirs'}}}]
+    # Kubernetes gives 64 MiB there, which the processes of data.workers soon fill.
+    assert container['volumeMounts'] == [{'name': 'shared-memory', 'mountPath': '/dev/shm'}]
+    assert pod['volumes'] == [{'name': 'shared-memory', 'emptyDir': {'medium': 'Memory'}}]
 
 
 def test_claim(stubs):
-    _, job, pod, _ = parts(apply(stubs, *BASE[:3], '--claim=c1', '--topology=2x2'))
+    _, _, pod, container = parts(apply(stubs, *BASE, '--claim=c1', '--topology=2x2'))
+    assert container['volumeMounts'][1:] == [{'name': 'workdir', 'mountPath': '/workdir'}]
     assert pod['volumes'][1:] == [{'name': 'workdir', 'persistentVolumeClaim': {'claimName': 'c1'}}]
-    assert 'metadata' not in job['template']
 
 
 def test_slices_and_spot(stubs):
-    manifest = apply(stubs, *BASE, '--topology=2x4', '--slices=3', '--spot', args=['b'])
+    manifest = apply(stubs, *BASE, '--topology=2x4', '--slices=3', '--spot', args=[BUCKET])
     assert manifest['metadata']['annotations'] == {
         'alpha.jobset.sigs.k8s.io/exclusive-topology': 'cloud.google.com/gke-nodepool'}
     jobs, job, pod, container = parts(manifest)
     assert jobs['replicas'] == 3 and job['completions'] == 2
-    assert container['args'] == ['--distributed=on', 'b']
+    assert container['args'] == ['--distributed=on', BUCKET]
     assert pod['nodeSelector']['cloud.google.com/gke-spot'] == 'true'
     assert pod['tolerations'] == [{'key': 'cloud.google.com/gke-spot', 'operator': 'Equal',
                                    'value': 'true', 'effect': 'NoSchedule'}]
@@ -90,13 +84,13 @@ def test_arguments_arrive(stubs, hard_args):
     """Kubernetes makes $ of $$, and puts variables in place of $(NAME)."""
     args = [*hard_args, 'two\nlines', 'a\tb', 'yes', '1', 'é & \u20ac']
     args += [f'-{chr(code)}&' for code in (*range(1, 32), *range(127, 160))]
-    container = parts(apply(stubs, *BASE, '--topology=2x2', args=args))[3]
+    container = parts(apply(stubs, *BASE, '--claim=c1', '--topology=2x2', args=args))[3]
     assert all('$(' not in arg.replace('$$', '') for arg in container['args'])
     assert [arg.replace('$$', '$') for arg in container['args']] == args
 
 
 def test_dry_run_prints_what_would_run(stubs, hard_args):
-    flags = [*BASE, '--topology=2x2', '--namespace=n s']
+    flags = [*BASE, '--claim=c1', '--topology=2x2', '--namespace=n s']
     _, out, _ = stubs.run('gke.sh', '--dry_run', *flags, '--', *hard_args)
     assert not stubs.calls
     stubs.run('gke.sh', *flags, '--', *hard_args)
@@ -121,7 +115,7 @@ def test_other_actions(stubs, as_commands, action, expected):
 
 def test_a_failing_kubectl_is_not_hidden(stubs):
     stubs.answer('kubectl', {'code': 3})
-    assert stubs.run('gke.sh', *BASE, '--topology=2x2', '--', 'a')[0] == 3
+    assert stubs.run('gke.sh', *BASE, '--topology=2x2', '--', BUCKET)[0] == 3
 
 
 def pools(stubs, *flags):

@@ -86,7 +86,7 @@ def test_an_unknown_flag_is_named(stubs, script, flag):
     ('tpu_vm.sh', ['up', '--name=n', '--type=v4-8'], '--zone'),
     ('tpu_vm.sh', ['run', '--name=n', '--zone=z'], '--type'),
     ('tpu_vm.sh', ['up', '--name=n', '--zone=z', '--type=v9-8'], '--version'),
-    ('tpu_vm.sh', ['up', '--name=n', '--zone=z', '--type=v4-8', '--bucket=a;b'], 'a;b'),
+    ('tpu_vm.sh', ['up', '--name=a;b', '--zone=z', '--type=v4-8'], 'a;b'),
     ('gke.sh', ['--image=i'], '--name'),
     ('gke.sh', ['--name=n', '--accelerator=a', '--topology=2x2', '--claim=c', '--', 'a'], '--image'),
     ('gke.sh', ['--name=n', '--image=i', '--topology=2x2', '--claim=c', '--', 'a'], '--accelerator'),

@@ -92,8 +92,7 @@ def test_a_request_that_always_fails_is_an_error(stubs):
 def test_run_to_the_end(stubs, checkout, hard_args):
     answers = [ABSENT, *[state('ACTIVE')] * 4, workers('running', 'running'),
                workers('0', 'running'), workers('0', '0')]
-    code, _, _ = run(stubs, checkout, [*answers, *[state('ACTIVE')] * 3], '--bucket=b1',
-                     '--setup=true', args=hard_args)
+    code, _, _ = run(stubs, checkout, [*answers, *[state('ACTIVE')] * 3], '--setup=true', args=hard_args)
     assert code == 0
     assert steps(stubs.calls) == ['describe', 'create', 'describe', 'describe', 'copy', 'install',
                                   'start', *['describe', 'look'] * 3]
@@ -106,9 +105,8 @@ def test_run_to_the_end(stubs, checkout, hard_args):
     for call in install, start:
         assert call[:-1] == [*VM, 'ssh', 'flow', *WHERE, '--quiet', '--worker=all']
         assert call[-1].startswith('--command=set -e\n')
-    assert 'gcsfuse --implicit-dirs b1 /mnt/b1' in install[-1]
     assert install[-1].splitlines()[1] == 'true'
-    assert "pip install --quiet './tarflow/source[tpu]'" in install[-1]
+    assert "pip install --quiet './tarflow/source[tpu,gcs]'" in install[-1]
 
 
 def test_what_workers_run(stubs, checkout, hard_args, tmp_path):
@@ -212,7 +210,7 @@ def test_down(stubs):
     assert stubs.calls == [DELETE]
 
 
-@pytest.mark.parametrize('flags', [[], ['--slices=2', '--spot', '--bucket=b1', '--logs=l']])
+@pytest.mark.parametrize('flags', [[], ['--slices=2', '--spot', '--logs=l']])
 def test_dry_run_prints_what_would_run(stubs, checkout, hard_args, flags):
     args = ['run', *BASE, checkout, *flags, '--', *hard_args]
     _, out, _ = stubs.run('tpu_vm.sh', '--dry_run', *args)

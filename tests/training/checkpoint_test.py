@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -15,6 +14,7 @@ import pytest
 from command_line import compilations
 from tiny_flow import tiny
 
+from tarflow_jax import paths
 from tarflow_jax.training import checkpoint, sharding
 from tarflow_jax.training.checkpoint import CheckpointError, Checkpoints
 from tarflow_jax.training.optimizer import adamw
@@ -64,13 +64,31 @@ def assert_identical(found, wanted):
 
 
 def folders(workdir):
-    return sorted(path.name for path in (Path(workdir) / 'checkpoints').iterdir())
+    return sorted(path.name for path in (paths.of(workdir) / 'checkpoints').iterdir())
 
 
 def one_sentence(error):
     message = str(error.value)
     assert '\n' not in message and message.endswith('.')
     return message
+
+
+def test_bucket(bucket):
+    with Checkpoints(bucket, MODEL) as checkpoints:
+        with pytest.raises(FileNotFoundError, match=f'{bucket}/checkpoints holds no checkpoint'):
+            checkpoints.restore(abstract())
+    save(bucket, 3, 5, 8)
+    half = paths.of(bucket) / 'checkpoints' / '9' / 'weights' / 'd'  # as of a killed process
+    half.write_text('')
+    with Checkpoints(bucket, MODEL) as checkpoints:
+        assert checkpoints.latest() == 8 and checkpoints.about()['config'] == {'seed': 1}
+        for step in (5, 8):
+            assert_identical(checkpoints.restore(abstract(), step), state_at(step))
+    assert half.exists()  # which was for reading only
+    save(bucket, 9)
+    assert folders(bucket) == ['8', '9']
+    with Checkpoints(bucket, MODEL) as checkpoints:
+        assert_identical(checkpoints.restore(abstract()), state_at(9))
 
 
 @pytest.mark.parametrize('ema, volume_preserving', [(True, False), (False, True)])

@@ -11,6 +11,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
 import tarflow_jax as tfj
+from tarflow_jax import paths
+from tarflow_jax.training import metrics
 from tarflow_jax.training.metrics import MetricWriter, model_flops, read
 
 
@@ -46,6 +48,28 @@ def test_scalars(tmp_path):
     ]
     assert scalars[:2] == [(2, 'loss', 0.5), (2, 'mean_square/block_0', 2.0)]
     assert scalars[2][:2] == (4, 'loss') and np.isnan(scalars[2][2])
+
+
+def test_bucket(bucket, monkeypatch):
+    folder = paths.of(bucket)
+    with MetricWriter(bucket) as writer:
+        writer.write_scalars(1, {'loss': 0.5})
+        assert not (folder / 'metrics.jsonl').read_bytes()  # within a minute
+        writer.flush()
+        assert lines(folder) == [{'step': 1, 'loss': 0.5}]
+        writer.write_scalars(2, {'loss': 0.25})
+        monkeypatch.setattr(metrics, 'BETWEEN_UPLOADS', 0)
+        writer.write_scalars(3, {'loss': 0.125})
+        assert [entry['step'] for entry in lines(folder)] == [1, 2, 3]
+    with MetricWriter(bucket, resume_step=2) as writer:
+        assert [entry['step'] for entry in lines(folder)] == [1, 2]
+        writer.write_scalars(3, {'loss': 0.0})
+    assert read(bucket) == [{'step': k, 'loss': loss} for k, loss in ((1, 0.5), (2, 0.25), (3, 0))]
+    scalars = [(event.step, value.simple_value) for event in events(folder)
+               for value in event.summary.value]
+    assert scalars == [(1, 0.5), (2, 0.25), (3, 0.125), (3, 0.0)]
+    starts = [event.step for event in events(folder) if event.session_log.status]
+    assert starts == [1, 3]
 
 
 @pytest.mark.parametrize('channels', [1, 3])
