@@ -29,7 +29,8 @@ ROOMS = {
     ),
     'evaluation': (
         {'jax', 'flax', 'PIL', 'plotly', 'tqdm'},
-        {'flow', 'sampling', 'data', 'training', 'config', 'files', 'torch_file', 'torch_writer'},
+        {'flow', 'sampling', 'data', 'training', 'config', 'files', 'torch_file', 'torch_writer',
+         'wrong_files'},
     ),
     'ahead_of_time': (
         {'jax', 'libtpu', 'optax'},
