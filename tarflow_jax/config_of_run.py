@@ -4,14 +4,12 @@ A command without --config takes all of it. One with a config file takes the fie
 the noise, without which the checkpoint would be read as another flow.
 """
 
-import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from tarflow_jax import config as configs
-from tarflow_jax import config_ranges
+from tarflow_jax import config_ranges, json_files, paths
 
 # How the machine computes, which another may do otherwise.
 _COMPUTING = ('attention', 'precision', 'remat', 'unroll')
@@ -36,16 +34,19 @@ def saved(workdir: str) -> Saved | None:
 
     Starts nothing of JAX: flags that it decides come first.
     """
-    folder = Path(workdir) / 'checkpoints'
+    folder = paths.of(workdir) / 'checkpoints'
     try:
-        step = max(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
-        about = json.loads((folder / str(step) / 'about' / 'metadata').read_text())
-        values = about['config']
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None  # what is damaged is named when the checkpoint is read
-    if not isinstance(values, dict) or not values:
+        steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
+    except OSError:
         return None
-    return Saved(config_ranges.fields(values), f'step {step} of {workdir}')
+    for step in sorted(steps, reverse=True):
+        try:
+            path = folder / str(step) / 'about' / 'metadata'
+            values = json_files.read(path, {'config': dict})['config']
+        except (OSError, json_files.Damaged):
+            continue  # what is damaged is named when the checkpoint is read
+        return Saved(config_ranges.fields(values), f'step {step} of {workdir}') if values else None
+    return None
 
 
 def whole(saved: Saved, training: bool) -> ConfigDict:

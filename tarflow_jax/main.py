@@ -31,7 +31,15 @@ except ValueError as error:  # a variable JAX_... has a value that JAX does not 
 from absl import flags
 from ml_collections import config_flags
 
-from tarflow_jax import commands, config_of_run, config_paths, config_ranges, environment, lock
+from tarflow_jax import (
+    commands,
+    config_of_run,
+    config_paths,
+    config_ranges,
+    environment,
+    lock,
+    paths,
+)
 from tarflow_jax import config as configs
 from tarflow_jax.training import compiled, processes, sharding
 from tarflow_jax.training.checkpoint import CheckpointError, Unreadable
@@ -159,14 +167,18 @@ def _flags(argv: list[str], saved: config_of_run.Saved | None) -> flags.FlagValu
 
 def _parse(argv: list[str]) -> flags.FlagValues:
     """The flags of the command line; ValueError if they cannot be understood."""
-    argv = _last_of_tuples(argv)
+    argv = _config_first(_last_of_tuples(argv))
     argv = [
         f'{word[:9]}{os.path.expanduser(word[9:])}' if word.startswith('--config=') else word
         for word in argv
     ]
     _check_file(argv)
-    workdir, known = _values_of('workdir', argv), list(_TEXT_FLAGS)
-    saved = config_of_run.saved(workdir[-1]) if workdir else None
+    saved, known = None, list(_TEXT_FLAGS)
+    if (workdirs := _values_of('workdir', argv)) and workdirs[-1]:
+        label = f'--workdir={workdirs[-1]}'
+        workdir = paths.resolved(workdirs[-1], label, 'folder')
+        paths.reach(workdir, label, write=False)
+        saved = config_of_run.saved(workdir)
     try:
         given = _flags(argv, saved)
         known = list(given)
@@ -293,6 +305,15 @@ def _last_of_tuples(argv: list[str]) -> list[str]:
         word for i, group in enumerate(groups) for word in group
         if names[i] not in tuples or names[i] not in names[i + 1 :]
     ]
+
+
+def _config_first(argv: list[str]) -> list[str]:
+    """Moves --config before its fields, which config_flags demands."""
+    for i, word in enumerate(argv[1:], 1):
+        if word.lstrip('-') == 'config' or word.lstrip('-').startswith('config='):
+            end = i + 1 if '=' in word else i + 2
+            return [argv[0], *argv[i:end], *argv[1:i], *argv[end:]]
+    return argv
 
 
 def _closest_fields(name: str) -> list[str]:

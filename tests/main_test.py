@@ -206,6 +206,12 @@ def test_last_value_of_a_field_wins(earlier, last):
     assert parsed.config.seed == 5 and parsed.workdir == 'x' and parsed.mode == 'sample'
 
 
+@pytest.mark.parametrize('config', [[QUICKSTART], QUICKSTART.split('=')])
+def test_fields_before_their_config(config):
+    given = main._parse(['main', '--config.seed=3', '--workdir=x', *config, '--config.model.width=8'])
+    assert (given.config.seed, given.config.model.width, given.workdir) == (3, 8, 'x')
+
+
 def test_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
     shutil.copy(ROOT / 'configs' / 'fashion_mnist.py', tmp_path / 'mine.py')
