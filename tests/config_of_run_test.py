@@ -7,7 +7,7 @@ import pytest
 from command_line import QUICKSTART, call, flags
 
 from tarflow_jax import config as configs
-from tarflow_jax import config_of_run, main
+from tarflow_jax import config_of_run, json_files, main
 from tarflow_jax.training import loop
 
 
@@ -49,7 +49,7 @@ def test_a_file_leaves_the_model_and_the_noise_to_the_checkpoint(trained, images
 def test_noise_of_another_run_is_not_left_out(trained, tmp_path):
     workdir = shutil.copytree(trained, tmp_path / 'run')
     path = workdir / 'checkpoints' / '12' / 'about' / 'metadata'
-    about = json.loads(path.read_text())
+    about = json_files.read(path)  # without its seal
     about['config']['train'] |= {'noise': 'uniform', 'noise_std': 0.25}
     path.write_text(json.dumps(about))
     config = parsed(QUICKSTART, f'--workdir={workdir}', '--mode=sample')
