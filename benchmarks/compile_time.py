@@ -31,19 +31,20 @@ def first_call(program: str, size: str, unroll: int) -> dict:
     model = comparison.our_model(size).clone(unroll=unroll)
     variables = comparison.random_variables(model)
     if program == 'train_step':
-        run = train_step.our_step(model, variables, train_step.random_batch(model, size), 1)
-    else:
-        noise = np.zeros((2, *model.token_shape), np.float32)
-        run = sampling.our_sampler(model, variables, noise, np.zeros(2, np.int32), 0.0)
-    return timed(run)
+        batch = train_step.random_batch(model, train_step.BATCH[size])
+        return timed(lambda: train_step.OurStep(model, variables, batch, 1))
+    noise = np.zeros((2, *model.token_shape), np.float32)
+    return timed(lambda: sampling.OurSampler(model, variables, noise, np.zeros(2, np.int32), 0.0))
 
 
-def timed(run) -> dict:
-    seconds = []
+def timed(make) -> dict:
+    """Seconds until what `make` gives was called once, and of its third call."""
+    start = time.perf_counter()
+    run, seconds = make(), []
     for _ in range(3):
-        start = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - start)
+        start = time.perf_counter()
     return {'first': seconds[0], 'later': seconds[2]}
 
 
@@ -64,7 +65,8 @@ def official_first_step(checkout: str, size: str) -> dict:
     model = comparison.our_model(size)
     variables = comparison.random_variables(model)
     theirs = comparison.official_model(checkout, model, variables)
-    return timed(train_step.official_step(theirs, train_step.random_batch(model, size), 'float32'))
+    batch = train_step.random_batch(model, train_step.BATCH[size])
+    return timed(lambda: train_step.OfficialStep(theirs, batch, 'float32', 'cpu'))
 
 
 def main():
@@ -72,7 +74,7 @@ def main():
     parser.add_argument('--layers_as', choices=('unrolled', 'loop'), default='unrolled')
     parser.add_argument('--child', choices=PROGRAMS, help='only this program, in this process')
     args = parser.parse_args()
-    unroll = comparison.LAYERS if args.layers_as == 'unrolled' else 1
+    unroll = comparison.our_model(args.size).unroll if args.layers_as == 'unrolled' else 1
     if args.child:
         print(json.dumps(first_call(args.child, args.size, unroll)))
         return

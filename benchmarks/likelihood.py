@@ -1,7 +1,7 @@
 """Times likelihoods, and the official code's beside them: `python benchmarks/likelihood.py --official=PATH`.
 
-log p(x) of a batch in float32 on a CPU, one forward pass, from which bits/dim and classification are
-made. Prints one line of JSON.
+log p(x) of a batch in float32, one forward pass, from which bits/dim and classification are made, on
+a CPU or with `--device=gpu` on a GPU. Prints one line of JSON.
 """
 
 import json
@@ -13,50 +13,57 @@ import numpy as np
 import tarflow_jax as tfj
 from tarflow_jax.training import sharding
 
-BATCH = {'toy': 200, 'color32': 50}
+BATCH = {'toy': 200, 'color32': 50, 'imagenet64': 16, 'tiny': 4}
 
 
 def our_likelihood(model, variables, images, labels):
     mesh = sharding.make_mesh()
     variables = jax.device_put(variables, sharding.replicated(mesh))
     images, labels = jax.device_put((images, labels), sharding.batch_sharding(mesh))
-    run = jax.jit(lambda images: tfj.log_prob(model, variables, images, labels))
-    return lambda: np.asarray(run(images))
+    # The weights as an argument: as constants they would be a part of the program.
+    run = jax.jit(lambda variables, images: tfj.log_prob(model, variables, images, labels))
+    return lambda: np.asarray(run(variables, images))
 
 
-def official_likelihood(theirs, images, labels):
+def official_likelihood(theirs, images, labels, device: str):
     """From the two terms that the official model returns, of which its script makes bits."""
     import torch
 
-    images = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
-    labels = torch.from_numpy(labels).long()
+    place = comparison.TORCH_DEVICES[device]
+    images = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(place)
+    labels = torch.from_numpy(labels).long().to(place)
 
     @torch.no_grad()
     def run():
         z, _, logdet = theirs(images, labels)
         numbers = z[0].numel()
         square = 0.5 * z.pow(2).sum((1, 2))
-        return (logdet * numbers - square - 0.5 * np.log(2 * np.pi) * numbers).numpy()
+        return (logdet * numbers - square - 0.5 * np.log(2 * np.pi) * numbers).cpu().numpy()
 
     return run
 
 
 def main():
     args = comparison.arguments(__doc__, repeats=10).parse_args()
+    comparison.use(args.device)
     batch = BATCH[args.size]
-    sharding.use_cores_as_devices(batch)
-    model = comparison.our_model(args.size)
+    if args.device == 'cpu':
+        sharding.use_cores_as_devices(batch)
+    model = comparison.our_model(args.size, args.device)
     variables = comparison.random_variables(model)
     rng = np.random.default_rng(1)
     images = rng.uniform(-1, 1, (batch, *model.image_shape)).astype(np.float32)
-    labels = rng.integers(0, comparison.CLASSES, batch).astype(np.int32)
-    ours, theirs = our_likelihood(model, variables, images, labels), None
+    labels = comparison.random_labels(rng, model, batch)
+    ours, theirs, found = our_likelihood(model, variables, images, labels), None, {}
     if args.official:
-        official = comparison.official_model(args.official, model, variables)
-        theirs = official_likelihood(official, images, labels)
-        assert np.allclose(ours(), theirs(), rtol=1e-5), 'the likelihoods differ'
-    result = comparison.interleaved(ours, theirs, args.repeats)
-    print(json.dumps({'size': args.size, 'batch': batch} | result | comparison.versions(bool(theirs))))
+        official = comparison.official_model(args.official, model, variables, args.device)
+        theirs = official_likelihood(official, images, labels, args.device)
+        found['difference'] = comparison.error(ours(), theirs())
+        assert np.allclose(ours(), theirs(), rtol=1e-5), f'the likelihoods differ: {found}'
+    found |= comparison.interleaved(ours, theirs, args.repeats)
+    found['images_per_second'] = round(batch / found['ours_seconds'], 2)
+    about = {'what': 'likelihood', 'size': args.size, 'batch': batch}
+    print(json.dumps(about | found | comparison.versions(bool(theirs))), flush=True)
 
 
 if __name__ == '__main__':

@@ -2,7 +2,8 @@
 
 FILE is what `--mode=compile --json=FILE` wrote: predicted seconds per step, chips and batch of each
 slice. With P, the price of one chip for one hour in any currency, the last column is the price of
-the run. The prediction is the roofline of the chip: no run is faster. `--slowdown=1.5` says that
+the run. The prediction is close to the roofline of the chip; "measured" are the chip-hours if it is
+as far off as for the published steps of benchmarks/published_steps.py. `--slowdown=1.5` says that
 steps take half as long again; take it from a run: predicted images per second over the
 `images_per_second` of its metrics.jsonl. Sampling, evaluation, and the hours in which a slice is
 held and does not train come on top.
@@ -31,18 +32,21 @@ def cost(step_seconds: float, chips: int, batch_size: int, images: int, epochs: 
 
 def lines(rows: list[dict], images: int, epochs: float, price: float | None, slowdown: float):
     """One line per slice of the compile table under one of headings."""
-    names = ('slice', 'chips', 'batch', 'step s', 'steps', 'hours', 'chip-hours', 'price')
+    names = ('slice', 'chips', 'batch', 'step s', 'steps', 'hours', 'chip-hours', 'measured', 'price')
     yield '  '.join(f'{name:>11}' for name in names)
     for row in rows:
         seconds = row['predicted_step_seconds']
         if seconds is None:
             yield f'{row["topology"]:>11}  does not fit'
             continue
+        low, high = row.get('measured_over_predicted') or (None, None)
         seconds *= slowdown
         run = cost(seconds, row['chips'], row['batch_size'], images, epochs)
         cells = (
             row['topology'], row['chips'], row['batch_size'], f'{seconds:.3f}', run.steps,
             f'{run.hours:.1f}', f'{run.chip_hours:.0f}',
+            '-' if low is None or slowdown != 1 else
+            f'{low * run.chip_hours:.0f}-{high * run.chip_hours:.0f}',
             '-' if price is None else f'{price * run.chip_hours:.2f}',
         )
         yield '  '.join(f'{cell:>11}' for cell in cells)

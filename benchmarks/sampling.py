@@ -1,73 +1,127 @@
-"""Times the sequential sampler, and the official one beside it: `python benchmarks/sampling.py --official=PATH`.
+"""Times the sampler, and the official one beside it: `python benchmarks/sampling.py --official=PATH`.
 
-float32 on a CPU, from the same noise and labels. Prints one line of JSON with three cases: 100
-images without guidance, 100 with guidance of weight 2, one image without. Each core is a device of
-its own, as the command line has it; with `--plain` there is one device, as in a program that only
+From the same noise and labels. On a CPU in float32, one line of JSON with three cases: 100 images
+without guidance, 100 with guidance of weight 2, one image without. Each core is a device of its
+own, as the command line has it; with `--plain` there is one device, as in a program that only
 imports the package.
+
+With `--device=gpu --size=imagenet64 --dtype=bfloat16` 64 images on a GPU, a line for each case as
+soon as it is there: one position after another, guided, by Jacobi iteration, and with the schedule
+that `calibrate` finds ('auto'). The weights are random: how many iterations parallel decoding takes
+says nothing of trained flows. The official code runs under autocast, as its evaluation does.
 """
 
 import json
 
 import comparison
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import tarflow_jax as tfj
 from tarflow_jax.training import sharding
 
-CASES = ((100, 0.0), (100, 2.0), (1, 0.0))
+# images, guidance weight, method
+CASES = {
+    'cpu': ((100, 0.0, 'sequential'), (100, 2.0, 'sequential'), (1, 0.0, 'sequential')),
+    'gpu': (
+        (64, 0.0, 'sequential'), (64, 2.3, 'sequential'), (64, 0.0, 'jacobi'), (64, 0.0, 'auto'),
+    ),
+}
+FEW = {'tiny': 4}  # images, in place of those of the cases
+TOLERANCE = {'float32': 1e-4, 'bfloat16': 0.01}
 
 
-def our_sampler(model, variables, noise, labels, weight: float):
-    """A function that draws the images [B, H, W, C], the batch split over as many devices as divide it."""
-    devices = max(n for n in range(1, jax.device_count() + 1) if len(noise) % n == 0)
-    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
-    variables = jax.device_put(variables, sharding.replicated(mesh))
-    noise, labels = jax.device_put((noise, labels), sharding.batch_sharding(mesh))
-    guidance = tfj.Guidance(weight=weight)
-    return lambda: np.asarray(tfj.sample(model, variables, noise, labels, guidance=guidance))
+class OurSampler:
+    """Draws the images [B, H, W, C], the batch split over as many devices as divide it."""
+
+    def __init__(self, model, variables, noise, labels, weight: float, method: str = 'sequential'):
+        devices = max(n for n in range(1, jax.device_count() + 1) if len(noise) % n == 0)
+        mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+        self._model = model
+        self._variables = jax.device_put(variables, sharding.replicated(mesh))
+        self._noise, self._labels = jax.device_put((noise, labels), sharding.batch_sharding(mesh))
+        tolerance = TOLERANCE[jnp.dtype(model.dtype).name]
+        self._options = {'guidance': tfj.Guidance(weight=weight), 'method': method}
+        self.schedule = None
+        if method == 'auto':
+            self.schedule = tfj.calibrate(
+                model, self._variables, self._labels, batch_size=len(noise),
+                guidance=self._options['guidance'], tolerance=tolerance,
+            )
+            self._options['schedule'] = self.schedule
+        elif method != 'sequential':
+            self._options['tolerance'] = tolerance
+
+    def __call__(self):
+        images = tfj.sample(
+            self._model, self._variables, self._noise, self._labels, **self._options
+        )
+        return np.asarray(images)
 
 
-def official_sampler(theirs, model, noise, labels, weight: float):
+def official_sampler(theirs, model, noise, labels, weight: float, dtype: str, device: str):
     import torch
 
-    p = model.patch_size
+    p, place = model.patch_size, comparison.TORCH_DEVICES[device]
     # Inside a patch the official order is (channel, row, column), ours (row, column, channel).
     noise = noise.reshape(*noise.shape[:2], p, p, -1).transpose(0, 1, 4, 2, 3).reshape(noise.shape)
-    noise, labels = torch.from_numpy(noise.copy()), torch.from_numpy(labels).long()
+    noise = torch.from_numpy(noise.copy()).to(place)
+    labels = torch.from_numpy(labels).long().to(place)
+    autocast = torch.autocast(place, torch.bfloat16, enabled=dtype == 'bfloat16')
 
     @torch.no_grad()
     def run():
-        images = theirs.reverse(noise.clone(), labels, guidance=weight)
-        return images.numpy().transpose(0, 2, 3, 1)
+        with autocast:
+            images = theirs.reverse(noise.clone(), labels, guidance=weight)
+        return images.float().cpu().numpy().transpose(0, 2, 3, 1)
 
     return run
+
+
+def compared(args, model, variables, official, case) -> dict:
+    """Seconds of one case; the official sampler has only one method."""
+    images, weight, method = case
+    images = FEW.get(args.size, images)
+    rng = np.random.default_rng(1)
+    noise = rng.standard_normal((images, *model.token_shape)).astype(np.float32)
+    labels = comparison.random_labels(rng, model, images)
+    ours, theirs = OurSampler(model, variables, noise, labels, weight, method), None
+    found = {'images': images, 'guidance': weight, 'method': method}
+    if official and method == 'sequential':
+        theirs = official_sampler(official, model, noise, labels, weight, args.dtype, args.device)
+        found['difference'] = comparison.error(ours(), theirs())
+        if args.dtype == 'float32':
+            assert found['difference'] < 1e-4, f'the samples differ by {found["difference"]}'
+    if ours.schedule:
+        found['schedule'] = [block.method for block in ours.schedule.blocks]
+    found |= comparison.interleaved(ours, theirs, args.repeats, 1 if args.device == 'gpu' else 2)
+    return found | {'seconds_per_image': round(found['ours_seconds'] / images, 4)}
 
 
 def main():
     parser = comparison.arguments(__doc__, repeats=10)
     parser.add_argument('--plain', action='store_true', help='one device, whatever the cores')
+    parser.add_argument('--dtype', choices=TOLERANCE, default='float32')
+    parser.add_argument('--methods', default='sequential', help='of the cases, with commas')
     args = parser.parse_args()
-    if not args.plain:
+    comparison.use(args.device)
+    if args.device == 'cpu' and not args.plain:
         sharding.use_cores_as_devices(100)
-    model = comparison.our_model(args.size)
+    model = comparison.our_model(args.size, args.device)
     variables = comparison.random_variables(model)
-    rng = np.random.default_rng(1)
-    official = args.official and comparison.official_model(args.official, model, variables)
-    cases = []
-    for images, weight in CASES:
-        noise = rng.standard_normal((images, *model.token_shape)).astype(np.float32)
-        labels = rng.integers(0, comparison.CLASSES, images).astype(np.int32)
-        ours = our_sampler(model, variables, noise, labels, weight)
-        theirs = official and official_sampler(official, model, noise, labels, weight)
-        if theirs:
-            a, b = ours(), theirs()
-            error = np.abs(a - b).max() / np.abs(b).max()
-            assert error < 1e-4, f'the samples differ by {error}'
-        result = comparison.interleaved(ours, theirs, args.repeats)
-        cases.append({'images': images, 'guidance': weight} | result)
-    about = {'size': args.size, 'cases': cases}
-    print(json.dumps(about | comparison.versions(bool(official))))
+    official = args.official and comparison.official_model(args.official, model, variables, args.device)
+    model = model.clone(dtype=jnp.dtype(args.dtype))
+    about = {'what': 'sampling', 'size': args.size, 'dtype': args.dtype}
+    about |= comparison.versions(bool(official))
+    cases = CASES['gpu' if args.size in FEW else args.device]
+    cases = [case for case in cases if case[2] in args.methods.split(',')]
+    run = lambda case: compared(args, model, variables, official, case)  # noqa: E731
+    if args.device == 'gpu' or args.size in FEW:
+        for case in cases:
+            print(json.dumps(about | run(case)), flush=True)
+    else:
+        print(json.dumps(about | {'cases': [run(case) for case in cases]}))
 
 
 if __name__ == '__main__':

@@ -67,9 +67,10 @@ require() {
 
 # Variables that must be whole numbers, and have few digits lest arithmetic overflow.
 whole_numbers() {
-  local _flag
+  # In a variable: early versions of bash 3.2 do not parse a pattern with brackets.
+  local _flag _whole='^(0|[1-9][0-9]{0,8})$'
   for _flag; do
-    [[ ${!_flag} =~ ^(0|[1-9][0-9]{0,8})$ ]] || refuse "--$_flag=${!_flag} is not a whole number"
+    [[ ${!_flag} =~ $_whole ]] || refuse "--$_flag=${!_flag} is not a whole number"
   done
 }
 

@@ -13,19 +13,22 @@
 #   --claim=PVC          PersistentVolumeClaim to mount at /workdir, where no bucket is used
 #   --service_account=A  Kubernetes service account, which must be allowed to use the bucket
 #   --max_restarts=N     restarts of the whole, preemptions included (100)
-#   --action=ACTION      apply (default), logs (of every worker) or delete
+#   --action=ACTION      apply (default), logs (of every worker), delete, or before all else pools:
+#                        make a node pool for each slice (its own are --cluster=C and --location=L,
+#                        the cluster's region or zone)
 #   --dry_run            print the command, with the manifest, and run nothing
 set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 name='' image='' accelerator='' topology='' chips_per_node=4 slices=1 spot='' namespace='' claim=''
-service_account='' max_restarts=100 action=apply
+service_account='' max_restarts=100 action=apply cluster='' location=''
 parse_flags 'name= image= accelerator= topology= chips_per_node= slices= spot namespace= claim=
-  service_account= max_restarts= action= ' "$@"
+  service_account= max_restarts= action= cluster= location= ' "$@"
 ((${#words[@]} == 0)) || refuse "${words[0]} is not a flag"
 require name
-[[ $name =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] || refuse "--name=$name is not a short DNS name"
+dns_name='^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$'
+[[ $name =~ $dns_name ]] || refuse "--name=$name is not a short DNS name"
 kubectl=(kubectl)
 [[ ! $namespace ]] || kubectl+=("--namespace=$namespace")
 
@@ -37,22 +40,51 @@ case $action in
   delete)
     execute "${kubectl[@]}" delete jobset "$name"
     exit ;;
-  apply) ;;
-  *) refuse "--action=$action is none of apply, logs and delete" ;;
+  apply) require image ;;
+  pools) require cluster location ;;
+  *) refuse "--action=$action is none of apply, logs, delete and pools" ;;
 esac
 
-require image accelerator topology
+require accelerator topology
 whole_numbers chips_per_node slices max_restarts
 ((slices > 0 && chips_per_node > 0)) || refuse '--slices and --chips_per_node must be at least 1'
-[[ $topology =~ ^[1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){1,2}$ ]] ||
+grid='^[1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){1,2}$'
+[[ $topology =~ $grid ]] ||
   refuse "--topology=$topology does not look like 16x16 or 4x4x8"
-[[ $claim || " ${rest[*]-} " == *=gs://* ]] ||
+[[ $claim || " ${rest[*]-} " == *=gs://* || $action == pools ]] ||
   refuse '--claim is missing, and no --workdir=gs://BUCKET/FOLDER; the workdir must outlive the pods'
 chips=$((${topology//x/*}))
 if ((chips < chips_per_node)); then chips_per_node=$chips; fi
 ((chips % chips_per_node == 0)) ||
   refuse "--topology=$topology has $chips chips, which --chips_per_node=$chips_per_node does not divide"
 hosts=$((chips / chips_per_node))
+
+# A node pool is a slice. Where chips lie is said by --tpu-topology, of TPU7x by a workload policy.
+if [[ $action == pools ]]; then
+  ((${#rest[@]} == 0)) || refuse '--action=pools takes no arguments of tarflow_jax.main'
+  case $accelerator in
+    tpu-v5-lite-podslice) machine=ct5lp-hightpu ;;
+    tpu-v5p-slice) machine=ct5p-hightpu ;;
+    tpu-v6e-slice) machine=ct6e-standard ;;
+    tpu7x) machine=tpu7x-standard ;;
+    *) refuse "no machine type is known for --accelerator=$accelerator; make its pools with gcloud" ;;
+  esac
+  placement=("--tpu-topology=$topology")
+  if [[ $accelerator == tpu7x ]]; then
+    placement=("--placement-policy=$name-$topology")
+    if ((hosts > 1)); then
+      execute gcloud compute resource-policies create workload-policy "$name-$topology" \
+        --type=HIGH_THROUGHPUT "--accelerator-topology=$topology" "--region=${location%-[a-z]}"
+    fi
+  fi
+  ((hosts > 1)) || placement=()
+  for ((i = 0; i < slices; i++)); do
+    execute gcloud container node-pools create "$name-$i" "--cluster=$cluster" \
+      "--location=$location" "--machine-type=$machine-${chips_per_node}t" "--num-nodes=$hosts" \
+      ${placement[@]+"${placement[@]}"} ${spot:+--spot}
+  done
+  exit
+fi
 
 # A JSON string, which is a YAML one too.
 json() {
@@ -143,8 +175,8 @@ YAML
   if ((slices > 1)); then echo '              - "--distributed=on"'; fi
   # Kubernetes reads $(NAME) as a variable and $$ as a dollar sign.
   # shellcheck disable=SC2016
-  local dollars='$$'
-  for arg in "${rest[@]}"; do printf '              - %s\n' "$(json "${arg//'$'/"$dollars"}")"; done
+  local dollar='$' dollars='$$'
+  for arg in "${rest[@]}"; do printf '              - %s\n' "$(json "${arg//$dollar/$dollars}")"; done
   cat <<YAML
               ports:
               - containerPort: 8471
@@ -153,11 +185,23 @@ YAML
                 limits:
                   google.com/tpu: $chips_per_node
 YAML
-  if [[ $claim ]]; then cat <<YAML; fi
+  cat <<YAML
               volumeMounts:
+              - name: shared-memory
+                mountPath: /dev/shm
+YAML
+  if [[ $claim ]]; then cat <<YAML; fi
               - name: workdir
                 mountPath: /workdir
+YAML
+  cat <<YAML
             volumes:
+            # Through which the processes of data.workers hand over batches: Kubernetes gives 64 MiB.
+            - name: shared-memory
+              emptyDir:
+                medium: Memory
+YAML
+  if [[ $claim ]]; then cat <<YAML; fi
             - name: workdir
               persistentVolumeClaim:
                 claimName: $(json "$claim")

@@ -32,7 +32,7 @@ if [[ ! $once && ! $dry_run ]]; then
     "--devices=$devices" "--logs=$logs" "--grace=$grace")
   [[ ! $port ]] || again+=("--port=$port")
   exec "$(dirname "${BASH_SOURCE[0]}")/supervise.sh" "--max_restarts=$max_restarts" \
-    "--min_uptime=$min_uptime" "--wait=$wait" -- "${again[@]}" -- "${rest[@]}"
+    "--min_uptime=$min_uptime" "--wait=$wait" -- "${again[@]}" -- ${rest[@]+"${rest[@]}"}
 fi
 
 # Below the ports that the system gives to outgoing connections.
@@ -44,7 +44,7 @@ done
 IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-}"
 # Sets `command` to that of process $1.
 command_of() {
-  command=("${with_me[@]}" env "JAX_COORDINATOR_ADDRESS=127.0.0.1:$port" "JAX_NUM_PROCESSES=$count"
+  command=(${with_me[@]+"${with_me[@]}"} env "JAX_COORDINATOR_ADDRESS=127.0.0.1:$port" "JAX_NUM_PROCESSES=$count"
     "JAX_PROCESS_ID=$1")
   if [[ $platform == cpu ]]; then
     local flags="${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$devices"
@@ -52,7 +52,7 @@ command_of() {
   else
     command+=("CUDA_VISIBLE_DEVICES=${gpus[$1]:-$1}")
   fi
-  command+=(python -m tarflow_jax.main "${rest[@]}")
+  command+=(python -m tarflow_jax.main ${rest[@]+"${rest[@]}"})
 }
 
 if [[ $dry_run ]]; then
@@ -63,15 +63,15 @@ if [[ $dry_run ]]; then
   exit
 fi
 
-pids=() failed='' terminated_at='' shown=''
+pids=() failed='' terminated_at=''
 signal_all() {
   local pid
-  for pid in "${pids[@]}"; do kill -s "$1" -- "$pid" 2>/dev/null || true; done
+  for pid in ${pids[@]+"${pids[@]}"}; do kill -s "$1" -- "$pid" 2>/dev/null || true; done
 }
 # Each process leads a process group, with all that it has started.
 kill_groups() {
   local pid
-  for pid in "${pids[@]}"; do kill -KILL -- "-$pid" 2>/dev/null || true; done
+  for pid in ${pids[@]+"${pids[@]}"}; do kill -KILL -- "-$pid" 2>/dev/null || true; done
 }
 forward() {
   stopping=$1
@@ -82,20 +82,21 @@ trap 'forward TERM' TERM HUP
 trap 'forward INT' INT
 
 mkdir -p "$logs"
-exec {shown}> >(exec tee -ia "$logs/process_0.log")
+# Descriptor 9: versions of bash before 4.1 cannot choose a free one.
+exec 9> >(exec tee -ia "$logs/process_0.log")
 tee=$!
 for ((i = 0; i < count; i++)); do
   command_of "$i"
   set -m
   if ((i == 0)); then
-    "${command[@]}" </dev/null >&"$shown" 2>&1 {shown}>&- &
+    "${command[@]}" </dev/null >&9 2>&1 9>&- &
   else
-    "${command[@]}" </dev/null >>"$logs/process_$i.log" 2>&1 {shown}>&- &
+    "${command[@]}" </dev/null >>"$logs/process_$i.log" 2>&1 9>&- &
   fi
   set +m
   pids[i]=$!
 done
-exec {shown}>&-
+exec 9>&-
 log "$count processes, coordinator 127.0.0.1:$port, output in $logs"
 if [[ $stopping ]]; then signal_all "$stopping"; fi  # it came while they were being started
 
@@ -116,7 +117,7 @@ while ((${#running[@]})); do
       failed=$code
     fi
   done
-  running=("${left[@]}")
+  running=(${left[@]+"${left[@]}"})
   if [[ $failed && ! $terminated_at ]]; then
     # Those that were told to stop are saving.
     [[ $stopping ]] || signal_all TERM

@@ -44,7 +44,7 @@ fi
 
 # JAX gives each task the GPU of its number on the node, so each must see all of the node's.
 steps=(srun --kill-on-bad-exit=1 --gpu-bind=none "--output=$logs/slurm_%j_task_%t.log"
-  --open-mode=append python -m tarflow_jax.main "${rest[@]}")
+  --open-mode=append python -m tarflow_jax.main ${rest[@]+"${rest[@]}"})
 
 signalled='' step=''
 # srun would end the tasks itself on SIGTERM, and soon kill them. scancel only passes the signal on,

@@ -23,7 +23,7 @@ parse_flags 'max_restarts= min_uptime= wait= poll= exit_file= watch_maintenance'
 whole_numbers max_restarts min_uptime wait
 ((${#rest[@]})) || refuse 'the command is missing; it stands after --'
 ((${#words[@]} == 0)) || refuse "${words[0]} is not a flag; the command stands after --"
-command=("${with_me[@]}" "${rest[@]}")
+command=(${with_me[@]+"${with_me[@]}"} "${rest[@]}")
 if [[ $dry_run ]]; then
   execute "${command[@]}"
   exit

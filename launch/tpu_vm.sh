@@ -95,7 +95,8 @@ create() {
   if ((slices > 1)); then shape=("--node-count=$slices" "--node-prefix=$name"); fi
   [[ ! $spot ]] || extra=(--spot)
   log "asking for $type"
-  queued create "${shape[@]}" "--accelerator-type=$type" "--runtime-version=$version" "${extra[@]}"
+  queued create "${shape[@]}" "--accelerator-type=$type" "--runtime-version=$version" \
+    ${extra[@]+"${extra[@]}"}
 }
 
 remove() { queued delete --force --quiet; }
@@ -142,7 +143,7 @@ tarflow/venv/bin/python -m pip install --quiet './tarflow/source[tpu,gcs]'"
 train=$(quoted launch/supervise.sh --watch_maintenance "--max_restarts=$max_restarts" \
   "--min_uptime=$min_uptime" "--wait=$wait")
 train+=" --exit_file=\"\$HOME/tarflow/exit_code\" -- "
-train+=$(quoted python -m tarflow_jax.main --distributed=on "${rest[@]}")
+train+=$(quoted python -m tarflow_jax.main --distributed=on ${rest[@]+"${rest[@]}"})
 start="set -e
 cd tarflow && rm -f exit_code stopped && cd source && export PATH=\"\$HOME/tarflow/venv/bin:\$PATH\"
 nohup setsid $train </dev/null >>../train.log 2>&1 & echo \$! >\$HOME/tarflow/pid"
@@ -168,7 +169,7 @@ ${setup:+$setup
 
 # Sets `workers` to one word per worker: running, stopped, lost or an exit code.
 look_at_workers() {
-  local answer
+  local answer line
   workers=()
   if [[ $dry_run ]]; then
     on_workers "$look_at_worker"
@@ -176,7 +177,7 @@ look_at_workers() {
     return
   fi
   answer=$(on_workers "$look_at_worker") || return
-  mapfile -t workers < <(sed -n 's/^tarflow //p' <<<"$answer")
+  while read -r line; do workers+=("$line"); done < <(sed -n 's/^tarflow //p' <<<"$answer")
   ((${#workers[@]}))
 }
 

@@ -15,14 +15,13 @@ from pathlib import Path
 import jax
 import optax
 
-from tarflow_jax import class_order, files, paths, reporting, scoring
+from tarflow_jax import class_order, files, paths, reporting, run_checks, scoring
 from tarflow_jax import config as configs
 from tarflow_jax import convert as official
 from tarflow_jax.data import kinds, sizes
 from tarflow_jax.evaluation import bulk, sample_files, schedules
 from tarflow_jax.evaluation.scores import Subject, check_names
-from tarflow_jax.flow.parameters import is_parameter
-from tarflow_jax.training import loop, sharding
+from tarflow_jax.training import loop, memory, profiling, sharding, wandb_writer
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.state import all_finite, from_variables
 
@@ -31,17 +30,24 @@ log = logging.getLogger(__name__)
 
 def train(config, given) -> Callable[[], None]:
     """Trains, then samples, evaluates and writes the report."""
-    workdir, plan, mesh = _setup(config, given)
+    workdir, plan, mesh = _setup(config, given, 'profile_steps')
+    if config.train.wandb_project:
+        wandb_writer.check(config.train.wandb_project)
     source = configs.source(config, 'train', plan.model)
     test_source = configs.source(config, 'test', plan.model)
+    needed = run_checks.training(config, plan, mesh)
+    run_checks.sample_set(config, plan, mesh, workdir)
     plan = plan.with_features_of(test_source).with_class_names(source.class_names)
     schedule = configs.schedule(config, source)
-    sharding.check(mesh, config.train.batch_size, 'train.batch_size', config.train.accumulation)
+    run_checks.batches(config, mesh, source)
+    profiled = range(0)
+    if given.profile_steps:
+        profiled = profiling.steps_of(given.profile_steps, schedule.total_steps)
     classes = class_order.of_source(plan.model, source)
-    checkpoints = Checkpoints(workdir, plan.model, config.to_dict(), classes.remembered())
-    _check_average(checkpoints, config)
-    if checkpoints.latest() is not None and plan.model.num_classes:
-        class_order.check_same(_classes_of(checkpoints), classes, str(checkpoints.folder))
+    remembered = classes.remembered() | {'set': run_checks.set_name(source)}
+    checkpoints = Checkpoints(workdir, plan.model, config.to_dict(), remembered)
+    if checkpoints.latest() is not None:
+        run_checks.same_run(checkpoints, config, schedule, classes, remembered['set'])
     subject = Subject(config, plan, mesh, workdir, test_source)
     scores = scoring.prepare(subject)
     alone = jax.process_count() == 1
@@ -51,16 +57,19 @@ def train(config, given) -> Callable[[], None]:
         latest = checkpoints.latest()
         _announce(
             given.mode, plan.model, mesh,
-            data=f'{_set_name(source)}; {_set_name(test_source)}', **_caution(config, source),
+            data=f'{run_checks.set_name(source)}; {run_checks.set_name(test_source)}',
+            **_caution(config, source),
             steps=f'{schedule.total_steps} of {config.train.batch_size} images '
             f'({config.train.epochs:g} epochs), '
             + ('from the first' if latest is None else f'going on after step {latest}'),
             then=f'{config.sample.count} samples if a score needs them; scores: '
             f'{", ".join(config.evaluate.metrics) or "none"}',
-            output=f'{workdir}: checkpoints, metrics, samples, evaluation.json',
+            memory=needed, output=f'{workdir}: checkpoints, metrics, samples, evaluation.json',
         )
         with checkpoints:
-            state = loop.train(config, plan, schedule, source, checkpoints, workdir, mesh)
+            state = loop.train(
+                config, plan, schedule, source, checkpoints, workdir, mesh, profiled
+            )
         variables, origin = state.variables(), _at_step(int(state.step), workdir)
         draw = functools.partial(sample_set, config, plan, variables, origin, mesh, workdir)
         scores(variables, origin, draw)
@@ -76,6 +85,7 @@ def train(config, given) -> Callable[[], None]:
 def sample(config, given) -> Callable[[], None]:
     """Draws config.sample.count images, or those that are missing: see `evaluation.bulk`."""
     workdir, plan, mesh = _setup(config, given, 'input')
+    needed = run_checks.sample_set(config, plan, mesh, workdir, always=True)
     if plan.model.num_features:
         plan = plan.with_features_of(configs.source(config, 'test', plan.model))
     variables, origin, known = _variables(plan, workdir, given.input, mesh)
@@ -90,7 +100,7 @@ def sample(config, given) -> Callable[[], None]:
             samples=f'{s.count} in batches of {s.batch_size}, '
             f'{classes if plan.model.num_classes else "no classes"}, guidance '
             f'{plan.guidance.weight:g}, {s.method}',
-            output=f'{workdir / "samples"}, as {s.format}',
+            memory=needed, output=f'{workdir / "samples"}, as {s.format}',
         )
         _, summary = sample_set(config, plan, variables, origin, mesh, workdir)
         log.info(
@@ -132,6 +142,8 @@ def evaluate(config, given) -> Callable[[], None]:
     """Scores the flow on the test set with config.evaluate.metrics; writes evaluation.json."""
     workdir, plan, mesh = _setup(config, given, 'input')
     source = configs.source(config, 'test', plan.model)
+    needed = run_checks.scoring(config, plan, mesh, source)
+    run_checks.sample_set(config, plan, mesh, workdir)
     plan = plan.with_features_of(source).with_class_names(source.class_names)
     scores = scoring.prepare(Subject(config, plan, mesh, workdir, source))
     variables, origin, known = _variables(plan, workdir, given.input, mesh)
@@ -140,9 +152,9 @@ def evaluate(config, given) -> Callable[[], None]:
 
     def job():
         _announce(
-            given.mode, plan.model, mesh, checkpoint=origin['name'], data=_set_name(source),
-            **_caution(config, source),
-            scores=', '.join(config.evaluate.metrics) or 'none',
+            given.mode, plan.model, mesh, checkpoint=origin['name'],
+            data=run_checks.set_name(source), **_caution(config, source),
+            scores=', '.join(config.evaluate.metrics) or 'none', memory=needed,
             output=str(workdir / 'evaluation.json'),
         )
         scores(variables, origin, draw)
@@ -155,6 +167,7 @@ def report(config, given) -> Callable[[], None]:
     workdir, plan, mesh = _setup(config, given)
     train_source = configs.source(config, 'train', plan.model)
     test_source = configs.source(config, 'test', plan.model)
+    run_checks.scoring(config, plan, mesh, test_source)
     plan = plan.with_features_of(test_source).with_class_names(train_source.class_names)
     subject = Subject(config, plan, mesh, workdir, test_source)
     show = reporting.prepare(subject, train_source)
@@ -164,7 +177,7 @@ def report(config, given) -> Callable[[], None]:
     def job():
         _announce(
             given.mode, plan.model, mesh, checkpoint=origin['name'],
-            data=f'{_set_name(train_source)}; {_set_name(test_source)}',
+            data=f'{run_checks.set_name(train_source)}; {run_checks.set_name(test_source)}',
             **_caution(config, train_source),
             output=str(workdir / 'report.html'),
         )
@@ -301,10 +314,10 @@ INTERRUPTED = {
     'convert': 'a checkpoint is there whole or not at all; the same command starts again',
     'compile': 'what was compiled is printed above; the same command starts again',
 }
-# What runs have in their workdir.
-_FILES = ('metrics.jsonl', 'evaluation.json', 'report.html', 'outliers.png')
-_FOLDERS = ('checkpoints', 'samples', 'schedules', 'statistics', 'tensorboard')
-_FLAGS = ('workdir', 'input', 'output', 'topology', 'batch_per_chip', 'json', 'out')
+
+_FLAGS = (
+    'workdir', 'input', 'output', 'topology', 'batch_per_chip', 'json', 'out', 'profile_steps'
+)
 
 
 def _only(given, *names: str) -> None:
@@ -323,7 +336,7 @@ def _announce(mode: str, model, mesh, **rows: str) -> None:
     layers = sorted(set(model.layers_per_block))
     depth = layers[0] if len(layers) == 1 else ','.join(map(str, model.layers_per_block))
     patch = sizes.text(model.patch_shape)
-    count = sum(p.size for p in jax.tree.leaves(model.parameters(), is_leaf=is_parameter))
+    count = memory.parameter_count(model)
     lines = {
         'flow': f'{patch}-{model.width}-{len(model.layers_per_block)}-{depth} at '
         f'{"x".join(map(str, model.image_shape))}, {count:,} parameters, '
@@ -340,11 +353,6 @@ def _announce(mode: str, model, mesh, **rows: str) -> None:
     log.info('%s\n%s', mode, '\n'.join(text))
 
 
-def _set_name(source) -> str:
-    name, split = source.about.get('dataset', 'images'), source.about.get('split')
-    return f'{name}, {len(source):,} images' + (f' of split {split!r}' if split else '')
-
-
 def _setup(config, given, *flags: str):
     """The folder of the run, and what `_plan` gives; ValueError for other flags than these."""
     _only(given, 'workdir', *flags)
@@ -354,13 +362,7 @@ def _setup(config, given, *flags: str):
 def _workdir(workdir) -> Path:
     if not workdir:
         raise ValueError('--workdir is missing; give the folder of the run.')
-    path = paths.writable_folder(workdir, f'--workdir={workdir}')
-    for name in _FILES + _FOLDERS:
-        there = path / name
-        if there.exists() and there.is_dir() != (name in _FOLDERS):
-            found, wanted = ('folder', 'file') if name in _FILES else ('file', 'folder')
-            raise ValueError(f'{there} is a {found}, where a run has a {wanted}; move it away.')
-    return path
+    return run_checks.workdir(workdir)
 
 
 def _plan(config):
@@ -368,19 +370,9 @@ def _plan(config):
     plan = configs.plan(config)
     check_names(config.evaluate.metrics, plan.model)
     mesh = configs.named('mesh', sharding.make_mesh, **config.mesh)
-    return plan.on(sharding.Layout(mesh, config.model.attention)), mesh
-
-
-def _check_average(checkpoints: Checkpoints, config) -> None:
-    if checkpoints.latest() is None:
-        return
-    there, here = checkpoints.about()['config'].get('train'), config.train.ema_decay
-    there = there.get('ema_decay') if isinstance(there, dict) else None
-    if isinstance(there, float | int) and (there > 0) != (here > 0):
-        raise ValueError(
-            f'{checkpoints.folder} holds a checkpoint with train.ema_decay {there}, this config '
-            f'has {here}; an average can be neither begun nor dropped on the way.'
-        )
+    plan = plan.on(sharding.Layout(mesh, config.model.attention))
+    memory.check(memory.of_parameters(plan.model, mesh), plan.model, mesh, 'the flow alone')
+    return plan, mesh
 
 
 def _variables(plan, workdir, input_file, mesh):
@@ -399,7 +391,7 @@ def _variables(plan, workdir, input_file, mesh):
             }, known
     with Checkpoints(workdir, plan.model) as checkpoints:
         variables = checkpoints.restore_variables(functools.partial(sharding.placed, mesh=mesh))
-        step, known = checkpoints.latest(), _classes_of(checkpoints)
+        step, known = checkpoints.latest(), run_checks.classes_of(checkpoints)
     if not jax.jit(all_finite)(variables):
         raise ValueError(
             f'{checkpoints.folder / str(step)} holds parameters that are not finite; delete this '
@@ -411,11 +403,6 @@ def _variables(plan, workdir, input_file, mesh):
 
 def _classes_in(input_file: str) -> class_order.Classes:
     return class_order.Classes(official.class_names(input_file) or class_order.SORTED)
-
-
-def _classes_of(checkpoints: Checkpoints) -> class_order.Classes:
-    data = checkpoints.about().get('data', {})
-    return class_order.Classes(data.get('class_names'), data.get('kind'))
 
 
 def _caution(config, source) -> dict[str, str]:

@@ -16,7 +16,7 @@ import optax
 from ml_collections import ConfigDict, FieldReference
 
 from tarflow_jax import config_ranges
-from tarflow_jax.data import pipeline, sources
+from tarflow_jax.data import kinds, pipeline, sources
 from tarflow_jax.flow.attention import KERNELS, PRECISIONS
 from tarflow_jax.flow.condition import Condition
 from tarflow_jax.flow.denoising import SOLVERS
@@ -27,6 +27,8 @@ from tarflow_jax.training import optimizer as optimizers
 from tarflow_jax.training.corruption import Recipe
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
+FEATURE_NETWORKS = ('auto', 'inception', 'efficientnet_lite0')
+MOST_STEPS = 2**31 - 1
 SAMPLE_FORMATS = ('npz', 'array_record')
 SAMPLE_METHODS = ('sequential', 'auto')
 MOST_FEATURES = 10_000  # images whose features samples are drawn with
@@ -103,6 +105,7 @@ def default() -> ConfigDict:
     t.log_every = 50  # steps, as the next two
     t.sample_every = 1000
     t.checkpoint_every = 1000
+    t.wandb_project = ''  # metrics and pictures also go to this project of Weights & Biases
 
     c.sample = s = ConfigDict()
     s.count = 100
@@ -196,7 +199,9 @@ class Plan:
     conditions: Conditions  # of samples
 
     def on(self, layout) -> 'Plan':
-        """The plan with its flow laid out over a mesh."""
+        """The plan with its flow laid out over a mesh; ValueError if it cannot be."""
+        named('model', layout.check_attention, self.model)
+        layout.check_parameters(self.model)
         return dataclasses.replace(self, model=self.model.clone(layout=layout))
 
     def with_features_of(self, source) -> 'Plan':
@@ -231,16 +236,25 @@ def plan(config: ConfigDict) -> Plan:
     Raises:
       ValueError: one sentence that names the field, its value and the remedy.
     """
-    config_ranges.check(config)
+    config_ranges.check(config, default())
     for field, choices in (
         ('model.dtype', DTYPES), ('model.residual_dtype', DTYPES),
         ('model.attention', ('auto', *KERNELS)),
         ('sample.method', SAMPLE_METHODS), ('sample.format', SAMPLE_FORMATS),
         ('sample.denoise_solver', SOLVERS), ('sample.denoise_precision', PRECISIONS),
+        ('evaluate.frechet.network', FEATURE_NETWORKS),
+        ('evaluate.outliers.source', ('', *sources.KINDS)),
     ):
         value = operator.attrgetter(field)(config)
         if value not in choices:
-            raise ValueError(f'{field} {value!r} is none of {", ".join(choices)}.')
+            raise ValueError(
+                f'{field} {value!r:.100} is none of {", ".join(filter(None, choices))}.'
+            )
+    for kind in config.data.expects:
+        if kinds.plain(kind) not in kinds.NAMES:
+            raise ValueError(
+                f'data.expects {kind!r:.100} is no kind of set; there are {", ".join(kinds.NAMES)}.'
+            )
     fields = config.model.to_dict()
     for field in ('dtype', 'residual_dtype'):
         fields[field] = DTYPES[fields[field]]
@@ -317,6 +331,12 @@ def source(config: ConfigDict, split: str, model: TarFlow):
       ValueError or FileNotFoundError: if they are not there, damaged or of another shape.
     """
     d = config.data
+    if d.source == 'embedded' and (d.path or d.name):
+        field = 'path' if d.path else 'name'
+        raise ValueError(
+            f"data.{field} {d[field]!r:.200} has no meaning with data.source 'embedded'; set "
+            'data.source to prepared, idx or tfds, or leave it out.'
+        )
     opened = sources.load(
         d.source, d[f'{split}_split'], path=d.path, name=d.name,
         verify=(jax.process_index(), jax.process_count()),
@@ -346,6 +366,11 @@ def schedule(config: ConfigDict, training_images) -> Schedule:
             f'{t.accumulation}; choose one that divides it.'
         )
     steps_per_epoch = named('train', pipeline.steps_per_epoch, training_images, t.batch_size)
+    if t.epochs * steps_per_epoch > MOST_STEPS:
+        raise ValueError(
+            f'train.epochs {t.epochs:g} are more than {MOST_STEPS} steps of {t.batch_size} images; '
+            'choose fewer.'
+        )
     total_steps = round(t.epochs * steps_per_epoch)
     warmup_steps = round(t.warmup_epochs * steps_per_epoch)
     if not 0 <= warmup_steps < total_steps:

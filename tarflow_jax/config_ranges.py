@@ -1,29 +1,31 @@
-"""The range of every number of a config, and the one place that checks them.
+"""The type of every field of a config and the range of every number, and the one place to check.
 
 Limits that depend on another field are checked where both are known.
 """
 
-import operator
+import difflib
 
 import numpy as np
 from ml_collections import ConfigDict
 
 # Intervals as mathematics writes them. Of a tuple they hold for each entry; a field may be None if
-# that is its default.
+# that is its default. JAX counts in 31 bits.
 WHOLE = {
-    '[-1, inf)': ('mesh.data', 'mesh.fsdp', 'mesh.tensor', 'sample.label'),
-    '[0, inf)': (
-        'model.num_classes', 'model.num_features', 'data.workers', 'sample.denoise_steps',
-    ),
+    '[-1, 2147483648)': ('mesh.data', 'mesh.fsdp', 'mesh.tensor', 'sample.label'),
+    '[0, 2147483648)': ('model.num_classes', 'model.num_features'),
+    '[0, 1025)': ('data.workers',),
+    '[0, 10001)': ('sample.denoise_steps',),
     '[0, 4294967296)': ('seed',),
-    '[1, inf)': (
+    '[1, 101)': ('report.rows', 'report.columns'),
+    '[1, 10001)': ('evaluate.draws',),
+    '[1, 2147483648)': (
         'model.image_size', 'model.image_channels', 'model.patch_size', 'model.width',
         'model.layers_per_block', 'model.head_dim', 'model.unroll', 'train.batch_size',
         'train.accumulation', 'train.stop_after_skipped', 'train.log_every', 'train.sample_every',
         'train.checkpoint_every', 'sample.count', 'sample.batch_size', 'guidance.blocks',
-        'evaluate.batch_size', 'evaluate.draws', 'evaluate.round_trip_images',
-        'evaluate.outliers.images', 'evaluate.frechet.neighbours', 'evaluate.frechet.batch_size',
-        'report.rows', 'report.columns', 'report.training_images', 'report.test_images',
+        'evaluate.batch_size', 'evaluate.round_trip_images', 'evaluate.outliers.images',
+        'evaluate.frechet.neighbours', 'evaluate.frechet.batch_size', 'report.training_images',
+        'report.test_images',
     ),
 }
 REAL = {
@@ -38,30 +40,104 @@ REAL = {
         'model.scale_limit', 'train.epochs', 'train.eps', 'guidance.temperature', 'evaluate.levels',
     ),
 }
+PAIRS = ('model.image_size', 'model.patch_size')  # a number, or (height, width)
+WORDS = ('data.expects', 'evaluate.metrics', 'evaluate.frechet.references')  # tuples of these
+LONGEST = 4096  # characters of a word
 
 
-def check(config: ConfigDict) -> None:
-    """Checks every number of a config.
+def fields(config: dict, prefix: str = '') -> dict:
+    """The sections and fields of a config by name, such as 'model' and 'model.width'."""
+    found = {}
+    for name, value in config.items():
+        found[prefix + name] = value
+        if isinstance(value, dict):
+            found |= fields(value, f'{prefix}{name}.')
+    return found
+
+
+def kind_of(field: str, default) -> str:
+    """What a field holds, in words: by its default, or by the tables above."""
+    if any(field in names for names in WHOLE.values()):
+        return 'a whole number'
+    if any(field in names for names in REAL.values()):
+        return 'a number'
+    if field in WORDS:
+        return 'words'
+    if field == 'model.orders':
+        return "'alternate', or a permutation of the patches for each block"
+    return 'True or False' if isinstance(default, bool) else 'a word'
+
+
+def check(config: ConfigDict, default: ConfigDict) -> None:
+    """Checks that a config has the fields of the default one, their types and their ranges.
 
     Raises:
-      ValueError: one sentence that names a field outside its range, its value and the range.
+      ValueError: one sentence that names a field, its value and what it must be.
     """
+    wanted, given = fields(default.to_dict()), fields(config.to_dict())
+    for field, value in wanted.items():
+        if field not in given:
+            raise ValueError(
+                f'the config has no {field}; start from tarflow_jax.config.default(), which has it.'
+            )
+        if isinstance(value, dict) and not isinstance(given[field], dict):
+            raise ValueError(f'{field} {given[field]!r:.100} must be a section; leave it out.')
+    for field in sorted(given.keys() - wanted.keys()):
+        close = difflib.get_close_matches(field, wanted, 1)
+        hint = f'did you mean {close[0]!r}?' if close else 'tarflow_jax/config.py lists them.'
+        raise ValueError(f'the config has {field}, which is no field; {hint}')
     for ranges, types in ((WHOLE, (int,)), (REAL, (int, float))):
-        for interval, fields in ranges.items():
-            for field in fields:
-                _check(field, operator.attrgetter(field)(config), interval, types)
+        for interval, names in ranges.items():
+            for field in names:
+                _check_number(field, given[field], wanted[field], interval, types)
+    for field in WORDS:
+        if not isinstance(given[field], tuple | list) or not all(map(_is_word, given[field])):
+            raise ValueError(
+                f'{field} {given[field]!r:.100} must hold words, such as ("one", "two"); '
+                '() holds none.'
+            )
+    for field, value in wanted.items():
+        words, right = kind_of(field, value), True
+        if words == 'True or False':
+            right = isinstance(given[field], bool)
+        elif words == 'a word' and not isinstance(value, dict):
+            right = _is_word(given[field])
+        elif field == 'model.orders':
+            right = given[field] == value or _is_orders(given[field])
+        if not right:
+            raise ValueError(f'{field} {given[field]!r:.100} must be {words}.')
 
 
-def _check(field: str, value, interval: str, types: tuple[type, ...]) -> None:
-    entries = value if isinstance(value, tuple | list) else (value,)
-    if value is None or all(isinstance(x, types) and _within(x, interval) for x in entries):
+def _is_word(value) -> bool:
+    return isinstance(value, str) and len(value) <= LONGEST and value.isprintable()
+
+
+def _is_orders(value) -> bool:
+    return isinstance(value, tuple | list) and all(
+        isinstance(order, tuple | list) and all(type(x) is int for x in order) for order in value
+    )
+
+
+def _check_number(field: str, value, default, interval: str, types: tuple[type, ...]) -> None:
+    several = isinstance(value, tuple | list)
+    entries = value if several else (value,)
+    if isinstance(default, tuple):
+        right_form = several
+    else:
+        right_form = not several or (field in PAIRS and len(value) == 2)
+    if right_form and all(type(x) in types and _within(x, interval) for x in entries):
+        return
+    if value is None and default is None:
         return
     kind = 'whole number' if types == (int,) else 'number'
-    if entries is value:
+    if isinstance(default, tuple):
         must = f'hold {kind}s, each'
+    elif field in PAIRS:
+        must = f'be a {kind}, or (height, width), each'
     else:
-        must = 'be' if isinstance(value, types) else f'be a {kind}'
-    raise ValueError(f'{field} {value} must {must} {_in_words(interval, types)}.')
+        must = 'be' if type(value) in types else f'be a {kind}'
+    shown = repr(value) if isinstance(value, str) and not value.isalnum() else str(value)
+    raise ValueError(f'{field} {shown:.100} must {must} {_in_words(interval, types)}.')
 
 
 def _within(x, interval: str) -> bool:

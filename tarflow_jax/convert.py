@@ -21,7 +21,7 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from tarflow_jax import files, json_files, paths, torch_file
+from tarflow_jax import files, json_files, paths, torch_file, wrong_files
 from tarflow_jax.flow.flow import Flow, TarFlow, Variables, field_defaults
 
 # Official name, our path, and the axes of both, named as in `_sizes`; those in parentheses are
@@ -96,15 +96,16 @@ def load_official(path: str | os.PathLike[str], model: TarFlow) -> dict[str, Any
     if not path.exists():
         raise FileNotFoundError(f'{path} does not exist; give the path of an official checkpoint.')
     if not path.is_file():
-        raise ValueError(f'{path} is not a file; give the path of an official checkpoint.')
+        what = wrong_files.described(path) or 'is not a file'
+        raise ValueError(f'{path} {what}; give the path of an official checkpoint.')
     if path.suffix == '.safetensors':
         tensors, head_dim = _read_safetensors(path)
     elif path.suffix in ('.pth', '.pt'):
         tensors, head_dim = torch_file.read_torch_file(path), _OFFICIAL_HEAD_DIM
     else:
-        raise ValueError(
-            f'{path} ends with {path.suffix!r}; give a .pth or a .safetensors checkpoint.'
-        )
+        what = wrong_files.described(path) or f'ends with {path.suffix!r}'
+        raise ValueError(f'{path} {what}; give a .pth or a .safetensors checkpoint.')
+    tensors = _without_prefix(tensors)
 
     _check_kind(path, model, tensors)
     rows, sizes, buffers = _rows(model), _sizes(model), _buffers(model)
@@ -202,6 +203,17 @@ def save_official(
     data = safetensors.numpy.save(tensors, metadata=metadata)
     with files.replacing(path) as file:  # safetensors' own files only their owner may read
         file.write(data)
+
+
+def _without_prefix(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Tensors by the names that they have in the plain model.
+
+    DistributedDataParallel calls them `module.NAME`, torch.compile `_orig_mod.NAME`, or both.
+    """
+    for prefix in ('module.', '_orig_mod.') * 2:
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def _check_representable(model: Flow) -> None:
@@ -304,9 +316,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], str]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in dtypes}
     except safetensors.SafetensorError as error:
-        raise ValueError(
-            f'{path} is damaged or no safetensors file ({error}); copy the file again.'
-        ) from None
+        what = wrong_files.described(path) or f'is damaged or no safetensors file ({error})'
+        raise ValueError(f'{path} {what}; copy the file again, or give another.') from None
     digest = metadata.pop(_DIGEST, None)
     if digest not in (None, _digest(tensors, metadata)):
         raise ValueError(

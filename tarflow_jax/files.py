@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and places for results, tried before the work."""
 
 import contextlib
 import os

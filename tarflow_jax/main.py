@@ -3,6 +3,8 @@
     python -m tarflow_jax.main --config=configs/NAME.py --workdir=DIR [--mode=MODE]
         [--config.field=value ...]
 
+Without --config a workdir with a checkpoint goes on with the config that it was trained with.
+
 Modes:
   train     train, or go on from the newest checkpoint; then sample, evaluate and report
   sample    draw images from the workdir's newest checkpoint, or go on drawing them
@@ -19,11 +21,17 @@ import re
 import sys
 from pathlib import Path
 
-import jax
+try:
+    import jax
+except ValueError as error:  # a variable JAX_... has a value that JAX does not know
+    if __name__ != '__main__':
+        raise
+    print(f'error: {error}; correct or unset it.', file=sys.stderr)
+    sys.exit(2)
 from absl import flags
 from ml_collections import config_flags
 
-from tarflow_jax import commands, config_paths, lock
+from tarflow_jax import commands, config_of_run, config_paths, config_ranges, environment, lock
 from tarflow_jax import config as configs
 from tarflow_jax.training import compiled, processes, sharding
 from tarflow_jax.training.checkpoint import CheckpointError, Unreadable
@@ -46,14 +54,19 @@ def main(argv: list[str]) -> int:
             return 0
         config = given.config
         config_paths.resolve(config, given)
+        environment.check()
         processes.start(given.distributed)
         sharding.use_cores_as_devices(config.train.batch_size // max(config.train.accumulation, 1))
+        environment.start_devices()
         if jax.process_index() > 0:
             log.setLevel(logging.WARNING)  # the first process speaks for all
         compiled.keep_in(given.workdir)
         job = commands.MODES[given.mode](config, given)
-    except (ValueError, OSError) as error:
+    except (environment.Unavailable, processes.Alone) as error:
         log.error('error: %s', error)
+        return 1
+    except (ValueError, OSError) as error:
+        log.error('error: %s', _one_line(error))
         return 2
     except KeyboardInterrupt:
         log.info('stopped before anything was done; the same command starts again')
@@ -82,6 +95,12 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _one_line(error: Exception) -> str:
+    """What an error says; values in it may be long and hold anything."""
+    text = ''.join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+    return re.sub(r'(\S{300})\S{20,}', r'\1...', text)
+
+
 def _leave(code: int) -> int:
     """The code; of several processes, this one ends at once, so that none waits for it at exit."""
     if jax.process_count() > 1:
@@ -96,16 +115,24 @@ _TEXT_FLAGS = {
     'output': 'Official checkpoint (.safetensors) for convert to write.',
     'json': 'File for what compile found, one object per topology.',
     'out': 'Folder for the text of compiled programs.',
+    'profile_steps': 'START:END, train steps to trace into WORKDIR/tensorboard for its profiler.',
 }
 
 
-def _flags(argv: list[str]) -> flags.FlagValues:
+def _flags(argv: list[str], saved: config_of_run.Saved | None) -> flags.FlagValues:
     """The flags there are; of their own, so that `main` means the argv that it is given."""
     f = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        'config', None, 'Python file with get_config(), such as configs/fashion_mnist.py; its '
-        'fields are --config.FIELD=VALUE.', flag_values=f, sys_argv=argv,
+    meaning = (
+        'Python file with get_config(), such as configs/fashion_mnist.py; its fields are '
+        '--config.FIELD=VALUE. Without it, the config of the checkpoint in the workdir.'
     )
+    if saved is None or _values_of('config', argv):
+        config_flags.DEFINE_config_file('config', None, meaning, flag_values=f, sys_argv=argv)
+    else:
+        config_flags.DEFINE_config_dict(
+            'config', config_of_run.whole(saved, _trains(argv)), meaning, flag_values=f,
+            sys_argv=argv,
+        )
     for name, meaning in _TEXT_FLAGS.items():
         flags.DEFINE_string(name, None, meaning, flag_values=f)
     flags.DEFINE_enum(
@@ -137,16 +164,23 @@ def _parse(argv: list[str]) -> flags.FlagValues:
         f'{word[:9]}{os.path.expanduser(word[9:])}' if word.startswith('--config=') else word
         for word in argv
     ]
-    given = _flags(argv)
     _check_file(argv)
+    workdir, known = _values_of('workdir', argv), list(_TEXT_FLAGS)
+    saved = config_of_run.saved(workdir[-1]) if workdir else None
     try:
+        given = _flags(argv, saved)
+        known = list(given)
         rest = given(argv)
         config = given.config
         if config is not None:
             _ = config.seed  # a file that could not be read only now says so
     except flags.UnrecognizedFlagError as error:
-        raise ValueError(_unknown_flag(error.flagname, list(given))) from error
+        raise ValueError(_unknown_flag(error.flagname, known)) from error
     except flags.IllegalFlagValueError as error:
+        wrong = re.match(r'flag --config\.([\w.]+)=(.*?): ', str(error), re.DOTALL)
+        if wrong and wrong[1] in _fields():
+            kind = config_ranges.kind_of(wrong[1], _fields()[wrong[1]])
+            raise ValueError(f'config.{wrong[1]}={wrong[2]!r:.100} must be {kind}.') from error
         choices = re.search(r'=(.*): value should be one of <(.+)>', str(error))
         close = choices and difflib.get_close_matches(choices[1], choices[2].split('|'), 1)
         hint = f'did you mean {close[0]!r}?' if close else '--help lists the flags.'
@@ -167,8 +201,32 @@ def _parse(argv: list[str]) -> flags.FlagValues:
     if len(rest) > 1:
         raise ValueError(f'{rest[1]!r} is not a flag; flags look like --workdir=DIR.')
     if config is None and not given.help:
-        raise ValueError('--config is missing; give a file such as configs/fashion_mnist.py.')
+        raise ValueError(
+            '--config is missing; give a file such as configs/fashion_mnist.py, or as --workdir '
+            'the folder of a run, whose checkpoint holds its config.'
+        )
+    if saved and config is not None:
+        _say_changes(given, saved, _given_fields(argv), file=bool(_values_of('config', argv)))
     return given
+
+
+def _say_changes(given, saved: config_of_run.Saved, fields: list[str], file: bool) -> None:
+    """Says in a line what of the config a checkpoint decides, or else the command."""
+    config, message = given.config, None
+    if not file:
+        there = config_of_run.whole(saved, given.mode == 'train').to_dict()
+        there, now = config_ranges.fields(there), config_ranges.fields(config.to_dict())
+        changed = {name: (there[name], now[name]) for name in fields if now[name] != there[name]}
+        message = f'the config is that of {saved.name}'
+        message += f', with {config_of_run.told(changed)}' if changed else ''
+    elif given.mode in ('sample', 'evaluate', 'report', 'convert') and not given.input:
+        if changed := config_of_run.adopt(config, saved, fields):
+            message = (
+                f'taken from {saved.name}, as the command does not say otherwise: '
+                f'{config_of_run.told(changed)}'
+            )
+    if message:
+        log.info('%s', message)
 
 
 def _sentence(error: Exception) -> str:
@@ -177,14 +235,22 @@ def _sentence(error: Exception) -> str:
     return re.sub(r'^\s*(\[Errno \d+\]|\w+Error:) ', '', lines[-1]).rstrip('.')
 
 
-def _check_file(argv: list[str]) -> None:
-    """ValueError that names the closest config there is if --config names a file that is not."""
-    given = [re.fullmatch(r'--?config(?:=(.*))?', word) for word in argv[1:]]
-    values = [
+def _values_of(name: str, argv: list[str]) -> list[str]:
+    """The values that are given for a flag, before the flags are parsed."""
+    given = [re.fullmatch(rf'--?{name}(?:=(.*))?', word, re.DOTALL) for word in argv[1:]]
+    return [
         match[1] if match[1] is not None else argv[i + 1]
         for i, match in enumerate(given, 1) if match and (match[1] is not None or argv[i + 1 :])
     ]
-    for value in values:
+
+
+def _trains(argv: list[str]) -> bool:
+    return (_values_of('mode', argv) or ['train'])[-1] == 'train'
+
+
+def _check_file(argv: list[str]) -> None:
+    """ValueError that names the closest config there is if --config names a file that is not."""
+    for value in _values_of('config', argv):
         path = Path(re.sub(r'(\.py):.*', r'\1', value))
         if not value or path.is_file():
             continue
@@ -205,14 +271,9 @@ def _given_fields(argv: list[str]) -> list[str]:
     return [match[1] for match in found if match]
 
 
-def _fields(fields=None, prefix: str = '') -> dict:
+def _fields() -> dict:
     """Sections and fields of the config with their defaults, such as 'model' and 'model.width'."""
-    found = {}
-    for name, value in (configs.default().to_dict() if fields is None else fields).items():
-        found[prefix + name] = value
-        if isinstance(value, dict):
-            found |= _fields(value, f'{prefix}{name}.')
-    return found
+    return config_ranges.fields(configs.default().to_dict())
 
 
 def _last_of_tuples(argv: list[str]) -> list[str]:

@@ -6,6 +6,7 @@ read at random is copied to the disk first, see `local_copy`.
 """
 
 import atexit
+import contextlib
 import functools
 import logging
 import os
@@ -175,24 +176,50 @@ def _first_line(error: Exception) -> str:
 
 
 def writable_folder(folder: str | os.PathLike[str], label: str) -> Path:
-    """A folder that can be written to, or made; else ValueError, which calls it by the label."""
+    """The path object of a folder in which a file could be made; nothing is left of the trial.
+
+    Raises:
+      ValueError: that begins with the label, if not.
+    """
     path = of(folder)
     reach(path, label, write=True)
-    if in_bucket(path):
-        return path
-    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-    if not there.is_dir():
-        raise ValueError(f'{label}: {there} is not a folder; choose another.')
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f'{label}: {there} cannot be written to; choose another.')
+    if not in_bucket(path):
+        _try(path, label)
     return path
 
 
+def _try(folder: Path, label: str) -> None:
+    whole, made = folder.absolute(), []
+    try:
+        missing = [p for p in (whole, *whole.parents) if not os.path.exists(p)]
+        there = missing[-1].parent if missing else whole
+        if not there.is_dir():
+            raise NotADirectoryError(None, f'{there} is not a folder')
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(None, f'{there} cannot be written to')
+        for path in reversed(missing):
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                path.mkdir()
+                made.append(path)
+        with tempfile.TemporaryFile(dir=whole):
+            pass
+    except (OSError, ValueError) as error:
+        reason = (getattr(error, 'strerror', None) or str(error)).rstrip('.')
+        raise ValueError(f'{label}: {reason}; choose another folder.') from None
+    finally:
+        for path in reversed(made):
+            with contextlib.suppress(OSError):  # another process has put something there
+                path.rmdir()
+
+
 def check_writable_file(file: str | os.PathLike[str], label: str) -> None:
-    """ValueError, which calls it by the label, unless a file can be written there."""
+    """ValueError that begins with the label, unless a file can be written there."""
     reach(file, label, write=True, folder=False)
-    if not can_hold_files(absolute(file).parent):
+    folder = absolute(file).parent
+    if not can_hold_files(folder):
         raise ValueError(f'{label}: its folder does not exist; create it first.')
+    if not in_bucket(folder):
+        _try(folder, label)
 
 
 def upload(local: Path, path: Path) -> None:

@@ -22,6 +22,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from tarflow_jax import wrong_files
 from tarflow_jax.torch_pickle import TRUST, Tensor, interpret, short, state_dict
 
 # Room for 25,000 tensors. A hostile pickle costs up to 2 seconds and 100 MB of memory a MiB.
@@ -56,10 +57,9 @@ def read_torch_file(path) -> dict[str, np.ndarray]:
     with path.open('rb') as file:
         start = file.read(len(_LEGACY_START))
         if not start.startswith((b'PK', _LEGACY_START)):
-            raise ValueError(
-                f'{path} starts with {start[:4]!r} and not as a file of torch.save does; give a '
-                '.pth file that torch.save wrote.'
-            )
+            start = f'starts with {start[:4]!r} and not as a file of torch.save does'
+            what = wrong_files.described(path) or start
+            raise ValueError(f'{path} {what}; give a .pth file that torch.save wrote.')
         try:
             legacy = start == _LEGACY_START
             contents = _read_legacy(file, path.stat().st_size) if legacy else _read_zip(path)
@@ -67,8 +67,15 @@ def read_torch_file(path) -> dict[str, np.ndarray]:
                 name: _array(f'tensor {short(name)}', tensor, contents)
                 for name, tensor in contents.state.items()
             }
+        except _NoPickle as error:
+            what = wrong_files.described(path) or f': {error}'
+            raise ValueError(f'{path} {what}; give a .pth file that torch.save wrote.') from None
         except ValueError as error:
             raise ValueError(f'{path}: {error}.') from None
+
+
+class _NoPickle(ValueError):
+    """A zip archive that torch.save did not write."""
 
 
 # zipfile raises more than BadZipFile on damaged archives.
@@ -140,9 +147,8 @@ def _entries(archive: zipfile.ZipFile, file_size: int) -> dict[str, zipfile.ZipI
         raise ValueError(f'the zip archive holds {twice[:100]!r} twice; {TRUST}')
     pickles = [name for name in names if name.endswith('/data.pkl') and name.count('/') == 1]
     if len(pickles) != 1:
-        raise ValueError(
-            f'the zip archive holds {len(pickles)} entries <name>/data.pkl instead of one; '
-            'give a .pth file that torch.save wrote'
+        raise _NoPickle(
+            f'the zip archive holds {len(pickles)} entries <name>/data.pkl instead of one'
         )
     folder = pickles[0].removesuffix('data.pkl')
     return {

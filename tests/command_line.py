@@ -25,7 +25,7 @@ COND_GRAY = dict(
     model__patch_size=4, model__width=64, model__head_dim=64, model__layers_per_block='(1,1,1)'
 )
 # What differs between two runs of the same training.
-CLOCK = ('images_per_second', 'model_flops_per_second', 'data_wait')
+CLOCK = ('images_per_second', 'model_flops_per_second', 'data_wait', 'goodput')
 
 compilations = []  # an entry or more for every program that was compiled, or fetched as compiled
 jax.monitoring.register_event_duration_secs_listener(

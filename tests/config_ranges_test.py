@@ -27,6 +27,10 @@ def with_value(field, value):
     return config
 
 
+def check(config):
+    config_ranges.check(config, configs.default())
+
+
 def is_numeric(value) -> bool:
     if isinstance(value, tuple):
         return all(is_numeric(x) for x in value)
@@ -36,7 +40,7 @@ def is_numeric(value) -> bool:
 def test_every_number_has_one_range():
     numeric = {name for name, value in _fields().items() if is_numeric(value)}
     assert sorted(field for field, *_ in RANGES) == sorted((numeric | OPTIONAL) - WORDS)
-    config_ranges.check(configs.default())
+    check(configs.default())
 
 
 @pytest.mark.parametrize('field, interval, whole', RANGES, ids=[field for field, *_ in RANGES])
@@ -58,7 +62,7 @@ def test_range(field, interval, whole):
         outside += [1e-50] if interval[0] == '(' else []
         outside += [1 - 1e-12] if high == 1 else []
     for value in inside:
-        config_ranges.check(with_value(field, value))
+        check(with_value(field, value))
     for value in outside:
         with pytest.raises(ValueError) as error:
             configs.plan(with_value(field, value))

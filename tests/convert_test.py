@@ -336,9 +336,19 @@ def test_every_problem_is_named(official):
 
 def test_long_lists_are_cut(official):
     tensors, message = official
-    text = message({f'module.{name}': tensor for name, tensor in tensors.items()})
+    text = message({f'net.{name}': tensor for name, tensor in tensors.items()})
     assert len(tensors) == 51
     assert text.endswith('; and 92 more.') and text.count(' is missing') == 10
+
+
+@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.'])
+def test_wrapped_models(tmp_path, prefix):
+    path, wrapped = tmp_path / 'plain.safetensors', tmp_path / 'wrapped.safetensors'
+    variables = random_variables(small())
+    convert.save_official(variables, small(), path)
+    tensors = safetensors.numpy.load_file(path)
+    safetensors.numpy.save_file({prefix + name: tensor for name, tensor in tensors.items()}, wrapped)
+    jax.tree.map(np.testing.assert_array_equal, convert.load_official(wrapped, small()), variables)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ from PIL import Image
 from tarflow_jax import commands, main
 from tarflow_jax import config as configs
 from tarflow_jax.ahead_of_time import topology
-from tarflow_jax.data import prepare
+from tarflow_jax.ahead_of_time.chips import measured_range
+from tarflow_jax.data import prepare, prepare_flags
 from tarflow_jax.flow.flow import TarFlow
 
 PAGES = {
@@ -143,7 +144,7 @@ def understood(command: str, monkeypatch) -> str:
         if words[1] == '-m':
             return _module(words[2], words[3:], monkeypatch)
         return _script(words[1:])
-    if words[0].startswith('launch/'):
+    if words[0].startswith(('launch/', 'benchmarks/')):
         return _launch(words, monkeypatch)
     if program == 'sbatch':
         _launch(words[words.index(next(w for w in words if w.startswith('launch/'))) :], monkeypatch)
@@ -159,7 +160,7 @@ def _module(module: str, arguments: list[str], monkeypatch) -> str:
     if module == 'tarflow_jax.main':
         _training_program(arguments, monkeypatch)
     elif module == 'tarflow_jax.data.prepare':
-        prepare._parser().parse_args(arguments)
+        prepare_flags.parser('').parse_args(arguments)
     elif module == 'pytest':
         for before, word in zip(['', *arguments], arguments):
             assert word[0] == '-' or before == '-m' or (ROOT / word).exists(), word
@@ -180,6 +181,8 @@ def _training_program(arguments: list[str], monkeypatch) -> None:
     if '...' in arguments:
         arguments = [a for a in arguments if a != '...']
         arguments += [f'--config={ROOT}/configs/fashion_mnist.py', '--workdir=runs/a']
+    if not any(a.startswith('--config=') for a in arguments):  # that of a checkpoint is taken
+        arguments.insert(0, f'--config={ROOT}/configs/colour64.py')
     given = main._parse(['main', *arguments])
     configs.plan(given.config)
 
@@ -419,7 +422,7 @@ def rows(page: str, columns: int) -> list[list[str]]:
 
 
 def test_the_table_of_costs_follows_from_that_of_steps():
-    predicted = {row[0]: row for row in rows('README.md', 6) if row[0].startswith('v')}
+    predicted = {row[0]: row for row in rows('README.md', 7) if row[0].startswith('v')}
     table = [row for row in rows('docs/cloud_tpu.md', 7) if row[0].startswith('v')]
     assert len(table) == 4
     for topology_, chips, batch, seconds, steps, hours, chip_hours in table:
@@ -429,14 +432,24 @@ def test_the_table_of_costs_follows_from_that_of_steps():
         assert int(batch) == 16 * int(chips)
 
 
+def test_the_measured_range_beside_every_predicted_step():
+    compared = [row for row in rows('README.md', 7) if row[0].startswith('v')]
+    assert len(compared) == 6
+    for topology_, _, _, _, step, measured, _ in compared:
+        (low, high), _ = measured_range(topology_.partition(':')[0])
+        seconds = float(step.removesuffix(' s'))
+        assert measured == f'{low * seconds:.2f} to {high * seconds:.2f} s', topology_
+
+
 def test_lines_of_costs():
     found = [
         dict(topology='v5e:4x4', chips=16, batch_size=256, predicted_step_seconds=0.5),
         dict(topology='v5e:2x2', chips=4, batch_size=64, predicted_step_seconds=None),
     ]
     head, fits, not_ = run_cost().lines(found, images=2560, epochs=720, price=2.0, slowdown=2.0)
-    assert head.split()[-3:] == ['hours', 'chip-hours', 'price']
-    assert fits.split() == ['v5e:4x4', '16', '256', '1.000', '7200', '2.0', '32', '64.00']
+    assert head.split()[-4:] == ['hours', 'chip-hours', 'measured', 'price']
+    assert fits.split() == ['v5e:4x4', '16', '256', '1.000', '7200', '2.0', '32', '-', '64.00']
     assert 'does not fit' in not_
+    found[0]['measured_over_predicted'] = (1.25, 1.5)
     _, fits, _ = run_cost().lines(found, images=2560, epochs=720, price=None, slowdown=1.0)
-    assert fits.split()[-3:] == ['1.0', '16', '-']
+    assert fits.split()[-4:] == ['1.0', '16', '20-24', '-']

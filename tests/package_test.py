@@ -18,19 +18,19 @@ HEAVY = ('tensorflow', 'torch', 'grain', 'tensorflow_datasets', 'orbax', 'tensor
 # Packages beside the standard library and numpy; rooms of this package.
 ROOMS = {
     'flow': ({'jax', 'flax'}, set()),
-    'sampling': ({'jax'}, {'flow', 'files', 'json_files'}),
+    'sampling': ({'jax'}, {'flow', 'files', 'json_files', 'paths'}),
     'data': (
         {'absl', 'array_record', 'etils', 'grain', 'PIL', 'pyarrow', 'tensorflow_datasets', 'tqdm'},
-        {'__version__', 'files', 'json_files', 'lock'},
+        {'__version__', 'files', 'json_files', 'paths', 'lock'},
     ),
     'training': (
-        {'jax', 'optax', 'orbax', 'tensorboardX', 'PIL', 'tqdm'},
-        {'flow', 'sampling', 'data', 'config', 'files', 'json_files', 'lock'},
+        {'jax', 'optax', 'orbax', 'tensorboardX', 'PIL', 'tqdm', 'wandb'},
+        {'flow', 'sampling', 'data', 'config', 'files', 'json_files', 'paths', 'lock'},
     ),
     'evaluation': (
         {'jax', 'flax', 'PIL', 'plotly', 'tqdm'},
-        {'flow', 'sampling', 'data', 'training', 'config', 'files', 'json_files', 'lock',
-         'torch_file', 'torch_writer'},
+        {'flow', 'sampling', 'data', 'training', 'config', 'files', 'json_files', 'paths', 'lock',
+         'torch_file', 'torch_writer', 'wrong_files'},
     ),
     'ahead_of_time': (
         {'jax', 'libtpu', 'optax'},
@@ -70,7 +70,7 @@ def test_config_knows_nothing_of_the_loop():
     inside = {name for name in imports(PACKAGE / 'config.py') if name.startswith('tarflow_jax.')}
     rooms = {'.'.join(name.split('.')[1:3]) for name in inside}
     assert rooms <= {
-        'config_ranges', 'data.pipeline', 'data.sources', 'flow.attention', 'flow.condition',
+        'config_ranges', 'data.kinds', 'data.pipeline', 'data.sources', 'flow.attention', 'flow.condition',
         'flow.denoising', 'flow.flow', 'flow.guidance', 'sampling.generate', 'training.corruption',
         'training.optimizer',
     }
@@ -82,7 +82,8 @@ def test_conversion_needs_no_training():
             if name.startswith('tarflow_jax.'):
                 assert name.startswith((
                     'tarflow_jax.flow.flow.', 'tarflow_jax.files', 'tarflow_jax.json_files',
-                    'tarflow_jax.torch_file', 'tarflow_jax.torch_pickle.',
+                    'tarflow_jax.paths', 'tarflow_jax.torch_file', 'tarflow_jax.torch_pickle.',
+                    'tarflow_jax.wrong_files',
                 ))
 
 

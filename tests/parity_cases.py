@@ -11,6 +11,8 @@ import tarflow_jax as tfj
 FOLDER = Path(__file__).parent / 'parity'
 CASES = ('cond_gray', 'uncond_rgb', 'vp_cond')
 ITARFLOW_CASES = ('itarflow_cond_rgb', 'itarflow_uncond_gray')
+TARGETS = {'ab': 'both', 'a': 'log_scale', 'b': 'shift'}
+RULES = {'tarflow': 'linear_sigma', 'starflow': 'starflow'}
 
 
 class Case:
@@ -60,6 +62,25 @@ class Case:
         if not self.model.noise_conditioned:
             return self.labels(labels)
         return tfj.Condition(self.labels(labels), self['t'] if noise_std is None else noise_std)
+
+
+def official_guidance(c: Case, tag: str) -> tfj.Guidance:
+    """That of the recorded samples of a tag."""
+    k = json.loads(str(c[f'kwargs_{tag}']))
+    given = dict(
+        weight=k['guidance'], temperature=k.get('attn_temp', 1.0),
+        annealed=k.get('annealed_guidance', False),
+    )
+    if not c.model.noise_conditioned:
+        return tfj.Guidance(target=TARGETS[k['guide_what']], **given)
+    style = k.get('lerp_style', 'tarflow')
+    # The official starflow rule guides the first block only.
+    return tfj.Guidance(rule=RULES[style], blocks=1 if style == 'starflow' else k.get('guide_flows'), **given)
+
+
+def official_condition(c: Case):
+    """That of the recorded samples, at the highest level."""
+    return c.condition(noise_std=c.config.get('t1'))
 
 
 @functools.cache

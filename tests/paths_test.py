@@ -134,3 +134,23 @@ def test_remove_tree(bucket, tmp_path):
         paths.remove_tree(paths.of(folder) / 'a')
         paths.remove_tree(paths.of(folder) / 'a')
         assert not (paths.of(folder) / 'a').exists()
+
+
+def test_a_folder_is_tried_and_left_as_it_was(tmp_path):
+    assert paths.writable_folder(tmp_path / 'a' / 'b', '--out') == tmp_path / 'a' / 'b'
+    (tmp_path / 'c').mkdir()
+    paths.writable_folder(tmp_path / 'c', '--out')
+    assert sorted(tmp_path.rglob('*')) == [tmp_path / 'c']
+
+
+@pytest.mark.parametrize('name, says', [
+    ('file', 'is not a folder'), ('file/below', 'file is not a folder'), ('x' * 300, 'too long'),
+    ('a/' + 'x' * 300, 'too long'), ('nul\0', 'null'),
+])
+def test_a_folder_that_cannot_be(tmp_path, name, says):
+    (tmp_path / 'file').write_text('mine')
+    with pytest.raises(ValueError) as error:
+        paths.writable_folder(tmp_path / name, '--workdir=W')
+    assert str(error.value).startswith('--workdir=W: ') and says in str(error.value)
+    assert str(error.value).endswith('; choose another folder.')
+    assert [path.name for path in tmp_path.iterdir()] == ['file']

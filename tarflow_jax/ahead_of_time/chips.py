@@ -1,9 +1,11 @@
 """Published figures of Google's TPU chips, and the compiler's out-of-memory message.
 
-Sources: the tables at docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e. They give the
+Sources: the tables at docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x. They give the
 interconnect's bandwidth per chip as the sum of both directions (v4: as 2400 Gbit/s one way, six
 links of 50 GB/s); `ici_bandwidth` is one direction, which the tables' all-reduce bandwidth of a
-pod confirms (v5e: 256 chips x 200 GB/s = 51.2 TB/s).
+pod confirms (v5e: 256 chips x 200 GB/s = 51.2 TB/s). The datacenter network's they give per chip
+(v5p: 50 Gbit/s, v6e and TPU7x: 100) or pod (v5e: 6.4 Tbit/s for 256 chips); that of v4 is not
+published, and taken to be v5p's.
 """
 
 import dataclasses
@@ -17,7 +19,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip.
+    """One chip, or the part of it that JAX has as a device: all figures are of such a part.
 
     Args:
       bf16_flops: peak FLOP/s.
@@ -28,6 +30,8 @@ class Chip:
       torus_axes: dimensions of the interconnect; every axis has two ports.
       wrap: an axis of the slice closes to a ring where its length is a multiple of this.
       clock: cycles/s in which the compiler estimates, from the peak and the size of the MXUs.
+      dcn_bandwidth: bytes/s that it can send over the datacenter network, to other slices.
+      devices: that JAX has of each chip.
     """
 
     name: str
@@ -39,17 +43,32 @@ class Chip:
     torus_axes: int
     wrap: int
     clock: float
+    dcn_bandwidth: float
+    devices: int = 1
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip('v4', 275e12, 32 * GIB, 30.5 * GIB, 1200e9, 300e9, 3, 4, 1.05e9),
-        Chip('v5e', 197e12, 16 * GIB, 15.75 * GIB, 819e9, 200e9, 2, 16, 1.5e9),
-        Chip('v5p', 459e12, 95 * GIB, 95.74 * GIB, 2765e9, 600e9, 3, 4, 1.75e9),
-        Chip('v6e', 918e12, 32 * GIB, 31.25 * GIB, 1638e9, 400e9, 2, 16, 1.75e9),
+        Chip('v4', 275e12, 32 * GIB, 30.5 * GIB, 1200e9, 300e9, 3, 4, 1.05e9, 6.25e9),
+        Chip('v5e', 197e12, 16 * GIB, 15.75 * GIB, 819e9, 200e9, 2, 16, 1.5e9, 3.125e9),
+        Chip('v5p', 459e12, 95 * GIB, 95.74 * GIB, 2765e9, 600e9, 3, 4, 1.75e9, 6.25e9),
+        Chip('v6e', 918e12, 32 * GIB, 31.25 * GIB, 1638e9, 400e9, 2, 16, 1.75e9, 12.5e9),
+        # Two TensorCores, each a device with half of the chip's HBM.
+        Chip('tpu7x', 1153.5e12, 96 * GIB, 94.75 * GIB, 3690e9, 300e9, 3, 4, 2.2e9, 6.25e9, 2),
     )
 }
+
+# Measured over predicted seconds of a step, lowest and highest: of the published runs on each chip
+# that benchmarks/published_steps.py compiles.
+MEASURED = {'v5e': (1.07, 1.17), 'v5p': (0.96, 0.96)}
+
+
+def measured_range(chip: str) -> tuple[tuple[float, float], tuple[str, ...]]:
+    """The range of MEASURED for a chip, and the chips it is from: all, for one without runs."""
+    chips = (chip,) if chip in MEASURED else tuple(MEASURED)
+    lows, highs = zip(*(MEASURED[name] for name in chips))
+    return (min(lows), max(highs)), chips
 
 
 _SIZE = r'(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?'
@@ -83,11 +102,13 @@ class Slice:
       shape: chips along each axis, such as (16, 16); trailing axes of 1 may be left out.
       coordinates: where each partition of the program sits, in the order of the mesh's devices
         (`device.coords`); left out, partitions run through the box with the last axis fastest.
+      slices: like this one, joined by the datacenter network, each of which runs the program.
     """
 
     chip: Chip
     shape: tuple[int, ...]
     coordinates: tuple[tuple[int, ...], ...] = ()
+    slices: int = 1
 
     @property
     def places(self) -> tuple[tuple[int, ...], ...]:
@@ -139,3 +160,15 @@ class Slice:
             across = (n / 4 * num_bytes / self._bandwidth(axis) for axis, n in axes.items())
             seconds = max([seconds, *across])
         return seconds + hops * HOP_SECONDS
+
+    def dcn_seconds(self, kind: str, num_bytes: float) -> float:
+        """Time of an exchange between the slices by itself: every chip sends its part in a ring.
+
+        Args:
+          num_bytes: of one device: what it gives into an all-reduce or reduce-scatter, into an
+            all-gather, or sends to one other.
+        """
+        others = self.slices - 1
+        share = {'all-reduce': 2 * others / self.slices, 'reduce-scatter': others / self.slices}
+        sent = share.get(kind, others if kind == 'all-gather' else 1)
+        return sent * num_bytes / self.chip.dcn_bandwidth

@@ -11,6 +11,8 @@ from tarflow_jax.ahead_of_time import hlo
 from tarflow_jax.ahead_of_time.chips import Chip, Slice
 from tarflow_jax.ahead_of_time.counting import FREE, Counter, KernelCost, Work
 
+QUEUES = ('hbm', 'ici', 'dcn')  # copies in HBM, the chips' interconnect, the datacenter network
+
 # how often a loop runs, from the `while` and the count found in the program (None: not found)
 TripCount = Callable[[hlo.Instruction, int | None], int]
 
@@ -20,7 +22,7 @@ class Line:
     """An instruction in the schedule: how often it runs, its work, and its time, each time.
 
     Args:
-      seconds: that it holds up the program, `waited` among them for the interconnect.
+      seconds: that it holds up the program, `waited` among them for a network.
     """
 
     instruction: hlo.Instruction
@@ -62,12 +64,29 @@ class Costs:
 
     @property
     def interconnect_seconds(self) -> float:
-        return sum(line.times * line.work.collective.seconds for line in self.collectives)
+        return self._network_seconds('ici')
+
+    @property
+    def dcn_seconds(self) -> float:
+        """Of the datacenter network between slices."""
+        return self._network_seconds('dcn')
+
+    def _network_seconds(self, network: str) -> float:
+        moved = ((line.times, line.work.collective) for line in self.collectives)
+        return sum(times * c.seconds for times, c in moved if c.network == network)
 
     @property
     def exposed_seconds(self) -> float:
-        """Of the interconnect, what the program waits for."""
+        """Of the networks, what the program waits for."""
         return sum(line.times * line.waited for line in self.lines)
+
+    @property
+    def dcn_exposed_seconds(self) -> float:
+        """Of those, what it waits for other slices."""
+        return sum(
+            line.times * line.waited for line in self.lines
+            if line.instruction.opcode in ('send-done', 'recv-done')
+        )
 
     @property
     def collectives(self) -> tuple[Line, ...]:
@@ -145,20 +164,21 @@ def _known(loop: hlo.Instruction, count: int | None) -> int:
 
 @dataclasses.dataclass
 class _Clock:
-    """Time, and the two queues that work beside the core: copies in HBM, and the interconnect.
+    """Time, and the queues that work beside the core: copies in HBM, and the two networks.
 
     Queues are in seconds of work, served in order. Copies get what the core leaves of the HBM.
     """
 
     seconds: float = 0.0
-    queued: dict[str, float] = dataclasses.field(default_factory=lambda: {'hbm': 0.0, 'ici': 0.0})
-    served: dict[str, float] = dataclasses.field(default_factory=lambda: {'hbm': 0.0, 'ici': 0.0})
-    busy: dict[str, float] = dataclasses.field(default_factory=lambda: {'hbm': 0.0, 'ici': 0.0})
+    queued: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(QUEUES, 0.0))
+    served: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(QUEUES, 0.0))
+    busy: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(QUEUES, 0.0))
 
-    def advance(self, seconds: float, hbm: float = 0.0, ici: float = 0.0) -> None:
-        """Lets time pass, of which the core itself uses this much HBM and interconnect time."""
+    def advance(self, seconds: float, **uses: float) -> None:
+        """Lets time pass, of which the core itself uses so much of the queues' time."""
         self.seconds += seconds
-        for queue, used in (('hbm', hbm), ('ici', ici)):
+        for queue in QUEUES:
+            used = uses.get(queue, 0.0)
             self.busy[queue] += used
             done = self.served[queue] + max(0.0, seconds - used)
             self.served[queue] = min(self.queued[queue], done)
@@ -202,7 +222,7 @@ class _Walk:
             elif self.counter.role(i) == 'done':
                 queue, mark = marks.pop(self.counter.started(computation, i), ('hbm', 0.0))
                 seconds = clock.wait(queue, mark)
-                waited = seconds if queue == 'ici' else 0.0
+                waited = seconds if queue != 'hbm' else 0.0
                 lines.append(Line(i, times, Work(), seconds, waited, _op_name(computation, i)))
             elif i.opcode not in FREE and not i.opcode.endswith('-update'):
                 self._instruction(clock, lines, marks, computation, i, times)
@@ -223,7 +243,7 @@ class _Walk:
         busy = max(busy, work.compiler_seconds) if self.compiler else busy
         ici = work.collective.seconds if work.collective else 0.0
         if self.counter.role(i) == 'start':
-            queue = 'ici' if work.collective else 'hbm'
+            queue = work.collective.network if work.collective else 'hbm'
             marks[i.name] = (queue, clock.start(queue, ici if work.collective else hbm))
             seconds, waited = work.mxu_flops / rates.bf16_flops, 0.0
             clock.advance(seconds)

@@ -42,7 +42,8 @@ class Collective:
         gathered, of a reduce-scatter the unscattered ones.
       groups: of devices by partition number; of a permutation (source, target) pairs.
       largest: the largest array among those that it takes in or gives out.
-      seconds: by itself, on an idle interconnect.
+      seconds: by itself, on an idle network.
+      network: 'ici', or 'dcn' for one between slices.
     """
 
     kind: str
@@ -50,6 +51,7 @@ class Collective:
     groups: tuple[tuple[int, ...], ...]
     largest: hlo.Array
     seconds: float
+    network: str = 'ici'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +105,8 @@ class Counter:
         """
         if i.opcode.endswith(('-start', '-done')):
             return i.opcode.rpartition('-')[2]
+        if _between_slices(i):
+            return 'start'
         if i.opcode != 'fusion':
             return None
         inside = [j for _, j in self._inside(i)]
@@ -115,6 +119,9 @@ class Counter:
     def started(self, computation: hlo.Computation, done: hlo.Instruction) -> str:
         """The name of the instruction that started what `done` waits for."""
         i = computation.by_name[done.operands[0]]
+        if i.opcode == 'recv':  # of what is sent at the same rendezvous
+            met = _between_slices(i, 'recv')
+            i = next((j for j in computation.instructions if met and _between_slices(j) == met), i)
         while self.role(i) != 'start' and i.operands:  # `recv` has no start: the loop ends there
             operand = 0
             if i.opcode == 'get-tuple-element':
@@ -123,6 +130,10 @@ class Counter:
                     callee = self.module.computations[source.computations()[0]]
                     handed_on = callee.root.operands[int(i.attribute('index'))]
                     operand, i = int(callee.by_name[handed_on].inside), source
+                elif source.opcode == 'while':  # carried around a loop that does not wait for it
+                    begin = computation.by_name[source.operands[0]]
+                    if begin.opcode == 'tuple':
+                        operand, i = int(i.attribute('index')), begin
             i = computation.by_name[i.operands[operand]]
         return i.name
 
@@ -222,6 +233,11 @@ class Counter:
     def _collective(self, computation: hlo.Computation, i: hlo.Instruction) -> Collective | None:
         """The collective that an instruction is, or that its fusion contains."""
         opcode = i.opcode.removesuffix('-start')
+        if _between_slices(i):
+            sent = computation.by_name[i.operands[0]].arrays[0]
+            kind = _attribute_of_slices(i, '_megascale_transfer_type').lower().replace('_', '-')
+            seconds = self.where.dcn_seconds(kind, sent.bytes)
+            return Collective(f'{kind} of slices', sent.bytes, (), sent, seconds, 'dcn')
         if opcode not in COLLECTIVES:
             if i.opcode not in ('fusion', 'async-start') or self.role(i) == 'step':
                 return None
@@ -248,6 +264,18 @@ def _scatters(computation: hlo.Computation, name: str) -> bool:
         and _scatters(computation, user.name)
         for user in users
     )
+
+
+def _between_slices(i: hlo.Instruction, opcode: str = 'send') -> str | None:
+    """The rendezvous of what goes between slices through the host; None for anything else."""
+    if i.opcode != opcode or '_xla_megascale_transfer_type' not in i.attributes:
+        return None
+    return _attribute_of_slices(i, '_host_transfer_rendezvous')
+
+
+def _attribute_of_slices(i: hlo.Instruction, name: str) -> str:
+    found = re.search(rf'_xla{name}="([^"]*)"', i.attributes)
+    return found[1] if found else ''
 
 
 def _is_piece(i: hlo.Instruction) -> bool:

@@ -9,9 +9,9 @@ import jax
 from tarflow_jax import config as configs
 from tarflow_jax import files
 from tarflow_jax.ahead_of_time import cost, programs
-from tarflow_jax.ahead_of_time.chips import CHIPS, out_of_memory
+from tarflow_jax.ahead_of_time.chips import CHIPS, measured_range, out_of_memory
 from tarflow_jax.ahead_of_time.topology import Topology
-from tarflow_jax.training import sharding
+from tarflow_jax.training import memory, sharding
 
 GIB = 2**30
 
@@ -25,8 +25,23 @@ def planned(config, topology: Topology, program: str):
       ValueError: if the config and the slice do not fit together.
     """
     mesh = configs.named('mesh', sharding.make_mesh, **config.mesh, devices=topology.devices)
-    plan = configs.plan(config).on(sharding.Layout(mesh, config.model.attention))
+    plan = configs.plan(config)
+    _check_size(plan.model, topology, program)
+    plan = plan.on(sharding.Layout(mesh, config.model.attention))
     return plan, mesh, programs.PROGRAMS[program](config, plan, mesh)
+
+
+def _check_size(model, topology: Topology, program: str) -> None:
+    """ValueError if all chips together cannot hold the flow, for which XLA would take minutes."""
+    needed = 4 * memory.parameter_count(model) * (4 if program == 'train' else 1)
+    there = topology.chips * CHIPS[topology.chip].hbm_bytes
+    if needed > there:
+        raise ValueError(
+            f'a flow of {memory.parameter_count(model):,} parameters (model.width '
+            f'{model.width}, {sum(model.layers_per_block)} layers) needs at least '
+            f'{memory.in_gib(needed)} for --program={program}, and all chips of {topology.name} '
+            f'together have {memory.in_gib(int(there))}; choose a smaller flow or more chips.'
+        )
 
 
 def compile_for(config, topology: Topology, program: str, save_to: Path | None = None) -> dict:
@@ -37,16 +52,19 @@ def compile_for(config, topology: Topology, program: str, save_to: Path | None =
       program: one of programs.PROGRAMS.
       save_to: folder for the text of the compiled programs.
     Returns:
-      JSON values; sizes in bytes, times in seconds, both per chip and step; see README.
+      JSON values; sizes in bytes, times in seconds, both per device (of TPU7x, half a chip) and
+        step; see README.
     Raises:
       ValueError: as `planned`.
     """
     plan, mesh, step = planned(config, topology, program)
-    chip = CHIPS[topology.chip]
+    chip, devices = CHIPS[topology.chip], len(topology.devices)
+    measured, measured_on = measured_range(topology.chip)
     row = {
         'topology': topology.name,
         'program': program,
         'chips': topology.chips,
+        'devices': devices,
         'slices': topology.slices,
         'mesh': dict(mesh.shape),
         'batch_size': step.batch_size,
@@ -54,10 +72,12 @@ def compile_for(config, topology: Topology, program: str, save_to: Path | None =
         'attention': plan.model.layout.kernel(plan.model.dtype, plan.model.token_shape[0]),
         'parameters': _size(getattr(step.resident, 'params', step.resident), sharded=False) // 4,
         'parameter_bytes': _size(getattr(step.resident, 'params', step.resident)),
-        'model_flops': step.model_flops / topology.chips,
-        'cache_bytes': step.cache_bytes / topology.chips,
+        'model_flops': step.model_flops / devices,
+        'cache_bytes': step.cache_bytes / devices,
         'hbm_capacity_bytes': chip.hbm_bytes,
         'hbm_usable_bytes': chip.usable_hbm_bytes,
+        'measured_over_predicted': measured,
+        'measured_on': measured_on,
         'compile_seconds': 0.0,
     }
     parts, memory, row['programs'] = [], [], []
@@ -132,7 +152,10 @@ def _time(costs: cost.Costs, model_flops: float) -> dict:
         'compute_seconds': costs.compute_seconds,
         'memory_seconds': costs.memory_seconds,
         'interconnect_seconds': costs.interconnect_seconds,
-        'exposed_interconnect_seconds': costs.exposed_seconds,
+        'exposed_interconnect_seconds': costs.exposed_seconds - costs.dcn_exposed_seconds,
+        'dcn_bandwidth': costs.chip.dcn_bandwidth,
+        'dcn_seconds': costs.dcn_seconds,
+        'exposed_dcn_seconds': costs.dcn_exposed_seconds,
         'predicted_step_seconds': costs.predicted_seconds,
         'predicted_mfu': model_flops / costs.predicted_seconds / costs.chip.bf16_flops,
         'compiler_step_seconds': costs.compiler_seconds,
@@ -183,11 +206,12 @@ def _changes(config, topology: Topology, program: str):
 def lines(row: dict) -> list[str]:
     """What a person reads of one row."""
     gib = lambda size: f'{size / GIB:.2f} GiB'  # noqa: E731
+    each = 'chip' if row['devices'] == row['chips'] else 'device, of which a chip has two'
     mesh = ' x '.join(f'{axis} {size}' for axis, size in row['mesh'].items() if size > 1) or 'one'
     found = [
         f'{row["topology"]}: {row["program"]}, {row["chips"]} chips as {mesh}, batch '
         f'{row["batch_size"]}, remat {row["remat"]}, attention {row["attention"]}',
-        f'  parameters   {row["parameters"]:,}, {gib(row["parameter_bytes"])} per chip',
+        f'  parameters   {row["parameters"]:,}, {gib(row["parameter_bytes"])} per {each}',
     ]
     limit = f'of {gib(row["hbm_usable_bytes"])} usable of {gib(row["hbm_capacity_bytes"])}'
     if not row['fits'] and 'hbm_bytes' not in row:
@@ -211,13 +235,21 @@ def lines(row: dict) -> list[str]:
         for kind, value in row['collectives'].items()
     ]
     if row['slices'] > 1:
-        found += ['  not counted  the datacenter network, taken to be as fast as the interconnect']
+        found += [
+            f'  datacenter   {row["dcn_seconds"]:.4f} s between slices at '
+            f'{row["dcn_bandwidth"] * 8e-9:.0f} Gbit/s per {each.split(",")[0]}, of which '
+            f'{row["exposed_dcn_seconds"]:.4f} s are waited for'
+        ]
     if row['uncounted_kernels']:
         found += [f'  not counted  kernels {", ".join(row["uncounted_kernels"])}']
     found += [
         f'  step         {row["predicted_step_seconds"]:.4f} s predicted, '
         f'{row["predicted_mfu"]:.1%} of the peak '
         f'(compiler\'s estimate {row["compiler_step_seconds"]:.4f} s)',
+        '  measured     {:.4f} to {:.4f} s, if it is as far off as for published steps on {}: '
+        '{:.2f} to {:.2f} times'.format(
+            *measured_seconds(row), ', '.join(row['measured_on']), *row['measured_over_predicted']
+        ),
         f'  compiled in  {row["compile_seconds"]:.1f} s',
     ]
     if len(row['programs']) > 1:
@@ -226,6 +258,12 @@ def lines(row: dict) -> list[str]:
             f'{gib(p["temporary_bytes"])}' for p in row['programs']
         ]
     return found
+
+
+def measured_seconds(row: dict) -> tuple[float, float]:
+    """The range in which a measured step would be, were it as far off as published ones."""
+    low, high = row['measured_over_predicted']
+    return low * row['predicted_step_seconds'], high * row['predicted_step_seconds']
 
 
 COLUMNS = (
@@ -237,6 +275,7 @@ COLUMNS = (
     ('of GiB', 6, lambda r: f'{r["hbm_usable_bytes"] / GIB:.2f}'),
     ('coll. MB', 8, lambda r: f'{r["collective_bytes"] / 1e6:.0f}'),
     ('step s', 8, lambda r: f'{r["predicted_step_seconds"]:.4f}'),
+    ('measured s', 13, lambda r: '{:.3f}-{:.3f}'.format(*measured_seconds(r))),
     ('MFU', 5, lambda r: f'{r["predicted_mfu"]:.0%}'),
     ('compile s', 9, lambda r: f'{r["compile_seconds"]:.0f}'),
 )

@@ -33,17 +33,12 @@ class Topology:
     def where(self, mesh) -> Slice:
         """The place of every partition of a program for this mesh of its devices.
 
-        With several slices they are put side by side along the first axis, as if the chip
-        interconnect joined them.
+        A program for several slices is one for each of them: its collectives stay inside, and what
+        goes between slices it sends and receives.
         """
-        axes = len(self.shape)
-
-        def place(device):
-            first, *rest = device.coords[:axes]
-            return (first + getattr(device, 'slice_index', 0) * self.shape[0], *rest)
-
-        shape = (self.slices * self.shape[0], *self.shape[1:])
-        return Slice(CHIPS[self.chip], shape, tuple(place(d) for d in mesh.devices.flat))
+        axes, devices = len(self.shape), mesh.devices.flat[: mesh.size // self.slices]
+        places = tuple(tuple(device.coords[:axes]) for device in devices)
+        return Slice(CHIPS[self.chip], self.shape, places, self.slices)
 
 
 def check(name: str) -> tuple[str, tuple[int, ...], int]:
@@ -72,7 +67,7 @@ def describe(name: str) -> Topology:
     os.environ |= {
         # Nobody is to be asked which TPU this is: it is none. (JAX has asked at its import.)
         'TPU_SKIP_MDS_QUERY': '1',
-        'TPU_ACCELERATOR_TYPE': f'{chip}-1',
+        'TPU_ACCELERATOR_TYPE': f'{chip}-{CHIPS[chip].devices}',
         'TPU_WORKER_HOSTNAMES': 'localhost',
         'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # no chip that two processes could fight over
     }

@@ -17,7 +17,7 @@ _MAX_INDEX_BYTES = 2**29
 _LOOKED_AT = 8  # images, for their size, until one is unharmed
 
 
-def find(listing: Listing) -> Pictures | None:
+def find(listing: Listing, rotate: bool = False) -> Pictures | None:
     """The images of such a set; None if it is none.
 
     Raises:
@@ -30,7 +30,7 @@ def find(listing: Listing) -> Pictures | None:
     if index is None:
         if not all(_NAME.fullmatch(file.name) for file in listing.files):
             return None
-        return _pictures(listing.files, None)
+        return _pictures(listing.files, None, rotate)
     content = _read(index)
     if not isinstance(content, dict) or 'labels' not in content:
         return None
@@ -40,7 +40,7 @@ def find(listing: Listing) -> Pictures | None:
         if file.name.startswith(prefix) and file.name.lower().rpartition('.')[2] in SUFFIXES
     ]
     if not content['labels']:
-        return _pictures(files, None)
+        return _pictures(files, None, rotate)
     try:
         label_of = {prefix + name: label for name, label in content['labels']}
     except (TypeError, ValueError):
@@ -52,13 +52,14 @@ def find(listing: Listing) -> Pictures | None:
                 f'{index.path} gives {file.name} the label {label!r} in {INDEX}, which is no whole '
                 'number from 0; write it again with one number for each image.'
             )
-    return _pictures(files, labels)
+    return _pictures(files, labels, rotate)
 
 
-def _pictures(files: list[File], labels: list[int] | None) -> Pictures:
+def _pictures(files: list[File], labels: list[int] | None, rotate: bool) -> Pictures:
     classes = None if labels is None else [str(k) for k in range(max(labels, default=0) + 1)]
     group = Group(files, None if labels is None else [classes[label] for label in labels])
-    size = next(filter(None, map(image_files.size_of, files[:_LOOKED_AT])), None)
+    sizes = (image_files.size_of(file, rotate) for file in files[:_LOOKED_AT])
+    size = next(filter(None, sizes), None)
     return Pictures({None: group}, classes, size)
 
 

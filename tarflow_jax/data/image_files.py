@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tarflow_jax.data import listing
 from tarflow_jax.data.cropping import BadImage, resize_and_crop
@@ -28,6 +28,37 @@ TGA_SUFFIXES = ('.tga', '.vda', '.icb', '.vst')  # TGA has no signature: only a 
 Image.init()
 
 
+ROTATED = (
+    'has an EXIF rotation, which was not applied, as torchvision does not; --rotate applies it'
+)
+TRANSPARENT = (
+    'is transparent in places, whose hidden colours were taken; --background=white paints them over'
+)
+COUNTED = (ROTATED, TRANSPARENT)  # notes that all images of a set may have
+_GREY = ('1', 'L', 'LA', 'I', 'I;16', 'I;16B', 'I;16L')  # modes of Pillow
+_ORIENTATION = 0x0112
+
+
+class Form(NamedTuple):
+    """What is made of image files.
+
+    Args:
+        size: (H, W).
+        exact: refuse images of any other size rather than resize them.
+        crop: the rule to resize and crop by, see `cropping`.
+        rotate: turn images as EXIF says.
+        background: the colour behind what is transparent; None takes the hidden colours.
+        channels: 1 or 3.
+    """
+
+    size: tuple[int, int]
+    exact: bool = False
+    crop: str = 'torchvision'
+    rotate: bool = False
+    background: tuple[int, int, int] | None = None
+    channels: int = 3
+
+
 class Encoded(NamedTuple):
     """A PNG file, or the reason why there is none; notes are worth knowing either way."""
 
@@ -36,30 +67,22 @@ class Encoded(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def encode_files(files: list[File], size: tuple[int, int], exact: bool,
-                 crop: str = 'torchvision') -> list[Encoded]:
-    """Reads image files and makes PNG files [H,W,3] of them.
-
-    Args:
-        files: where they are.
-        size: (H, W) of the result.
-        exact: refuse images of any other size rather than resize them.
-        crop: the rule to resize and crop by, see `cropping`.
+def encode_files(files: list[File], form: Form) -> list[Encoded]:
+    """Reads image files and makes PNG files [H,W,C] of them.
 
     Raises:
         OSError: a file that was there cannot be read any more, or has changed.
     """
     return [
-        _encode(functools.partial(_read, file), _formats(file.name), size, exact, crop)
+        _encode(functools.partial(_read, file), _formats(file.name), form)
         for file in files
     ]
 
 
-def encode_contents(contents: list[bytes], size: tuple[int, int], exact: bool,
-                    crop: str) -> list[Encoded]:
+def encode_contents(contents: list[bytes], form: Form) -> list[Encoded]:
     """The same of image files that are in memory; an empty one has no image."""
     return [
-        _encode(functools.partial(_checked, content), FORMATS, size, exact, crop)
+        _encode(functools.partial(_checked, content), FORMATS, form)
         for content in contents
     ]
 
@@ -77,19 +100,42 @@ def encode_array(image_NxHxWxC: Iterable[np.ndarray], size: tuple[int, int],
     return encoded
 
 
-def size_of(file: File) -> tuple[int, int] | None:
+def all_grey(files: Iterable[File]) -> bool:
+    """Whether all image files that can be opened are grey; stops at the first that is not."""
+    return _all_grey((functools.partial(_read, file), _formats(file.name)) for file in files)
+
+
+def all_grey_contents(contents: Iterable[bytes]) -> bool:
+    """The same of files that are in memory."""
+    return _all_grey((functools.partial(_checked, content), FORMATS) for content in contents)
+
+
+def _all_grey(images: Iterable[tuple[Callable[[], bytes], tuple[str, ...]]]) -> bool:
+    found = False
+    for read, formats in images:
+        try:
+            with Image.open(io.BytesIO(read()), formats=formats) as image:
+                if image.mode not in _GREY:
+                    return False
+                found = True
+        except Exception:  # what is damaged is skipped later; an image may raise nearly anything
+            continue
+    return found
+
+
+def size_of(file: File, rotate: bool = False) -> tuple[int, int] | None:
     """Height and width of an image file; None if it cannot be used."""
     try:
-        image, _ = _load_rgb(_read(file), _formats(file.name))
+        image, _ = _load(_read(file), _formats(file.name), Form((1, 1), rotate=rotate))
     except BadImage:
         return None
     return image.height, image.width
 
 
-def size_of_content(content: bytes) -> tuple[int, int] | None:
+def size_of_content(content: bytes, rotate: bool = False) -> tuple[int, int] | None:
     """The same of one in memory."""
     try:
-        image, _ = _load_rgb(_checked(content), FORMATS)
+        image, _ = _load(_checked(content), FORMATS, Form((1, 1), rotate=rotate))
     except BadImage:
         return None
     return image.height, image.width
@@ -99,21 +145,20 @@ def _formats(name: str) -> tuple[str, ...]:
     return (*FORMATS, 'TGA') if name.lower().endswith(TGA_SUFFIXES) else FORMATS
 
 
-def _encode(read: Callable[[], bytes], formats: tuple[str, ...], size: tuple[int, int],
-            exact: bool, crop: str) -> Encoded:
-    wanted_height, wanted_width = size
+def _encode(read: Callable[[], bytes], formats: tuple[str, ...], form: Form) -> Encoded:
+    wanted_height, wanted_width = form.size
     wanted = f'{wanted_width}x{wanted_height}'  # Pillow's order, as that of the image beside it
     if wanted_height != wanted_width:
         wanted += ' (width x height)'
     try:
-        image, notes = _load_rgb(read(), formats)
+        image, notes = _load(read(), formats, form)
         width, height = image.size
-        if exact and (height, width) != size:
+        if form.exact and (height, width) != form.size:
             raise BadImage(f'is {width}x{height}, not {wanted}')
         if width < wanted_width or height < wanted_height:
             notes.append(f'is {width}x{height}, smaller than {wanted}, and was enlarged')
-        pixels = np.asarray(resize_and_crop(image, size, crop))
-        return Encoded(write_png(pixels), notes=tuple(notes))
+        pixels = np.asarray(resize_and_crop(image, form.size, form.crop))
+        return Encoded(write_png(pixels.reshape(*form.size, -1)), notes=tuple(notes))
     except BadImage as error:
         return Encoded(None, str(error))
 
@@ -139,11 +184,29 @@ def _checked(content: bytes) -> bytes:
     return content
 
 
-def _load_rgb(data: bytes, formats: tuple[str, ...]) -> tuple[Image.Image, list[str]]:
+def _load(
+    data: bytes, formats: tuple[str, ...], form: Form
+) -> tuple[Image.Image, list[str]]:
+    """The image in the mode of the form's channels, at its own size; what there is to know."""
     notes = []
+    mode = 'L' if form.channels == 1 else 'RGB'
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
             image.load()
+            if image.getexif().get(_ORIENTATION, 1) in range(2, 9):
+                if form.rotate:
+                    image = ImageOps.exif_transpose(image)
+                else:
+                    notes.append(ROTATED)
+            if image.has_transparency_data:
+                # As torchvision does, whose conversion leaves out the transparency.
+                transparent = image.convert('RGBA')
+                if transparent.getextrema()[3][0] < 255:
+                    if form.background is None:
+                        notes.append(TRANSPARENT)
+                    else:
+                        below = Image.new('RGBA', image.size, (*form.background, 255))
+                        image = Image.alpha_composite(below, transparent)
             deep = data.startswith(SIGNATURE) and data[24] == 16
             if image.mode.startswith('I;16') or (deep and image.mode == 'I'):
                 # Pillow's own conversion would clip at 255.
@@ -155,7 +218,7 @@ def _load_rgb(data: bytes, formats: tuple[str, ...]) -> tuple[Image.Image, list[
                 notes.append('has 16 bits per channel, of which the upper 8 were taken')
             if image.mode == 'CMYK':
                 notes.append('is CMYK and was converted to RGB')
-            return image.convert('RGB'), notes
+            return image.convert(mode), notes
     except BadImage:
         raise
     except Exception as error:  # Pillow raises nearly anything on damaged files

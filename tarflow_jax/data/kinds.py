@@ -51,7 +51,8 @@ def of_set(manifest: dict[str, Any]) -> str | None:
     if how == 'none':
         return IDX if manifest['classes'] == _numbers(manifest) else FILES
     if how.startswith(('short side resized', 'resized, aspect kept')) or 'crop' in image:
-        return PHOTOGRAPHS if image['channels'] == 3 else IDX
+        grey_arrays = image['channels'] == 1 and manifest['classes'] == _numbers(manifest)
+        return IDX if grey_arrays else PHOTOGRAPHS
     return None
 
 

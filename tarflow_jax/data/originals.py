@@ -48,6 +48,11 @@ def recognise(source: str, *, wanted: Wanted, name: str | None = None) -> Origin
             f'--labels is {wanted.labels}, but {source} holds labels of its own; leave --labels '
             'away.'
         )
+    for flag, given in (('--rotate', wanted.rotate), ('--background', wanted.background)):
+        if given and not found.encoded:
+            raise ValueError(
+                f'{flag} is for image files, and {source} holds arrays; leave {flag} away.'
+            )
     if wanted.classes is not None and found.classes is not None:
         unknown = [k for k in found.classes if k not in wanted.classes]
         if unknown:

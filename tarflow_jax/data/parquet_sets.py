@@ -17,6 +17,8 @@ from tarflow_jax.data import cropping, parquet_files
 from tarflow_jax.data.image_files import (
     SUFFIXES,
     Encoded,
+    Form,
+    all_grey_contents,
     encode_array,
     encode_contents,
     size_of_content,
@@ -67,6 +69,13 @@ def recognise(source: Path, wanted: Wanted) -> Originals | None:
     labels, notes = _without_unlabelled(labels, wanted)
     classes = _class_names(first, labels)
     size, channels, exact = _size(first, wanted)
+    if not first.nested and wanted.channels != 3:
+        every = (
+            content for group in parts.values() for part in group
+            for contents in parquet_files.images(part, 0, sum(part.rows)) for content in contents
+        )
+        channels = 1 if all_grey_contents(every) else 3
+    form = Form(size, exact, wanted.crop, wanted.rotate, wanted.background, channels)
     crop = None if exact else wanted.crop
     label_of = {name: k for k, name in enumerate(wanted.classes or classes or ())}
     splits = {}
@@ -76,14 +85,14 @@ def recognise(source: Path, wanted: Wanted) -> Originals | None:
             _numbers(part, values, classes, label_of)
             for part, values in zip(parts[split], found or parts[split])
         ]
-        splits[split] = _split(parts[split], numbers, size, channels, exact, wanted.crop, notes)
+        splits[split] = _split(parts[split], numbers, form, notes)
         notes = []
     if wanted.classes and set(classes or ()) <= label_of.keys():
         classes = classes and wanted.classes  # which the labels are of now
     return Originals(
         set_name(source), size, channels, classes,
         cropping.describe(size, crop) if crop else 'none: the pixels are those of the files',
-        splits, crop=crop,
+        splits, crop=crop, encoded=not first.nested,
     )
 
 
@@ -205,7 +214,7 @@ def _size(first: Part, wanted: Wanted) -> tuple[tuple[int, int], int, bool]:
         if channels not in (1, 3):
             raise ValueError(f'{first.path} holds no image of 1 or 3 channels in its first rows.')
     else:
-        found = set(map(size_of_content, rows)) - {None}
+        found = {size_of_content(content, wanted.rotate) for content in rows} - {None}
         own, channels = (found.pop() if len(found) == 1 else None), 3
         if own and own[0] != own[1]:
             own = None  # photographs of one camera, which are to be cut
@@ -214,8 +223,8 @@ def _size(first: Part, wanted: Wanted) -> tuple[tuple[int, int], int, bool]:
     return (own if exact else wanted.size or own or DEFAULT_SIZE), channels, exact
 
 
-def _split(parts: list[Part], labels: list[np.ndarray], size: tuple[int, int], channels: int,
-           exact: bool, crop: str, notes: list[tuple[str, str]]) -> Split:
+def _split(parts: list[Part], labels: list[np.ndarray], form: Form,
+           notes: list[tuple[str, str]]) -> Split:
     """One split; its images are read in order."""
 
     def tasks(start: int, stop: int) -> Iterator[Task]:
@@ -228,10 +237,9 @@ def _split(parts: list[Part], labels: list[np.ndarray], size: tuple[int, int], c
                     names = [f'{part.path.name}[{k}]' for k in range(row, row + len(images))]
                     some = label_N[row:row + len(images)].tolist()
                     if part.nested:
-                        arguments = images, size, channels, exact, crop
-                        yield Task(names, some, encode_nested, arguments)
+                        yield Task(names, some, encode_nested, (images, form))
                     else:
-                        yield Task(names, some, encode_contents, (images, size, exact, crop))
+                        yield Task(names, some, encode_contents, (images, form))
                     row += len(images)
             before += len(label_N)
 
@@ -239,16 +247,16 @@ def _split(parts: list[Part], labels: list[np.ndarray], size: tuple[int, int], c
     return Split(sum(map(len, labels)), identity(lines), tasks, notes)
 
 
-def encode_nested(images: list[np.ndarray], size: tuple[int, int], channels: int, exact: bool,
-                  crop: str) -> list[Encoded]:
+def encode_nested(images: list[np.ndarray], form: Form) -> list[Encoded]:
     """PNG files of arrays; those of other channels or, if `exact`, of another size are refused."""
+    size, channels = form.size, form.channels
     encoded = []
     for image in images:
         if image.ndim != 3 or image.shape[2] != channels or not image.size:
             encoded.append(Encoded(None, f'is no image of {channels} channel(s) from 0 to 255'))
-        elif exact and image.shape[:2] != size:
+        elif form.exact and image.shape[:2] != size:
             height, width = image.shape[:2]
             encoded.append(Encoded(None, f'is {width}x{height}, not {size[1]}x{size[0]}'))
         else:
-            encoded += encode_array([image], size, crop)
+            encoded += encode_array([image], size, form.crop)
     return encoded

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tarflow_jax.data import class_folders, cropping, edm_files, webdataset
-from tarflow_jax.data.image_files import encode_files
+from tarflow_jax.data.image_files import Form, all_grey, encode_files
 from tarflow_jax.data.listing import Listing, list_source
 from tarflow_jax.data.splits import (
     DEFAULT_SIZE,
@@ -41,7 +41,7 @@ def recognise(source: Path, wanted: Wanted) -> Originals:
     listing = list_source(class_folders.images_folder(source))
     if not listing.files:
         raise ValueError(f'{source} holds no files; what can be prepared is {KINDS}.')
-    found = edm_files.find(listing) or webdataset.find(listing)
+    found = edm_files.find(listing, wanted.rotate) or webdataset.find(listing)
     if found and wanted.labels:
         raise ValueError(
             f'--labels is {wanted.labels}, but {source} holds labels of its own; leave --labels '
@@ -52,14 +52,18 @@ def recognise(source: Path, wanted: Wanted) -> Originals:
     exact = found.size is not None and wanted.size in (None, found.size)
     size = found.size if exact else wanted.size or DEFAULT_SIZE
     classes = wanted.classes or found.classes
+    # Of a set that is in colour already, all splits are.
+    grey = wanted.channels != 3 and all_grey(f for group in groups.values() for f in group.files)
+    form = Form(size, exact, wanted.crop, wanted.rotate, wanted.background, 1 if grey else 3)
     splits = {}
     for name, group in groups.items():
-        splits[name] = _split(group, classes if found.classes else None, size, exact, wanted.crop,
-                              found.by_folder, None if splits else listing)
+        splits[name] = _split(group, classes if found.classes else None, form, found.by_folder,
+                              None if splits else listing)
     return Originals(
-        found.dataset or set_name(source), size, 3, found.classes,
+        found.dataset or set_name(source), size, form.channels, found.classes,
         'none: the pixels are those of the files' if exact else
         cropping.describe(size, wanted.crop), splits, crop=None if exact else wanted.crop,
+        encoded=True,
     )
 
 
@@ -115,8 +119,8 @@ def _cut(source: Path, group: Group, fraction: float) -> dict[str, Group]:
     }
 
 
-def _split(group: Group, classes: list[str] | None, size: tuple[int, int], exact: bool, crop: str,
-           by_folder: bool, listing: Listing | None) -> Split:
+def _split(group: Group, classes: list[str] | None, form: Form, by_folder: bool,
+           listing: Listing | None) -> Split:
     """The split; what the listing left out is noted with the first of them."""
     label_of = {name: label for label, name in enumerate(classes or [])}
     files = group.files
@@ -133,7 +137,7 @@ def _split(group: Group, classes: list[str] | None, size: tuple[int, int], exact
             some = slice(first, min(first + IMAGES_PER_TASK, stop))
             yield Task(
                 [file.name for file in files[some]], labels[some], encode_files,
-                (files[some], size, exact, crop),
+                (files[some], form),
             )
 
     lines = ((file.name, file.offset, file.size, label) for file, label in zip(files, labels))

@@ -5,14 +5,21 @@ any number of processes, and no state of an iterator has to be kept in a checkpo
 """
 
 import functools
+import os
+import shutil
+import sys
 
 import grain
 import numpy as np
 from absl import flags
 
+from tarflow_jax.data.cores import available_cores
+
 # Grain's own 16 threads and 500 elements are meant for single images; here an element is a batch.
 READ_OPTIONS = grain.ReadOptions(num_threads=8, prefetch_buffer_size=8)
 BATCHES_AHEAD_PER_WORKER = 2
+WORKERS_PER_CORE = 4
+SHARED_MEMORY = '/dev/shm'
 
 
 def train_batches(source, *, batch_size, seed, flip=False, start=0, rows=None, workers=0):
@@ -59,6 +66,37 @@ def train_batches(source, *, batch_size, seed, flip=False, start=0, rows=None, w
             )
         ).map(_owned)
     return iter(dataset)
+
+
+def check_workers(source, rows: int, workers: int) -> None:
+    """Checks that there is room for worker processes and the batches that they hand over.
+
+    Args:
+        rows: images of a batch that this process reads.
+
+    Raises:
+        ValueError: one sentence that begins with 'workers'.
+    """
+    if not workers:
+        return
+    most = WORKERS_PER_CORE * available_cores()
+    if workers > most:
+        raise ValueError(
+            f'workers {workers} are too many for {available_cores()} cores; choose {most} or fewer.'
+        )
+    if not sys.platform.startswith('linux'):
+        return
+    size = sum(np.asarray(value).nbytes for value in source[0].values())
+    # What a worker reads ahead, the batch it is at, and the one that is being used.
+    needed = workers * (BATCHES_AHEAD_PER_WORKER + 2) * rows * size
+    free = shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else 0
+    if needed > free:
+        raise ValueError(
+            f'workers {workers} hand over batches through {SHARED_MEMORY}, which has '
+            f'{free / 2**20:.0f} MiB free and needs {needed / 2**20:.0f}; make it larger (docker '
+            'run --shm-size=2g; in Kubernetes an emptyDir with medium: Memory mounted there), or '
+            'set it to 0, which reads with threads.'
+        )
 
 
 def eval_batches(source, *, batch_size, rows=None):

@@ -1,8 +1,8 @@
 """Prepares a set of images for training: sharded ArrayRecord that is read at random.
 
-    python -m tarflow_jax.data.prepare SOURCE --out=DIR [--size=64] [--crop=RULE] [--split=NAME]
-        [--test_fraction=0.1] [--labels=FILE] [--name=NAME] [--features=FILE] [--strict]
-        [--workers=N]
+    python -m tarflow_jax.data.prepare SOURCE --out=DIR [--size=64] [--crop=RULE] [--rotate]
+        [--background=COLOUR] [--split=NAME] [--test_fraction=0.1] [--labels=FILE] [--name=NAME]
+        [--features=FILE] [--strict] [--workers=N]
 
 SOURCE is what people have, recognised by looking:
   - folders or a .tar or .zip of CLASS/IMAGE (ImageNet, AFHQ), also below train/, val/ and test/,
@@ -30,6 +30,14 @@ parquet files of squares keep their size, and photographs become 64x64.
 for rectangles), edm (dataset_tool.py's center-crop, Lanczos) or adm (guided-diffusion's
 center_crop_arr, box and bicubic).
 
+Images whose files are all grey keep one channel; one in colour makes all of them RGB.
+
+--rotate turns photographs as their EXIF orientation says. Without it they stay as they lie in the
+file, as torchvision leaves them, and are counted.
+
+--background=white (or black, or R,G,B) is painted behind what is transparent. Without it the
+colours are taken that the files hold there, and the images are counted.
+
 --test_fraction puts a part of a source without splits aside as the split test. Which images, their
 names decide, so that adding others moves none of them.
 
@@ -46,7 +54,7 @@ them: train with --config.data.source=prepared --config.data.path=DIR. The same 
 after an interruption and mends a DIR that was damaged; with another split, it adds to DIR.
 """
 
-import argparse
+import collections
 import functools
 import hashlib
 import json
@@ -62,10 +70,9 @@ from etils import epath
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tarflow_jax import __version__, json_files, lock, paths
-from tarflow_jax.data import feature_files, kinds, originals, shards, sizes
+from tarflow_jax.data import feature_files, kinds, originals, prepare_flags, shards, sizes
 from tarflow_jax.data import manifest as manifests
-from tarflow_jax.data.cores import available_cores
-from tarflow_jax.data.cropping import RULES
+from tarflow_jax.data.image_files import COUNTED
 from tarflow_jax.data.splits import Split, Wanted, images_per_shard
 
 log = logging.getLogger('tarflow_jax')
@@ -86,7 +93,7 @@ def main(argv: list[str]) -> int:
     )
     log.setLevel(logging.INFO)
     try:
-        given = _parser().parse_args(argv[1:])
+        given = prepare_flags.parser(__doc__).parse_args(argv[1:])
     except SystemExit as error:
         return error.code
     try:
@@ -97,6 +104,7 @@ def main(argv: list[str]) -> int:
             prepare(
                 given.source, given.out, size=given.size, crop=given.crop, split=given.split,
                 test_fraction=given.test_fraction, labels=given.labels, name=given.name,
+                rotate=given.rotate, background=given.background,
                 features=given.features, strict=given.strict, workers=given.workers,
             )
     except (ValueError, FileNotFoundError, lock.Taken) as error:
@@ -125,6 +133,7 @@ def _resolved(name: str, value: str) -> str:
 def prepare(source: str, out: str, *, size: int | tuple[int, int] | None = None,
             crop: str = 'torchvision', split: str | None = None,
             test_fraction: float | None = None, labels: str | None = None,
+            rotate: bool = False, background: tuple[int, int, int] | None = None,
             name: str | None = None, features: str | None = None, strict: bool = False,
             workers: int = 1) -> None:
     """Prepares the splits of a source in a folder, as far as this is not done yet.
@@ -138,6 +147,8 @@ def prepare(source: str, out: str, *, size: int | tuple[int, int] | None = None,
         split: the one split that the source is, or that is wanted of it; None is all.
         test_fraction: the part of a source without splits that becomes its split `test`.
         labels: a file with the classes of ImageNet's validation images; None looks for it.
+        rotate: whether to turn images as EXIF says.
+        background: the colour behind what is transparent; None takes the hidden colours.
         name: of the set; None is the one that the source goes by.
         features: a .csv or .npy with features of the images; None is none.
         strict: whether an image that cannot be used is an error.
@@ -155,12 +166,12 @@ def prepare(source: str, out: str, *, size: int | tuple[int, int] | None = None,
     before = manifests.read(folder)
     wanted = Wanted(
         None if size is None else sizes.pair(size), split, crop, labels, test_fraction,
-        before and before['classes'],
+        before and before['classes'], rotate, background, before and before['image']['channels'],
     )
     found = originals.recognise(source, wanted=wanted, name=name)
     if features is not None:
         found = feature_files.attach(found, features)
-    settings = _settings(found)
+    settings = _settings(found, wanted)
     if before:
         if 'crop' not in before['image'] and found.crop == 'torchvision':
             del settings['image']['crop']  # as versions before the other rules wrote it
@@ -197,6 +208,7 @@ def _write(
             else:
                 told = _write_rest(folder, key, places, write, strict, progress)
                 done[key] = _entry(key, part, plans[key], told)
+                _count_notes(key, told)
     kind, splits = kinds.of_set(settings), dict(sorted(done.items()))
     whole = {'format': manifests.FORMAT, **settings, 'kind': kind, 'splits': splits}
     if whole != before:
@@ -214,7 +226,7 @@ def _write(
         left.unlink()
 
 
-def _settings(found: originals.Originals) -> dict[str, Any]:
+def _settings(found: originals.Originals, wanted: Wanted) -> dict[str, Any]:
     """What all splits of a set have in common, but for its kind, which follows from these."""
     plain = re.sub(r'[^a-z0-9]+', '_', found.dataset.partition(' (')[0].lower()).strip('_')
     settings = {
@@ -228,6 +240,10 @@ def _settings(found: originals.Originals) -> dict[str, Any]:
     }
     if found.crop is not None:  # a set whose images are not cropped has no such key
         settings['image']['crop'] = found.crop
+    if wanted.rotate:  # as with these two
+        settings['image']['rotated'] = 'as EXIF says'
+    if wanted.background is not None:
+        settings['image']['background'] = list(wanted.background)
     if found.features is not None:  # a set without them has no such key
         settings['features'] = found.features
     return settings
@@ -375,54 +391,13 @@ def _entry(key: str, part: Split, plan: str, told: list[dict]) -> dict[str, Any]
     }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog='python -m tarflow_jax.data.prepare', description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    parser.add_argument('source', metavar='SOURCE', help='folder, archive or file')
-    parser.add_argument('--out', required=True, metavar='DIR', help='where to write')
-    parser.add_argument(
-        '--size', type=_size,
-        help="64, or HEIGHTxWIDTH such as 48x32; the source's own, or 64 for photographs",
-    )
-    parser.add_argument(
-        '--crop', default='torchvision', choices=RULES,
-        help='how photographs are made that size',
-    )
-    parser.add_argument('--split', help='the split that SOURCE is, or the one wanted of it')
-    parser.add_argument(
-        '--test_fraction', type=float, metavar='PART',
-        help='the part of a source without splits to put aside as test, such as 0.1',
-    )
-    parser.add_argument(
-        '--labels', metavar='FILE', help="classes of ImageNet's validation images, see above"
-    )
-    parser.add_argument('--name', help='name of the set; the one that SOURCE goes by')
-    parser.add_argument(
-        '--features', metavar='FILE', help='.csv or .npy of numbers for each image, see above'
-    )
-    parser.add_argument(
-        '--strict', action='store_true', help='an image that cannot be used is an error'
-    )
-    parser.add_argument(
-        '--workers', type=_positive, default=available_cores(), help='processes'
-    )
-    return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number above 0')
-    return int(text)
-
-
-def _size(text: str) -> tuple[int, int]:
-    try:
-        return sizes.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def _count_notes(key: str, told: list[dict]) -> None:
+    """Says how many images have what many may have."""
+    counts = collections.Counter(note for shard in told for _, note in shard['notes'])
+    for note in COUNTED:
+        if counts[note]:
+            log.warning('%s: %d of %d images: each %s', key, counts[note],
+                        sum(shard['records'] for shard in told), note)
 
 
 if __name__ == '__main__':

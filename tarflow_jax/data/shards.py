@@ -28,7 +28,7 @@ from etils import epath
 
 from tarflow_jax import json_files, paths
 from tarflow_jax.data import manifest as manifests
-from tarflow_jax.data.image_files import Encoded
+from tarflow_jax.data.image_files import COUNTED, Encoded
 from tarflow_jax.data.splits import Split, Task
 
 log = logging.getLogger('tarflow_jax')
@@ -140,7 +140,8 @@ def _write_shard(local: str, results, labelled: bool, strict: bool, progress) ->
             vectors = itertools.repeat(None) if task.features is None else task.features
             for name, label, vector, image in zip(task.names, task.labels, vectors, encoded):
                 for note in image.notes:
-                    log.info('%s %s', name, note)
+                    if note not in COUNTED:
+                        log.info('%s %s', name, note)
                     notes.append([name, note])
                 if image.png is not None:
                     writer.write(_record(image.png, label if labelled else None, vector))

@@ -21,6 +21,7 @@ from tarflow_jax.data import kinds, sizes
 from tarflow_jax.data.idx import read_idx
 
 EMBEDDED_FOLDER = Path(__file__).parent / 'embedded'
+KINDS = ('embedded', 'idx', 'prepared', 'tfds')
 IDX_PREFIXES = {'train': 'train', 'test': 't10k'}
 FASHION_MNIST = [
     'T-shirt', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt', 'sneaker', 'bag',

@@ -35,6 +35,9 @@ class Wanted(NamedTuple):
     labels: str | None = None  # a file with the labels of images that lie in no folders
     test_fraction: float | None = None  # of a source without splits
     classes: list[str] | None = None  # those of splits prepared before, whose labels count
+    rotate: bool = False  # as EXIF says
+    background: tuple[int, int, int] | None = None  # the colour behind what is transparent
+    channels: int | None = None  # those of splits prepared before
 
 
 class Group(NamedTuple):
@@ -87,6 +90,7 @@ class Originals(NamedTuple):
     splits: dict[str, Split]
     features: list[str] | None = None  # their names; None if there are none
     crop: str | None = None  # the rule that images are cropped by; None if they are not
+    encoded: bool = False  # whether its images are files, which EXIF and transparency are of
 
 
 def images_per_shard(size: tuple[int, int], channels: int) -> int:

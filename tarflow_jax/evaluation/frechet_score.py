@@ -55,9 +55,9 @@ def prepare(s) -> Callable:
             f'training images leave {keep} of each to look for {NEIGHBOURS} neighbours among; take '
             'more.'
         )
-    folder = s.workdir / 'statistics'
-    if f.statistics:
-        folder = paths.writable_folder(f.statistics, f'evaluate.frechet.statistics {f.statistics}')
+    folder = paths.writable_folder(
+        f.statistics or s.workdir / 'statistics', f'evaluate.frechet.statistics {f.statistics}'
+    )
     options = dict(mesh=s.mesh, batch_size=f.batch_size)
 
     def work(_, draw_samples) -> dict:

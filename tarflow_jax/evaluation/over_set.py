@@ -25,7 +25,8 @@ def over_set(
       score: a jitted function of {'image': uint8 [B, H, W, C], 'label': int32 [B]} and keys [B] to
         a tree of arrays [B, ...].
       source: see `data.sources`.
-      batch_size: rounded up to a multiple of what the mesh splits a batch into.
+      batch_size: at most that of the source, rounded up to a multiple of what the mesh splits a
+        batch into.
       what: for the progress bar.
     Returns:
       the tree with numpy arrays [draws, len(source), ...], the same on every process.
@@ -46,7 +47,7 @@ def batches(source, *, mesh, batch_size: int, what: str) -> Iterator[tuple[int, 
 
     The mask, bool [B], is false for what fills up the last batch.
     """
-    batch_size = sharding.round_up(batch_size, mesh)
+    batch_size = sharding.round_up(min(batch_size, len(source)), mesh)
     rows = sharding.local_rows(mesh, batch_size)
     bar = tqdm(
         total=len(source), desc=what, unit='image', leave=False,

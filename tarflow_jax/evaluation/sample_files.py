@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tarflow_jax import files, json_files, paths
+from tarflow_jax import files, json_files, paths, wrong_files
 from tarflow_jax.data import arrays, image_files, kinds, manifest, shards, sizes, sources, splits
 from tarflow_jax.evaluation.over_set import View
 
@@ -166,14 +166,18 @@ def open_samples(path, count: int | None = None):
 def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [N, H, W, C] and labels int32 [N], -1 where there are none."""
     wanted = 'samples are arr_0, uint8 [N, H, W, 1 or 3], and perhaps arr_1, labels [N]'
+    names: list[str] = []
     try:
         members = arrays.members(path)
+        names = list(members)
         if 'arr_0' not in members:
             raise ValueError(f'it holds {", ".join(members)[:60] or "nothing"}')
         images = arrays.mapped(path, members['arr_0'])
         labels = arrays.read(path, members['arr_1']) if 'arr_1' in members else None
     except (ValueError, OSError) as error:
-        raise ValueError(f'{path} is no .npz of samples ({error}); {wanted}.') from None
+        other = None if 'arr_0' in names else wrong_files.described(path)
+        what = other or f'is no .npz of samples ({error})'
+        raise ValueError(f'{path} {what}; {wanted}.') from None
     grey_or_colour = images.ndim == 4 and images.shape[3] in (1, 3)
     if images.dtype != np.uint8 or not images.size or not grey_or_colour:
         raise ValueError(f'{path}: arr_0 is {images.dtype} {list(images.shape)}; {wanted}.')

@@ -159,6 +159,11 @@ SCORES = {
 def check_names(metrics, model) -> None:
     """ValueError unless all metrics are in the table and the flow has what they need."""
     for metric in metrics:
+        if ',' in metric:
+            listed = ','.join(f'"{name.strip()}"' for name in metric.split(','))
+            raise ValueError(
+                f"evaluate.metrics {metric!r:.100} is one word; write '({listed})', in quotes."
+            )
         if metric not in SCORES:
             raise ValueError(f'evaluate.metrics {metric!r} is none of {", ".join(SCORES)}.')
         if SCORES[metric].needs_classes and model.num_classes < 2:

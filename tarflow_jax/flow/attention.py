@@ -70,6 +70,26 @@ def kernel_for(platform: str, dtype, length: int) -> str:
     return 'cudnn' if platform == 'gpu' else 'xla'
 
 
+def check_kernel(kernel: str, platform: str, dtype, length: int) -> None:
+    """Checks that a kernel chosen by name runs on these devices; 'auto' always does.
+
+    Raises:
+      ValueError: one sentence that begins with the name of the field, 'attention'.
+    """
+    wanted = {'cudnn': 'gpu', 'whole_head': 'tpu', 'splash': 'tpu'}.get(kernel, platform)
+    reason = None
+    if wanted != platform:
+        reason = f'is for {wanted.upper()}s, and the devices are {platform.upper()}s'
+    elif kernel == 'cudnn' and dtype != jnp.bfloat16:
+        reason = f'is for the dtype bfloat16, and that of the model is {np.dtype(dtype).name}'
+    elif kernel.startswith(('splash', 'whole_head')) and length % _BLOCK:
+        reason = f'needs a multiple of {_BLOCK} patches, and the model has {length}'
+    elif kernel.startswith('whole_head') and length > tpu_attention.MAX_LENGTH:
+        reason = f'is for up to {tpu_attention.MAX_LENGTH} patches, and the model has {length}'
+    if reason:
+        raise ValueError(f"attention {kernel!r} {reason}; choose 'auto'.")
+
+
 @jax.named_scope('attention')
 def causal_attention(
     kernel: str, q: Array, k: Array, v: Array, scale, precision: str = 'highest'

@@ -114,7 +114,7 @@ def sample_images(
         raise ValueError(
             'a noise-conditioned flow needs denoise: the noise levels to draw at and to go down.'
         )
-    levels = () if denoise is None else tuple(np.atleast_1d(denoise).tolist())
+    levels = () if denoise is None else tuple(map(float, np.atleast_1d(np.asarray(denoise))))
     if len(levels) > 1 and not model.noise_conditioned:
         raise ValueError(
             f'denoise {levels} goes through several noise levels, for noise-conditioned flows; '
@@ -191,9 +191,10 @@ class Conditions:
 
     def captions(self, numbers) -> list[str] | None:
         """The names of the classes of these samples; None where they have none."""
-        if self.class_names is None:
+        labels = self.labels(numbers)
+        if self.class_names is None or labels is None:
             return None
-        return [self.name(label) for label in self.labels(numbers)]
+        return [self.name(label) for label in labels]
 
     def labels(self, numbers) -> np.ndarray | None:
         """int32 [n]; None without classes."""

@@ -17,6 +17,7 @@ from tarflow_jax.training import pictures, sharding
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.metrics import MetricWriter, NoWriter, model_flops
 from tarflow_jax.training.processes import Stop
+from tarflow_jax.training.profiling import Profile
 from tarflow_jax.training.state import (
     abstract_state,
     all_finite,
@@ -24,8 +25,10 @@ from tarflow_jax.training.state import (
     parameter_count,
 )
 from tarflow_jax.training.step import jitted_train_step
+from tarflow_jax.training.wandb_writer import WandbWriter
 
 SHEET_COUNT = 100
+NO_PAUSE = contextlib.nullcontext()
 STEPS_AHEAD = 4  # dispatched before the result of a step is looked at
 
 log = logging.getLogger(__name__)
@@ -44,13 +47,17 @@ class Diverged(ArithmeticError):
     """Too many steps in a row were skipped, or the last ones of the run."""
 
 
-def train(config, plan: Plan, schedule: Schedule, source, checkpoints: Checkpoints, workdir, mesh):
+def train(
+    config, plan: Plan, schedule: Schedule, source, checkpoints: Checkpoints, workdir, mesh,
+    profile_steps: range = range(0),
+):
     """Trains to the end of the schedule, from the newest checkpoint if there is one.
 
     Args:
       config: a ConfigDict as `tarflow_jax.config.default` makes; plan, schedule: made from it.
       source: the training set, as `tarflow_jax.config.source` gives it.
       workdir: gets `checkpoints/`, `metrics.jsonl`, `tensorboard/` and `samples/`.
+      profile_steps: are traced, for TensorBoard's profiler.
     Returns:
       the final `TrainState`.
     Raises:
@@ -61,10 +68,14 @@ def train(config, plan: Plan, schedule: Schedule, source, checkpoints: Checkpoin
     """
     t, model, workdir = config.train, plan.model, paths.of(workdir)
     init_key, step_key, sheet_key = jax.random.split(jax.random.key(config.seed), 3)
-    state = _start(checkpoints, plan, schedule, init_key, mesh)
+    clock = _Clock(t.batch_size, model_flops(model))
+    with clock.paused():
+        state = _start(checkpoints, plan, schedule, init_key, mesh)
     start = int(state.step)
-    log.info('%s parameters, steps %d to %d', f'{parameter_count(state):,}', start + 1,
-             schedule.total_steps)
+    told = f'steps {start + 1} to {schedule.total_steps}'
+    if start == schedule.total_steps:
+        told = f'all {start} steps are done'
+    log.info('%s parameters, %s', f'{parameter_count(state):,}', told)
 
     step_fn = jitted_train_step(state, mesh, model, schedule.optimizer, plan.recipe)
     batches = pipeline.train_batches(
@@ -76,14 +87,14 @@ def train(config, plan: Plan, schedule: Schedule, source, checkpoints: Checkpoin
         rows=sharding.local_rows(mesh, t.batch_size),
         workers=config.data.workers,
     )
-    clock = _Clock(t.batch_size, model_flops(model))
     watch = _Watch(t.stop_after_skipped, state, checkpoints)
     due = False  # a checkpoint
     steps = range(start + 1, schedule.total_steps + 1)
     first = jax.process_index() == 0
     with (
         contextlib.closing(batches),
-        MetricWriter(workdir, resume_step=start) if first else NoWriter() as writer,
+        _writer(config, workdir, start) if first else NoWriter() as writer,
+        contextlib.closing(Profile(profile_steps, workdir / 'tensorboard')) as profile,
         logging_redirect_tqdm(),
         tqdm(steps, initial=start, total=schedule.total_steps, unit='step',
              disable=None if first else True) as bar,
@@ -93,7 +104,10 @@ def train(config, plan: Plan, schedule: Schedule, source, checkpoints: Checkpoin
             with clock.waiting():
                 batch = next(batches)
             batch = sharding.to_devices(batch, mesh, t.batch_size)
-            state, metrics = step_fn(state, batch, step_key)
+            # The first call compiles.
+            with profile.step(step), clock.paused() if step == start + 1 else NO_PAUSE:
+                state, metrics = step_fn(state, batch, step_key)
+            profile.after(step, metrics)
             watch(step, metrics['skipped'])
             last = step == schedule.total_steps
             if step % t.log_every == 0 or last:
@@ -141,6 +155,12 @@ def _start(checkpoints: Checkpoints, plan: Plan, schedule: Schedule, key, mesh):
         return jax.jit(functools.partial(initial_state, **describe), out_shardings=places)(key)
     log.info('continuing from the checkpoint at step %d', checkpoints.latest())
     return checkpoints.restore(abstract)
+
+
+def _writer(config, workdir, resume_step: int):
+    writer = MetricWriter(workdir, resume_step=resume_step)
+    project = config.train.wandb_project
+    return WandbWriter(writer, project, workdir, config.to_dict()) if project else writer
 
 
 def _write_sheets(writer, plan: Plan, state, key, mesh, config, workdir) -> None:
@@ -229,35 +249,46 @@ class _Watch:
 
 
 class _Clock:
-    """Speed, and the share of time spent waiting for data, since the last reading; no pauses."""
+    """Speed, and the share of time spent waiting for data, since the last reading; no pauses.
+
+    And since it was made the goodput: the share of time that went into steps, not into restoring,
+    compiling, waiting for data, pictures and saving.
+    """
 
     def __init__(self, batch_size: int, flops_per_image: float):
         self._batch_size, self._flops = batch_size, flops_per_image
         self._since = self._step = None
         self._waited = 0.0
+        self._begin, self._lost = time.perf_counter(), 0.0
 
     def speed(self, step: int) -> dict[str, float]:
         now, since, before = time.perf_counter(), self._since, self._step
         waited, self._waited = self._waited, 0.0
         self._since, self._step = now, step
+        goodput = {'goodput': 1 - self._lost / (now - self._begin)}
         if since is None:  # the first reading would measure the compiler
-            return {}
+            return goodput
         rate = (step - before) * self._batch_size / (now - since)
         return {
             'images_per_second': rate,
             'model_flops_per_second': rate * self._flops,
             'data_wait': waited / (now - since),
+            **goodput,
         }
 
     @contextlib.contextmanager
     def waiting(self):
         start = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self._waited += seconds
+        self._lost += seconds
 
     @contextlib.contextmanager
     def paused(self):
         start = time.perf_counter()
         yield
+        seconds = time.perf_counter() - start
+        self._lost += seconds
         if self._since is not None:
-            self._since += time.perf_counter() - start
+            self._since += seconds

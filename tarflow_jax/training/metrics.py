@@ -18,6 +18,8 @@ FILE = 'metrics.jsonl'
 BETWEEN_UPLOADS = 60  # seconds, but for checkpoints
 
 log = logging.getLogger(__name__)
+# It would say of every number of a run that diverges that it is not finite.
+logging.getLogger('tensorboardX.x2num').setLevel(logging.ERROR)
 
 
 class MetricWriter:

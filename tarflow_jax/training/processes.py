@@ -1,9 +1,11 @@
 """Many processes as one run: starting, stopping together, and what the exit codes mean."""
 
 import contextlib
+import logging
 import os
 import pickle
 import signal
+import socket
 import threading
 from collections.abc import Callable
 
@@ -16,11 +18,19 @@ START_AGAIN = 75  # exit code: stopped by SIGTERM and saved; the same command go
 DIVERGED = 76  # exit code: starting again would only diverge again
 # A worker that is gone is noticed, and all others end, after so many seconds.
 HEARTBEAT_SECONDS = 30
+WAIT_SECONDS = 290  # for the others to start; JAX itself gives up after 300
 
 _EXPLICIT = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 
 
-def start(mode: str = 'auto') -> None:
+log = logging.getLogger(__name__)
+
+
+class Alone(RuntimeError):
+    """The other processes of a run cannot be reached."""
+
+
+def start(mode: str = 'auto', wait: float = WAIT_SECONDS) -> None:
     """Joins the other processes of this run, if there are any. Call before JAX's backend starts.
 
     With 'auto', where the environment speaks of more than one process: the three variables
@@ -28,9 +38,12 @@ def start(mode: str = 'auto') -> None:
     Slurm step, or GKE's TPU_WORKER_HOSTNAMES. With 'on' always, and JAX finds out about the others
     (on Cloud TPU VMs only the metadata server knows them).
 
+    If they have not all started after `wait` seconds, this process says so and ends with exit code
+    1: JAX would end it with a stack of C++.
+
     Raises:
       ValueError: if the environment contradicts itself.
-      RuntimeError: if the others cannot be reached.
+      Alone: if the others cannot be reached.
     """
     given = {name: os.environ[name] for name in _EXPLICIT if os.environ.get(name)}
     explicit = len(given) == len(_EXPLICIT)
@@ -39,23 +52,78 @@ def start(mode: str = 'auto') -> None:
         raise ValueError(f'{", ".join(given)} is set and {missing} is not; set all three or none.')
     if mode == 'off' or (mode == 'auto' and not _several(given if explicit else {})):
         return
-    # With it a SIGTERM to any process makes all stop at the same step; see `Stop`.
-    jax.config.update('jax_enable_preemption_service', True)
     where = {}
     if explicit:
-        address, count, index = (given[name] for name in _EXPLICIT)
+        where = dict(zip(
+            ('coordinator_address', 'num_processes', 'process_id'), _checked(given)
+        ))
+        if where['process_id'] == 0:
+            _check_port(where['coordinator_address'])
+        where['cluster_detection_method'] = 'deactivate'
+        what = '{num_processes} processes, this one number {process_id}, ' \
+            'at the coordinator {coordinator_address}'.format(**where)
+    else:
+        what = 'the other processes of the run, of which the environment speaks'
+    # With it a SIGTERM to any process makes all stop at the same step; see `Stop`.
+    jax.config.update('jax_enable_preemption_service', True)
+    log.info('waiting for %s, up to %g s', what, wait)
+    too_late = threading.Timer(wait, _give_up, (what, wait))
+    too_late.daemon = True
+    too_late.start()
+    try:
+        jax.distributed.initialize(
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+            **where,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f'JAX does not find {what} ({str(error).rstrip(".")}); set {", ".join(_EXPLICIT)}, or '
+            '--distributed=off for one process.'
+        ) from error
+    except RuntimeError as error:
+        reason = str(error).partition('\n')[0].rstrip('.')
+        raise Alone(f'{what} cannot be joined: {reason}.') from error
+    finally:
+        too_late.cancel()
+
+
+def _checked(given: dict[str, str]) -> tuple[str, int, int]:
+    """Address, number of processes and index of this one; ValueError if they cannot be."""
+    address, count, index = (given[name] for name in _EXPLICIT)
+    host, _, port = address.rpartition(':')
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(
+            f'JAX_COORDINATOR_ADDRESS={address} must be HOST:PORT of process 0, such as '
+            '10.0.0.1:1234.'
+        )
+    if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
+        raise ValueError(
+            f'JAX_NUM_PROCESSES {count!r} and JAX_PROCESS_ID {index!r} must be numbers, the second '
+            'from 0 up and below the first.'
+        )
+    return address, int(count), int(index)
+
+
+def _check_port(address: str) -> None:
+    """Raises Alone if another program has the port: JAX would crash."""
+    with socket.socket() as ours:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            where = dict(num_processes=int(count), process_id=int(index))
-        except ValueError:
-            raise ValueError(
-                f'JAX_NUM_PROCESSES {count!r} and JAX_PROCESS_ID {index!r} must be numbers.'
+            ours.bind(('', int(address.rpartition(':')[2])))
+        except OSError as error:
+            raise Alone(
+                f'JAX_COORDINATOR_ADDRESS={address}: its port cannot be had ({error.strerror}); '
+                'end the program that has it, or choose another port.'
             ) from None
-        where |= dict(coordinator_address=address, cluster_detection_method='deactivate')
-    jax.distributed.initialize(
-        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        shutdown_timeout_seconds=HEARTBEAT_SECONDS,
-        **where,
+
+
+def _give_up(what: str, wait: float) -> None:
+    log.error(
+        'error: not all are there after %g s of waiting for %s; start the others with the same '
+        'address, see that it can be reached, or unset %s.', wait, what, ', '.join(_EXPLICIT)
     )
+    os._exit(1)
 
 
 def _several(given: dict) -> bool:

@@ -6,6 +6,7 @@ optimizer state, which are gathered layer by layer; `tensor` splits heads and hi
 
 import dataclasses
 import functools
+import math
 import os
 import re
 
@@ -16,9 +17,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tarflow_jax.data.cores import available_cores
-from tarflow_jax.flow.attention import causal_attention, kernel_for
+from tarflow_jax.flow.attention import causal_attention, check_kernel, kernel_for
 from tarflow_jax.flow.block import Block
-from tarflow_jax.flow.parameters import is_parameter
+from tarflow_jax.flow.parameters import abstract, is_parameter
 
 DATA, FSDP, TENSOR = AXES = ('data', 'fsdp', 'tensor')
 BATCH, BOTH = (DATA, FSDP), (FSDP, TENSOR)
@@ -218,6 +219,13 @@ def shardings(tree, mesh: Mesh):
     return jax.tree.map_with_path(leaf, tree)
 
 
+def split_into(axes: tuple[str, ...], mesh: Mesh) -> int:
+    """The number of parts of a parameter with these logical axes."""
+    spec = _mapped(axes)
+    names = [n for part in spec if part for n in ((part,) if isinstance(part, str) else part)]
+    return math.prod(mesh.shape[name] for name in names)
+
+
 def placed(tree, mesh: Mesh):
     """The abstract tree with the sharding of every leaf."""
     place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
@@ -252,6 +260,15 @@ class Layout:
         platform = self.mesh.devices.flat[0].platform
         whole = self.mesh.shape[FSDP] == self.mesh.shape[TENSOR] == 1
         return platform == 'cpu' and whole and self.attention in ('auto', 'xla')
+
+    def check_attention(self, model) -> None:
+        """ValueError unless the kernel runs on these devices."""
+        platform = self.mesh.devices.flat[0].platform
+        check_kernel(self.attention, platform, model.dtype, model.token_shape[0])
+
+    def check_parameters(self, model) -> None:
+        """ValueError unless all parameters can be split over the mesh."""
+        shardings(abstract(model.parameters()), self.mesh)
 
     def kernel(self, dtype, length: int) -> str:
         if self.attention != 'auto':

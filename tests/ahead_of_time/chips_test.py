@@ -4,7 +4,14 @@ import itertools
 
 import pytest
 
-from tarflow_jax.ahead_of_time.chips import CHIPS, HOP_SECONDS, Slice, out_of_memory
+from tarflow_jax.ahead_of_time.chips import (
+    CHIPS,
+    HOP_SECONDS,
+    MEASURED,
+    Slice,
+    measured_range,
+    out_of_memory,
+)
 
 V5E, V5P = CHIPS['v5e'], CHIPS['v5p']
 GIB = 2**30
@@ -23,6 +30,35 @@ def test_published_all_reduce_bandwidth_of_a_pod():
     # cloud.google.com: 51.2 TB/s for 256 chips of v5e, 102.4 TB/s for 256 of v6e
     assert 256 * V5E.ici_bandwidth == 51.2e12
     assert 256 * CHIPS['v6e'].ici_bandwidth == 102.4e12
+
+
+def test_published_figures_of_the_newest_chip():
+    # 2307 TFLOP/s, 192 GiB, 7380 GB/s, 1200 GB/s both ways and 100 Gbit/s a chip of two devices
+    chip = CHIPS['tpu7x']
+    assert chip.devices * chip.bf16_flops == 2307e12 and chip.devices * chip.hbm_bytes == 192 * GIB
+    assert chip.devices * chip.hbm_bandwidth == 7380e9
+    assert chip.devices * 2 * chip.ici_bandwidth == 1200e9
+    assert chip.devices * 8 * chip.dcn_bandwidth == 100e9
+
+
+def test_published_datacenter_network_of_a_pod():
+    assert 256 * 8 * V5E.dcn_bandwidth == 6.4e12 and 8 * V5P.dcn_bandwidth == 50e9
+
+
+@pytest.mark.parametrize('kind, sent', [
+    ('all-reduce', 2 * 3 / 4), ('reduce-scatter', 3 / 4), ('all-gather', 3), ('one-to-one', 1),
+])
+def test_exchange_between_slices(kind, sent):
+    seconds = Slice(V5E, (4, 4), slices=4).dcn_seconds(kind, 1e9)
+    assert seconds == pytest.approx(sent * 1e9 / 3.125e9)
+
+
+def test_a_chip_without_measured_runs_has_the_range_of_all():
+    assert measured_range('v5e') == (MEASURED['v5e'], ('v5e',))
+    (low, high), chips = measured_range('v4')
+    assert chips == tuple(MEASURED) and 'v4' not in chips
+    assert low == min(low for low, _ in MEASURED.values())
+    assert high == max(high for _, high in MEASURED.values())
 
 
 def test_all_reduce_uses_the_axes_that_the_group_spans():

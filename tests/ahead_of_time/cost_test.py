@@ -389,6 +389,55 @@ def test_a_collective_in_pieces_counts_once_and_overlaps():
     assert costs.predicted_seconds == pytest.approx(costs.interconnect_seconds + rest)
 
 
+def test_a_collective_carried_around_a_loop_that_does_not_wait_for_it():
+    loop = f"""
+%body (p: (f32[1024,1024], f32[64,1024], u32[])) -> (f32[1024,1024], f32[64,1024], u32[]) {{
+  %b = ({BIG}, {SMALL}, {CONTEXT}) parameter(0)
+  %b0 = {BIG} get-tuple-element(%b), index=0
+  %b1 = {SMALL} get-tuple-element(%b), index=1
+  %b2 = {CONTEXT} get-tuple-element(%b), index=2
+  %twice = {BIG} add(%b0, %b0)
+  ROOT %next = ({BIG}, {SMALL}, {CONTEXT}) tuple(%twice, %b1, %b2)
+}}
+%condition (p: (f32[1024,1024], f32[64,1024], u32[])) -> pred[] {{
+  %c = ({BIG}, {SMALL}, {CONTEXT}) parameter(0)
+  ROOT %go_on = pred[] constant(true)
+}}"""
+    begin = 'known_trip_count={"n":"2"}'
+    costs = analyse(program(f"""
+  %shard = {SMALL} parameter(0)
+  %x = {BIG} parameter(1)
+  %start = ({SMALL}, {BIG}, {CONTEXT}) fusion(%shard), kind=kCustom, calls=%begin
+  %s0 = {SMALL} get-tuple-element(%start), index=0
+  %s1 = {BIG} get-tuple-element(%start), index=1
+  %s2 = {CONTEXT} get-tuple-element(%start), index=2
+  %state = ({BIG}, {SMALL}, {CONTEXT}) tuple(%x, %s0, %s2)
+  %loop = ({BIG}, {SMALL}, {CONTEXT}) while(%state), condition=%condition, body=%body, {begin}
+  %t0 = {SMALL} get-tuple-element(%loop), index=1
+  %t2 = {CONTEXT} get-tuple-element(%loop), index=2
+  ROOT %done = {BIG} fusion(%t0, %s1, %t2), kind=kCustom, calls=%end""", PIECES + loop))
+    sums = 2 * 12 * MIB / V5E.hbm_bandwidth
+    assert costs.exposed_seconds == pytest.approx(costs.interconnect_seconds - sums)
+
+
+def test_what_goes_between_slices_takes_the_datacenter_network():
+    sent = f"""
+  %x = {BIG} parameter(0)
+  %token = token[] after-all()
+  %send = ({BIG}, u32[], token[]) send(%x, %token), channel_id=4, is_host_transfer=true, \
+frontend_attributes={{_xla_host_transfer_rendezvous="a_0",_xla_megascale_transfer_type="ALL_REDUCE"}}
+  %recv = ({BIG}, u32[], token[]) recv(%token), channel_id=3, is_host_transfer=true, \
+frontend_attributes={{_xla_host_transfer_rendezvous="a_0",_xla_megascale_transfer_type="ALL_REDUCE"}}
+  %sent = token[] send-done(%send), channel_id=4, is_host_transfer=true
+  %received = ({BIG}, token[]) recv-done(%recv), channel_id=3, is_host_transfer=true
+  ROOT %sum = {BIG} get-tuple-element(%received), index=0"""
+    costs = cost.analyse(program(sent), Slice(V5E, (4, 4), slices=2))
+    assert costs.by_kind() == {'all-reduce of slices': (1, 4 * MIB)}
+    assert costs.dcn_seconds == pytest.approx(4 * MIB / V5E.dcn_bandwidth)
+    assert costs.interconnect_seconds == 0
+    assert 0.9 * costs.dcn_seconds < costs.dcn_exposed_seconds <= costs.dcn_seconds
+
+
 @pytest.mark.parametrize(
     'shape, work, seconds',
     [

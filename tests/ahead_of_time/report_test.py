@@ -150,17 +150,36 @@ def test_changes_are_tried_from_small_to_large(slice_of_16, monkeypatch):
                              '--config.mesh.fsdp=16 --config.train.batch_size=16')
 
 
-@pytest.mark.parametrize('name, chips, slices', [
-    ('v5e:4x4', 16, 1), ('v4:2x2x4', 16, 1), ('v5p:2x2x2', 8, 1), ('2*v5e:4x4', 32, 2),
+def test_a_step_of_several_slices_names_their_network(data_parallel):
+    row = data_parallel[0] | {'topology': '2*v5e:4x4', 'slices': 2, 'dcn_seconds': 0.5}
+    text = '\n'.join(report.lines(row | {'exposed_dcn_seconds': 0.25}))
+    assert 'datacenter   0.5000 s between slices at 25 Gbit/s per chip, of which 0.2500 s are' in text
+
+
+def test_the_measured_step_of_published_runs_is_beside_the_predicted_one(data_parallel):
+    row = data_parallel[0] | {
+        'predicted_step_seconds': 2.0, 'measured_over_predicted': (1.25, 1.5), 'measured_on': ('v5e',)
+    }
+    wanted = (
+        '  measured     2.5000 to 3.0000 s, if it is as far off as for published steps on v5e: '
+        '1.25 to 1.50 times'
+    )
+    assert wanted in report.lines(row)
+    assert report.table([row])[1].split()[-3] == '2.500-3.000'
+
+
+@pytest.mark.parametrize('name, chips, slices, devices', [
+    ('v5e:4x4', 16, 1, 16), ('v4:2x2x4', 16, 1, 16), ('v5p:2x2x2', 8, 1, 8), ('2*v5e:4x4', 32, 2, 32),
+    ('tpu7x:2x2x2', 8, 1, 16),
 ])
-def test_topologies(name, chips, slices):
+def test_topologies(name, chips, slices, devices):
     found = topology.describe(name)
-    assert (found.chips, found.slices, len(found.devices)) == (chips, slices, chips)
+    assert (found.chips, found.slices, len(found.devices)) == (chips, slices, devices)
     assert len({getattr(d, 'slice_index', 0) for d in found.devices}) == slices
 
 
 @pytest.mark.parametrize('name, says', [
-    ('v9:4x4', "'v9:4x4' is none of v4, v5e, v5p, v6e with a shape"),
+    ('v9:4x4', "'v9:4x4' is none of v4, v5e, v5p, v6e, tpu7x with a shape"),
     ('v5e', 'such as v5e:16x16'),
     ('v5e:4x4x4', 'slices of v5e have 2 axes'),
     ('v4:16x16', 'slices of v4 have 3 axes'),
@@ -230,6 +249,8 @@ def test_ctrl_c_keeps_what_is_known(tmp_path, monkeypatch, capfd):
     (['--topology=v5e:4x4', '--json=/no/such/folder/x.json'], 'its folder does not exist'),
     (['--topology=v5e:4x4', '--batch_per_chip=0'], '--batch_per_chip'),
     (['--topology=v5e:4x4', '--config.train.batch_size=24'], 'cannot be shared evenly by 16'),
+    (['--topology=v5e:4x4', '--config.model.layers_per_block=(1000000000,)'],
+     'for --program=train, and all chips of v5e:4x4 together have 256 GiB; choose a smaller flow'),
     (['--topology=v5e:4x4', '--config.mesh.tensor=4'], 'axis of 2 cannot be split by tensor 4 of the mesh'),
 ])
 def test_bad_input(more, says, capfd):

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tarflow_jax.data import prepare
+from tarflow_jax.data import prepare_flags
 from tarflow_jax.data.cores import available_cores
 
 
@@ -18,4 +18,4 @@ def test_all_where_it_is_not_known(monkeypatch, count, cores):
     monkeypatch.delattr(os, 'sched_getaffinity', raising=False)  # macOS has none
     monkeypatch.setattr(os, 'cpu_count', lambda: count)
     assert available_cores() == cores
-    assert prepare._parser().parse_args(['x', '--out=y']).workers == cores
+    assert prepare_flags.parser('').parse_args(['x', '--out=y']).workers == cores

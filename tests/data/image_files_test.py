@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tarflow_jax.data import image_files
+from tarflow_jax.data.image_files import Form
 from tarflow_jax.data.listing import UNREADABLE, File
 from tarflow_jax.data.png import read_png
 
@@ -27,9 +28,9 @@ TORCHVISION = [
 ]
 
 
-def encode(path, size=(8, 8), exact=False):
+def encode(path, size=(8, 8), exact=False, **more):
     file = File(path.name, str(path), 0, path.stat().st_size)
-    encoded, = image_files.encode_files([file], size, exact)
+    encoded, = image_files.encode_files([file], Form(size, exact, **more))
     return encoded
 
 
@@ -189,14 +190,14 @@ def test_exact_refuses_other_sizes(tmp_path):
 
 def test_unreadable_and_changed_files(tmp_path):
     gone = File('gone.png', str(tmp_path / 'gone.png'), 0, UNREADABLE)
-    encoded, = image_files.encode_files([gone], (8, 8), False)
+    encoded, = image_files.encode_files([gone], Form((8, 8)))
     assert encoded.reason == 'is a link to nothing, or no regular file'
     Image.fromarray(ramp(8, 8)).save(tmp_path / 'a.png')
     longer = File('a.png', str(tmp_path / 'a.png'), 0, os.path.getsize(tmp_path / 'a.png') + 1)
     with pytest.raises(OSError, match='became shorter'):
-        image_files.encode_files([longer], (8, 8), False)
+        image_files.encode_files([longer], Form((8, 8)))
     with pytest.raises(OSError, match='not there any more'):  # a drive that went away, perhaps
-        image_files.encode_files([longer._replace(path='/nowhere/a.png')], (8, 8), False)
+        image_files.encode_files([longer._replace(path='/nowhere/a.png')], Form((8, 8)))
 
 
 def test_forbidden_files_are_bad(tmp_path, monkeypatch):
@@ -225,3 +226,56 @@ def test_rectangular_arrays():
     np.testing.assert_array_equal(
         np.stack([read_png(e.png) for e in cropped]), images[:, :, 1:4, :1]
     )
+
+
+def photograph(path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(ramp(4, 6)).save(path, exif=exif)
+    return path
+
+
+def test_exif_rotation_is_said_and_applied_on_demand(tmp_path):
+    upright = photograph(tmp_path / 'upright.png', 1)
+    turned = photograph(tmp_path / 'turned.png', 6)  # a quarter turn clockwise is due
+    assert encode(upright, (4, 6), True).notes == ()
+    as_it_lies = encode(turned, (4, 6), True)
+    assert as_it_lies.notes == (image_files.ROTATED,)
+    np.testing.assert_array_equal(read_png(as_it_lies.png), ramp(4, 6))
+    as_meant = encode(turned, (6, 4), True, rotate=True)
+    assert as_meant.notes == ()
+    np.testing.assert_array_equal(read_png(as_meant.png), np.rot90(ramp(4, 6), -1))
+    file = File('turned.png', str(turned), 0, turned.stat().st_size)
+    assert image_files.size_of(file) == (4, 6) and image_files.size_of(file, True) == (6, 4)
+
+
+@pytest.mark.parametrize('mode', ['RGBA', 'LA', 'P'])
+def test_hidden_colours_are_said_and_painted_over_on_demand(tmp_path, mode):
+    grey, alpha = np.full((2, 2), 90, np.uint8), np.array([[0, 255], [255, 255]], np.uint8)
+    image = Image.merge('LA', [Image.fromarray(x) for x in (grey, alpha)])
+    image.convert('RGBA').convert(mode).save(tmp_path / 'a.png')
+    shown = encode(tmp_path / 'a.png', (2, 2), background=(255, 0, 0))
+    assert shown.notes == ()
+    np.testing.assert_array_equal(read_png(shown.png)[0, 0], [255, 0, 0])
+    assert (read_png(shown.png).reshape(-1, 3)[1:] == 90).all()
+    hidden = encode(tmp_path / 'a.png', (2, 2))
+    assert hidden.notes == (image_files.TRANSPARENT,)
+    assert mode == 'P' or (read_png(hidden.png) == 90).all()
+    opaque = Image.merge('LA', [Image.fromarray(x) for x in (grey, np.full_like(alpha, 255))])
+    opaque.save(tmp_path / 'b.png')
+    assert encode(tmp_path / 'b.png', (2, 2)).notes == ()
+
+
+def test_grey_images_keep_one_channel(tmp_path):
+    files = {}
+    for name, mode in (('grey', 'L'), ('deep', 'I;16'), ('alpha', 'LA'), ('colour', 'RGB')):
+        path = tmp_path / f'{name}.png'
+        Image.new(mode, (2, 2)).save(path)
+        files[name] = File(path.name, str(path), 0, path.stat().st_size)
+    (tmp_path / 'broken.png').write_bytes(b'no image')
+    files['broken'] = File('broken.png', str(tmp_path / 'broken.png'), 0, 8)
+    assert image_files.all_grey(files[k] for k in ('broken', 'grey', 'deep', 'alpha'))
+    assert not image_files.all_grey(files.values())
+    assert not image_files.all_grey([files['broken']])
+    for name in ('grey', 'deep', 'alpha'):
+        assert read_png(encode(tmp_path / f'{name}.png', (2, 2), channels=1).png).shape == (2, 2, 1)

@@ -233,3 +233,28 @@ def test_refusals(source):
     empty = sources.InMemory(source.image_NxHxWxC[:0], source.label_N[:0])
     with pytest.raises(ValueError, match='holds no image'):
         pipeline.train_batches(empty, batch_size=8, seed=0)
+
+
+def test_workers_need_shared_memory(source, monkeypatch, tmp_path):
+    class Disk:
+        free = 64 * 2**20
+
+    monkeypatch.setattr(pipeline.sys, 'platform', 'linux')
+    monkeypatch.setattr(pipeline, 'SHARED_MEMORY', str(tmp_path))
+    monkeypatch.setattr(pipeline.shutil, 'disk_usage', lambda _: Disk)
+    pipeline.check_workers(source, 100_000, 0)
+    pipeline.check_workers(source, 100_000, 3)  # 4 batches of 100,000 images of 52 bytes each: 60 MiB
+    with pytest.raises(ValueError) as error:
+        pipeline.check_workers(source, 110_000, 3)
+    assert str(error.value) == (
+        f'workers 3 hand over batches through {tmp_path}, which has 64 MiB free and needs 65; make '
+        'it larger (docker run --shm-size=2g; in Kubernetes an emptyDir with medium: Memory mounted '
+        'there), or set it to 0, which reads with threads.'
+    )
+    monkeypatch.setattr(pipeline, 'SHARED_MEMORY', str(tmp_path / 'none'))
+    with pytest.raises(ValueError, match='which has 0 MiB free'):
+        pipeline.check_workers(source, 8, 1)
+    monkeypatch.setattr(pipeline.sys, 'platform', 'darwin')
+    pipeline.check_workers(source, 8, 1)
+    with pytest.raises(ValueError, match='workers 1000 are too many for'):
+        pipeline.check_workers(source, 8, 1000)

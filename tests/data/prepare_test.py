@@ -468,3 +468,50 @@ def test_empty_class_tar(tmp_path):
     run(tmp_path / 'train.tar', tmp_path / 'out', '--size=8')
     assert manifest(tmp_path / 'out')['classes'] == ['a', 'b']
     assert elements(tmp_path / 'out', 'train')[1] == [0]
+
+
+def test_grey_folders_stay_grey_and_colour_joins_them(tmp_path, capfd):
+    source, out = tmp_path / 'source', tmp_path / 'out'
+    for split in ('train', 'test'):
+        for name in 'ab':
+            (source / split / name).mkdir(parents=True)
+            Image.new('L', (9, 9), 7).save(source / split / name / '1.png')
+    run(source, out, '--size=8')
+    assert manifest(out)['image']['channels'] == 1 and manifest(out)['kind'] == 'photographs'
+    assert elements(out, 'train')[0][0].shape == (8, 8, 1)
+    Image.new('RGB', (9, 9), (1, 2, 3)).save(source / 'test' / 'a' / '2.png')
+    run(source, tmp_path / 'mixed', '--size=8')
+    assert manifest(tmp_path / 'mixed')['image']['channels'] == 3
+    # Alone, its training images would be grey; but the set is in colour already.
+    run(source, tmp_path / 'later', '--size=8', '--split=test')
+    run(source, tmp_path / 'later', '--size=8', '--split=train')
+    assert elements(tmp_path / 'later', 'train')[0][0].shape == (8, 8, 3)
+
+
+def test_rotation_and_transparency_are_counted(tmp_path, capfd):
+    source = tmp_path / 'train'
+    source.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for k in range(3):
+        Image.new('RGBA', (9, 9), (200, 0, 0, 0)).save(source / f'{k}.png', exif=exif if k else None)
+    run(source, tmp_path / 'out', '--size=8')
+    said = capfd.readouterr().err
+    assert 'train: 2 of 3 images: each has an EXIF rotation, which was not applied' in said
+    assert 'train: 3 of 3 images: each is transparent in places' in said
+    assert said.count('EXIF') == 1  # not a line for each
+    run(source, tmp_path / 'white', '--size=8', '--rotate', '--background=white')
+    assert 'EXIF' not in (said := capfd.readouterr().err) and 'transparent' not in said
+    assert (elements(tmp_path / 'white', 'train')[0][0] == 255).all()
+    image = manifest(tmp_path / 'white')['image']
+    assert image['rotated'] == 'as EXIF says' and image['background'] == [255, 255, 255]
+
+
+def test_colours_and_flags_without_a_meaning(tmp_path, capfd):
+    assert prepare.main(['prepare', str(tmp_path), '--out=x', '--background=whitish']) == 2
+    assert "'whitish' is no colour; give white" in capfd.readouterr().err
+    pixels = np.zeros((4, 8, 8), np.uint8)
+    for name, array in (('images-idx3', pixels), ('labels-idx1', np.zeros(4, np.uint8))):
+        write_idx(tmp_path / f'train-{name}-ubyte', array)
+    assert prepare.main(['prepare', str(tmp_path), f'--out={tmp_path}/../o', '--rotate']) == 2
+    assert '--rotate is for image files, and' in last_error(capfd)

@@ -57,13 +57,15 @@ def test_the_rest_of_the_manifest(stubs):
     assert pod['serviceAccountName'] == 'trainer' and 'tolerations' not in pod
     assert container['image'] == 'host/a:1'
     assert container['command'] == ['python', '-m', 'tarflow_jax.main']
-    assert 'volumeMounts' not in container and 'volumes' not in pod
+    # Kubernetes gives 64 MiB there, which the processes of data.workers soon fill.
+    assert container['volumeMounts'] == [{'name': 'shared-memory', 'mountPath': '/dev/shm'}]
+    assert pod['volumes'] == [{'name': 'shared-memory', 'emptyDir': {'medium': 'Memory'}}]
 
 
 def test_claim(stubs):
     _, _, pod, container = parts(apply(stubs, *BASE, '--claim=c1', '--topology=2x2'))
-    assert container['volumeMounts'] == [{'name': 'workdir', 'mountPath': '/workdir'}]
-    assert pod['volumes'] == [{'name': 'workdir', 'persistentVolumeClaim': {'claimName': 'c1'}}]
+    assert container['volumeMounts'][1:] == [{'name': 'workdir', 'mountPath': '/workdir'}]
+    assert pod['volumes'][1:] == [{'name': 'workdir', 'persistentVolumeClaim': {'claimName': 'c1'}}]
 
 
 def test_slices_and_spot(stubs):
@@ -114,3 +116,44 @@ def test_other_actions(stubs, as_commands, action, expected):
 def test_a_failing_kubectl_is_not_hidden(stubs):
     stubs.answer('kubectl', {'code': 3})
     assert stubs.run('gke.sh', *BASE, '--topology=2x2', '--', BUCKET)[0] == 3
+
+
+def pools(stubs, *flags):
+    code, out, err = stubs.run(
+        'gke.sh', '--name=flow', '--action=pools', '--cluster=c', '--location=us-central1-b', *flags
+    )
+    assert code == 0 and not out, err
+    return [' '.join(call) for call in stubs.calls]
+
+
+def test_pools_of_two_slices(stubs):
+    flags = '--accelerator=tpu-v5-lite-podslice', '--topology=4x8', '--slices=2', '--spot'
+    assert pools(stubs, *flags) == [
+        f'gcloud container node-pools create flow-{i} --cluster=c --location=us-central1-b '
+        '--machine-type=ct5lp-hightpu-4t --num-nodes=8 --tpu-topology=4x8 --spot' for i in range(2)
+    ]
+
+
+def test_a_pool_of_tpu7x_is_placed_by_a_policy(stubs):
+    assert pools(stubs, '--accelerator=tpu7x', '--topology=4x4x4') == [
+        'gcloud compute resource-policies create workload-policy flow-4x4x4 --type=HIGH_THROUGHPUT '
+        '--accelerator-topology=4x4x4 --region=us-central1',
+        'gcloud container node-pools create flow-0 --cluster=c --location=us-central1-b '
+        '--machine-type=tpu7x-standard-4t --num-nodes=16 --placement-policy=flow-4x4x4',
+    ]
+
+
+def test_a_slice_of_one_host_needs_no_policy(stubs):
+    assert pools(stubs, '--accelerator=tpu7x', '--topology=2x2x1') == [
+        'gcloud container node-pools create flow-0 --cluster=c --location=us-central1-b '
+        '--machine-type=tpu7x-standard-4t --num-nodes=1',
+    ]
+
+
+@pytest.mark.parametrize('flags, named', [
+    (['--accelerator=tpu7x', '--topology=4x4x4', '--cluster=c'], '--location is missing'),
+    (['--accelerator=tpu-v4', '--topology=2x2x2', '--cluster=c', '--location=a'], '--accelerator=tpu-v4'),
+])
+def test_pools_that_cannot_be_made(stubs, flags, named):
+    code, _, err = stubs.run('gke.sh', '--name=flow', '--action=pools', *flags)
+    assert code == 2 and named in err and not stubs.calls

@@ -1,6 +1,7 @@
 """What all scripts share."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,32 @@ SHELLCHECK = shutil.which('shellcheck', path=f'{Path(sys.executable).parent}:{os
 def test_shellcheck_finds_nothing(script):
     found = subprocess.run([SHELLCHECK, LAUNCH / script], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
+
+
+# What bash 3.2 (macOS) and 4.2 (CentOS 7) do not have, or end with "unbound variable" under set -u.
+NEWER = {
+    'an empty array': r'(?<!\+)"\$\{(rest|with_me|words|pids|left|extra|workers)\[@\]\}"',
+    'mapfile': r'\b(mapfile|readarray)\b',
+    'a descriptor of its own': r'exec \{\w+\}|\{\w+\}>',
+    'wait -n': r'^\s*wait -n',
+    'an associative array or reference': r'\b(local|declare|typeset) -[An]',
+    'another case': r'\$\{\w+(,,|\^\^)',
+    'both streams': r'&>>|\|&',
+    'a pattern with brackets': r'=~ [^$].*\(',
+    'coproc': r'^\s*coproc\b',
+}
+# Loops over arrays that are not empty there.
+FILLED = ('for arg in "${rest[@]}"', 'for worker in "${workers[@]}"', 'command=(${with_me[@]+',
+          'log "start: $(quoted "${rest[@]}")"')
+
+
+@pytest.mark.parametrize('script', [*SCRIPTS, 'common.sh'])
+def test_old_versions_of_bash(script):
+    for number, line in enumerate((LAUNCH / script).read_text().splitlines(), 1):
+        if line.lstrip().startswith('#') or any(known in line for known in FILLED):
+            continue
+        for what, pattern in NEWER.items():
+            assert not re.search(pattern, line), f'{script}:{number} has {what}: {line}'
 
 
 @pytest.mark.parametrize('script', SCRIPTS)

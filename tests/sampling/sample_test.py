@@ -1,13 +1,19 @@
 """The sampler: the official samples, what it inverts, its programs, and what it draws again."""
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity_cases import CASES, ITARFLOW_CASES, case, relative_error
+from parity_cases import (
+    CASES,
+    ITARFLOW_CASES,
+    case,
+    official_condition,
+    official_guidance,
+    relative_error,
+)
 from tiny_flow import apply, batch, noise_for, perturbed, sequence_flow, tiny
 
 import tarflow_jax as tfj
@@ -22,26 +28,6 @@ ITARFLOW_TAGS = (
     'g_all', 'g_anneal', 'g_strong', 'g_two', 'g_first', 'g_first_flat', 'g_starflow',
     'g_starflow_anneal', 'g_temp', 'g_temp_anneal',
 )
-TARGETS = {'ab': 'both', 'a': 'log_scale', 'b': 'shift'}
-RULES = {'tarflow': 'linear_sigma', 'starflow': 'starflow'}
-
-
-def official_guidance(c, tag: str) -> tfj.Guidance:
-    k = json.loads(str(c[f'kwargs_{tag}']))
-    given = dict(
-        weight=k['guidance'], temperature=k.get('attn_temp', 1.0),
-        annealed=k.get('annealed_guidance', False),
-    )
-    if not c.model.noise_conditioned:
-        return tfj.Guidance(target=TARGETS[k['guide_what']], **given)
-    style = k.get('lerp_style', 'tarflow')
-    # The official starflow rule guides the first block only.
-    return tfj.Guidance(rule=RULES[style], blocks=1 if style == 'starflow' else k.get('guide_flows'), **given)
-
-
-def official_condition(c):
-    """That of the recorded samples, at the highest level."""
-    return c.condition(noise_std=c.config.get('t1'))
 
 
 def test_every_recorded_sample_is_compared():

@@ -285,3 +285,25 @@ def test_ctrl_c_in_a_terminal(images, tmp_path):
     step = int(re.search(r'stopped after step (\d+), which is saved', rest)[1])
     assert step >= 100  # the line is written within the step
     assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == [str(step)]
+
+
+def test_the_clock_counts_what_did_not_go_into_steps(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(loop.time, 'perf_counter', lambda: now[0])
+    clock = loop._Clock(batch_size=8, flops_per_image=3.0)
+
+    def passing(seconds, within=None):
+        with within or loop.NO_PAUSE:
+            now[0] += seconds
+
+    passing(20.0, clock.paused())  # restoring, compiling
+    passing(10.0, clock.waiting())
+    passing(10.0)
+    assert clock.speed(1) == {'goodput': 0.25}
+    passing(5.0, clock.waiting())
+    passing(15.0)
+    passing(40.0, clock.paused())  # pictures
+    assert clock.speed(6) == {
+        'images_per_second': 2.0, 'model_flops_per_second': 6.0, 'data_wait': 0.25,
+        'goodput': 0.25,  # 25 of 100 seconds
+    }

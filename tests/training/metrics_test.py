@@ -153,3 +153,10 @@ def test_model_flops_by_hand(volume_preserving, outputs):
     ends = 9 * (4 * 64 + 64 * outputs)
     multiply_adds = 3 * layer + 2 * ends
     assert model_flops(model) == 3 * 2 * multiply_adds
+
+
+def test_numbers_that_are_not_finite_are_written_without_a_word(tmp_path, caplog):
+    with MetricWriter(tmp_path) as writer:
+        writer.write_scalars(1, {'loss': np.nan, 'mean_square/block_0': np.inf})
+    assert [record.name for record in caplog.records if 'tensorboardX' in record.name] == []
+    assert np.isnan(json.loads((tmp_path / 'metrics.jsonl').read_text())['loss'])

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -338,3 +339,57 @@ def test_start_refuses(given, says, monkeypatch):
     monkeypatch.setattr(jax.config, 'update', lambda *_: None)
     with pytest.raises(ValueError, match=says):
         processes.start('auto')
+
+
+WAIT = """
+import logging, sys
+logging.basicConfig(level=logging.INFO, format='%(message)s')
+from tarflow_jax.training import processes
+try:
+    processes.start(wait=1)
+except processes.Alone as error:
+    sys.exit(str(error))
+"""
+
+
+def waiting(monkeypatch, address, index) -> tuple[int, list[str]]:
+    monkeypatch.setenv('JAX_COORDINATOR_ADDRESS', address)
+    monkeypatch.setenv('JAX_NUM_PROCESSES', '2')
+    monkeypatch.setenv('JAX_PROCESS_ID', str(index))
+    ran = subprocess.run(
+        [sys.executable, '-c', WAIT], env=os.environ | {'PYTHONPATH': str(ROOT)}, timeout=60,
+        capture_output=True, text=True,
+    )
+    return ran.returncode, ran.stderr.splitlines()
+
+
+def test_one_process_says_what_it_waits_for(monkeypatch):
+    code, (first, *_, last) = waiting(monkeypatch, '127.0.0.1:9', 1)
+    what = '2 processes, this one number 1, at the coordinator 127.0.0.1:9'
+    assert code == 1 and first == f'waiting for {what}, up to 1 s'
+    assert last.startswith(f'error: not all are there after 1 s of waiting for {what}; start the')
+
+
+def test_port_of_another_program(monkeypatch):
+    with socket.socket() as other:
+        other.bind(('', 0))
+        other.listen()
+        address = f'127.0.0.1:{other.getsockname()[1]}'
+        code, lines = waiting(monkeypatch, address, 0)
+    assert code == 1
+    assert lines[-1].startswith(f'JAX_COORDINATOR_ADDRESS={address}: its port cannot be had (Address')
+
+
+@pytest.mark.parametrize('address, count, index, says', [
+    ('nonsense', '2', '0', 'JAX_COORDINATOR_ADDRESS=nonsense must be HOST:PORT of process 0'),
+    ('host:', '2', '0', 'JAX_COORDINATOR_ADDRESS=host: must be'),
+    ('host:99999', '2', '0', 'must be HOST:PORT'),
+    ('host:1', 'two', '0', "JAX_NUM_PROCESSES 'two' and JAX_PROCESS_ID '0' must be numbers"),
+    ('host:1', '2', '2', 'below the first'),
+    ('host:1', '2', '-1', 'from 0 up'),
+])
+def test_variables_that_make_no_sense(monkeypatch, address, count, index, says):
+    for name, value in zip(processes._EXPLICIT, (address, count, index)):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=says):
+        processes.start()

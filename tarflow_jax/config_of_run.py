@@ -1,0 +1,134 @@
+"""The config that a run was trained with, which its checkpoints hold.
+
+A command without --config takes all of it. One with a config file takes the fields of the model and
+the noise, without which the checkpoint would be read as another flow.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from tarflow_jax import config as configs
+from tarflow_jax import config_ranges
+
+# How the machine computes, which another may do otherwise.
+_COMPUTING = ('attention', 'precision', 'remat', 'unroll')
+_NOISE = ('noise', 'noise_std', 'lowest_noise_std', 'levels', 'weight')
+# What does not change the steps of training.
+_ASIDE = (
+    'data.workers', 'data.test_split', 'data.expects', 'train.log_every', 'train.sample_every',
+    'train.checkpoint_every', 'train.stop_after_skipped', 'model.attention', 'model.remat',
+    'model.unroll',
+)
+
+
+class Saved(NamedTuple):
+    """The values of a checkpoint's config by name, such as 'model.width', and where it is."""
+
+    values: dict[str, Any]
+    name: str
+
+
+def saved(workdir: str) -> Saved | None:
+    """What the newest checkpoint of a workdir says; None without, or where it says nothing.
+
+    Starts nothing of JAX: flags that it decides come first.
+    """
+    folder = Path(workdir) / 'checkpoints'
+    try:
+        step = max(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+        about = json.loads((folder / str(step) / 'about' / 'metadata').read_text())
+        values = about['config']
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None  # what is damaged is named when the checkpoint is read
+    if not isinstance(values, dict) or not values:
+        return None
+    return Saved(config_ranges.fields(values), f'step {step} of {workdir}')
+
+
+def whole(saved: Saved, training: bool) -> ConfigDict:
+    """A config with the values of a checkpoint; fields that it does not have keep their default.
+
+    Args:
+      training: whether training goes on; else the mesh is that of this machine, too.
+    """
+    config = configs.default()
+    own = () if training else ('mesh.', 'model.attention')
+    for field, default in config_ranges.fields(config.to_dict()).items():
+        if field in saved.values and not isinstance(default, dict) and not field.startswith(own):
+            _set(config, field, _as(default, saved.values[field]), saved.name)
+    return config
+
+
+def adopt(config: ConfigDict, saved: Saved, given: list[str]) -> dict[str, tuple[Any, Any]]:
+    """Sets the fields of the model and the noise to those of a checkpoint.
+
+    Args:
+      given: fields that the command names, which keep its values.
+
+    Returns:
+      what changed: for each field the value before and the one of the checkpoint.
+    """
+    now = config_ranges.fields(config.to_dict())
+    wanted = [f'model.{name}' for name in config.model if name not in _COMPUTING]
+    changed = {}
+    for field in [*wanted, *(f'train.{name}' for name in _NOISE)]:
+        if field in saved.values and field not in given:
+            value = _as(now[field], saved.values[field])
+            if value != now[field]:
+                changed[field] = now[field], value
+                _set(config, field, value, saved.name)
+    return changed
+
+
+def differences(there: dict, config: ConfigDict) -> dict[str, tuple[Any, Any]]:
+    """The fields that change how training goes on: their values in a checkpoint, and now.
+
+    Args:
+      there: the checkpoint's config, as nested dicts of JSON values.
+    """
+    before, now = config_ranges.fields(there), config_ranges.fields(config.to_dict())
+    return {
+        field: (_as(value, before[field]), value) for field, value in now.items()
+        if field.partition('.')[0] in ('seed', 'model', 'data', 'train')
+        and field not in _ASIDE and field in before and not isinstance(value, dict)
+        and _as(value, before[field]) != value
+    }
+
+
+def told(changes: dict[str, tuple[Any, Any]]) -> str:
+    """The changes in a line: 'train.batch_size 16 instead of 8, ...'."""
+    return ', '.join(
+        f'{field} {_short(now)} instead of {_short(before)}'
+        for field, (before, now) in changes.items()
+    )
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f'{text[:60]}...'
+
+
+def _set(config: ConfigDict, field: str, value, where: str) -> None:
+    *sections, name = field.split('.')
+    section = config
+    for part in sections:
+        section = section[part]
+    try:
+        section[name] = value
+    except TypeError:
+        raise ValueError(
+            f'{field} of the config in the checkpoint at {where} is {value!r:.100}, and must be '
+            f'{config_ranges.kind_of(field, section[name])}; give --config.'
+        ) from None
+
+
+def _as(like, value):
+    """A JSON value as configs have it: tuples for lists, floats where the default is one."""
+    if isinstance(value, list):
+        return tuple(_as(None, entry) for entry in value)
+    if isinstance(like, float) and type(value) is int:
+        return float(value)
+    return value
