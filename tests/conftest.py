@@ -60,7 +60,7 @@ def emulator():
 @pytest.fixture
 def bucket(emulator, request):
     """A folder in a bucket, for one test."""
-    return f'gs://{bucket_emulator.BUCKET}/{re.sub("[^a-z0-9_]", "-", request.node.name)}'
+    return f'gs://{bucket_emulator.BUCKET}/{re.sub("[^a-z0-9_]", "-", request.node.nodeid)}'
 
 
 @pytest.fixture(scope='session')

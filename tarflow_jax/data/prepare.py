@@ -55,7 +55,6 @@ after an interruption and mends a DIR that was damaged; with another split, it a
 """
 
 import collections
-import contextlib
 import functools
 import hashlib
 import json
@@ -163,9 +162,7 @@ def prepare(source: str, out: str, *, size: int | tuple[int, int] | None = None,
     """
     folder = manifests.folder_path(out)
     _check_place(folder, source)
-    local = manifests.is_local(folder)
-    if local:
-        lock.check(folder)
+    lock.check(folder)
     before = manifests.read(folder)
     wanted = Wanted(
         None if size is None else sizes.pair(size), split, crop, labels, test_fraction,
@@ -182,7 +179,7 @@ def prepare(source: str, out: str, *, size: int | tuple[int, int] | None = None,
     per_shard = images_per_shard(found.size, found.channels)
     plans = {key: _plan(settings, part.identity, per_shard) for key, part in found.splits.items()}
     _check_notes(found.splits, strict)
-    with lock.held(folder) if local else contextlib.nullcontext():
+    with lock.held(folder):
         if manifests.read(folder) != before:
             raise OSError(f'{folder} was prepared by another process meanwhile')
         _write(folder, settings, found, plans, before, strict, workers)
