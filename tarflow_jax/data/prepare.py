@@ -358,6 +358,11 @@ def _write_rest(folder, key: str, places: dict, write, strict: bool, progress) -
 
 def _mend(folder, key: str, entry: dict, places: dict, write, strict: bool, progress) -> None:
     """Writes the shards of a finished split anew that are damaged."""
+    if [shard['name'] for shard in entry['shards']] != list(places):
+        raise ValueError(
+            f'{folder / manifests.FILE} is damaged (it names other shards of {key}); delete '
+            f'{folder} and prepare the set again.'
+        )
     _check_skipped(key, entry['skipped']['list'], strict)
     damaged = manifests.damage(folder, entry['shards'], contents=True)
     for name, wrong in damaged.items():

@@ -109,6 +109,17 @@ def test_damaged_manifests(prepared, tmp_path, damage, capfd):
     assert last_error(capfd) == f'{message}\n'
 
 
+def test_a_shard_of_another_name(prepared, tmp_path, capfd):
+    source, wanted = prepared
+    out = shutil.copytree(wanted, tmp_path / 'out')
+    path = out / manifests.FILE
+    path.write_text(path.read_text().replace('pets-train.', 'xets-train.'))
+    with pytest.raises(ValueError, match='xets-train.array_record-00000-of-00001 is missing'):
+        sources.load('prepared', 'train', path=str(out))
+    run(source, out, '--size=8', code=2)
+    assert 'manifest.json is damaged (it names other shards of train)' in last_error(capfd)
+
+
 def test_a_folder_in_place_of_the_manifest(prepared, tmp_path, capfd):
     source, _ = prepared
     (tmp_path / 'out' / manifests.FILE).mkdir(parents=True)

@@ -1,6 +1,7 @@
 """Schedules of a workdir: made once, kept, and made again where they do not fit."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -63,6 +64,31 @@ def test_a_damaged_file_is_replaced(calibrated, tmp_path):
     path.write_text('{')
     assert schedule_of(path) == tfj.Schedule.load(path)
     assert len(calibrated) == 1
+
+
+def test_whatever_lies_there(calibrated, tmp_path):
+    path = tmp_path / 'a.json'
+    wanted = schedule_of(path)
+    text = path.read_text()
+    open_ = json.dumps({k: v for k, v in json.loads(text).items() if k != 'checksum'})
+    assert tfj.Schedule.load(path) == wanted
+    path.write_text(open_)  # as earlier versions wrote it
+    assert tfj.Schedule.load(path) == wanted
+    for damaged in (
+        '[' * 10**5, text.replace('"segments": 2', '"segments": 3'),
+        open_.replace('"segments": 2', '"segments": 2.5'),
+        open_.replace('"segments": 2', f'"segments": 2{"0" * 30}'),
+        open_.replace('"calls": null', '"calls": "x"'), open_.replace('"blocks"', '"block"'),
+        open_.replace('"made_for": {', '"made_for": {"moon": 1, '), '\udcff',
+        open_.replace('"max_iterations": 1', '"max_iterations": -1'),
+    ):
+        assert damaged not in (text, open_)
+        before = len(calibrated)
+        path.write_bytes(damaged.encode(errors='surrogateescape'))
+        assert schedule_of(path) == wanted and len(calibrated) == before + 1
+    path.unlink()
+    path.mkdir()
+    assert schedule_of(path) == wanted  # and is not kept
 
 
 def test_sets_drawn_by_a_schedule_are_those_drawn_sequentially(calibrated, tmp_path):

@@ -348,6 +348,28 @@ def test_a_flipped_bit_is_noticed_and_the_one_before_taken(item, tmp_path, at_on
         assert_identical(checkpoints.restore(abstract()), state_at(3))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # Orbax's threads
+def test_no_flipped_bit_is_read_as_another_number(tmp_path, at_once):
+    save(tmp_path, 2, 3)
+    files = [p for p in (tmp_path / 'checkpoints' / '3').rglob('*') if p.is_file()]
+    files, rng = sorted(p for p in files if p.stat().st_size), np.random.default_rng(0)
+    steps = []
+    for k in range(24):
+        path = files[k % len(files)]
+        content = path.read_bytes()
+        damaged = bytearray(content)
+        damaged[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        with Checkpoints(tmp_path, MODEL) as checkpoints:
+            found = checkpoints.restore(abstract())
+            steps.append(checkpoints.latest())
+            assert_identical(found, state_at(steps[-1]))
+            assert checkpoints.about()['config'] == {'seed': 1}
+        path.write_bytes(content)
+    assert set(steps) == {2, 3}  # of some files nothing is read
+
+
 DAMAGES = [
     lambda text: text[: len(text) // 2],
     lambda text: text.replace('"seed":1', '"seed":3'),

@@ -111,6 +111,8 @@ def test_resumed_run_drops_what_lies_beyond_its_checkpoint(tmp_path):
 def test_damaged_lines_are_dropped(tmp_path):
     whole = b'{"step": 1, "loss": 0.5}\n'
     damage = b'\xff\xfe\n[]\n12\n{"step": null}\n{"step": "a"}\n{"loss": 3}\n\n'
+    damage += b'{"step": 1, "loss": "3"}\n{"step": true}\n{"step": 1%s}\n' % (b'0' * 30)
+    damage += b'%s\n{"step": 1, "loss": [3]}\n{"step": 1.5}\n' % (b'[' * 10**5)
     (tmp_path / 'metrics.jsonl').write_bytes(damage + whole + b'{"step": 2, "loss"')
     with MetricWriter(tmp_path, resume_step=9) as writer:
         writer.write_scalars(10, {'loss': 0.25})
@@ -121,6 +123,8 @@ def test_read(tmp_path):
     assert read(tmp_path) == []
     (tmp_path / 'metrics.jsonl').write_text('{"step": 1, "loss": NaN}\n[3]\n{"step": 2, "lo')
     assert [line['step'] for line in read(tmp_path)] == [1]
+    (tmp_path / 'folder' / 'metrics.jsonl').mkdir(parents=True)
+    assert read(tmp_path / 'folder') == []
 
 
 def test_new_run_starts_new_files(tmp_path):
