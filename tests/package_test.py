@@ -24,7 +24,7 @@ ROOMS = {
         {'__version__', 'files'},
     ),
     'training': (
-        {'jax', 'optax', 'orbax', 'tensorboardX', 'PIL', 'tqdm'},
+        {'jax', 'optax', 'orbax', 'tensorboardX', 'PIL', 'tqdm', 'wandb'},
         {'flow', 'sampling', 'data', 'config', 'files'},
     ),
     'evaluation': (
