@@ -77,7 +77,7 @@ def random_variables(model: tfj.TarFlow):
     """
     images = np.zeros((1, *model.image_shape), np.float32)
     variables = jax.jit(model.init)(jax.random.key(0), images)
-    amount = np.float32(0.01 * min(1.0, (256 / model.width) ** 0.5))
+    amount = np.float32(0.01 * min(1.0, 256 / model.width))
     rng = np.random.default_rng(0)
     move = lambda x: x + amount * rng.standard_normal(x.shape, np.float32)  # noqa: E731
     return jax.tree.map(move, variables)

@@ -91,7 +91,7 @@ def compared(args, model, variables, official, case) -> dict:
     if official and method == 'sequential':
         theirs = official_sampler(official, model, noise, labels, weight, args.dtype, args.device)
         found['difference'] = comparison.error(ours(), theirs())
-        if args.dtype == 'float32':
+        if args.dtype == 'float32' and args.device == 'cpu':
             assert found['difference'] < 1e-4, f'the samples differ by {found["difference"]}'
     if ours.schedule:
         found['schedule'] = [block.method for block in ours.schedule.blocks]

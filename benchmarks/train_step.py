@@ -98,30 +98,36 @@ class OfficialStep:
 
 
 def our_step_that_fits(make, batch: int):
-    """`make(batch)` for the largest power of two whose step fits on the device, from `batch` on."""
-    limit = (jax.devices()[0].memory_stats() or {}).get('bytes_limit')
-    try:
-        found = make(batch)
-        if limit is None:  # a CPU
+    """`make(n)` for the largest power of two whose step fits on the device; `batch` is a first guess.
+
+    The memory of the first step says how many images fit; a step that fits less well is halved.
+    """
+    limit = (jax.devices()[0].memory_stats() or {}).get('bytes_limit')  # None on a CPU
+    guessed = limit is None
+    while True:
+        found = None
+        try:
+            found = make(batch)
+            if not guessed:
+                guessed, fixed = True, 2 * found.state_bytes  # the state, and gradients and updates
+                images = (limit - fixed) * batch / max(found.bytes - fixed, found.bytes / 8)
+                best = 2 ** int(np.log2(max(images, 1)))
+                if best != batch:
+                    batch = best
+                    continue
+            found()
             return found, batch
-        each = (found.bytes - 2 * found.state_bytes) / batch  # gradients stay as they are, too
-        largest = max((limit - 2 * found.state_bytes) / max(each, 1), 1)
-        best = 2 ** int(np.log2(largest))
-        if best != batch:
-            del found
-            found, batch = make(best), best
-        found()
-        return found, batch
-    except jax.errors.JaxRuntimeError as error:
-        if 'RESOURCE_EXHAUSTED' not in str(error) or batch == 1:
-            raise
-    return our_step_that_fits(make, batch // 2)
+        except jax.errors.JaxRuntimeError as error:
+            if 'RESOURCE_EXHAUSTED' not in str(error) or batch == 1:
+                raise
+        guessed, batch = True, batch // 2
 
 
 def official_step_that_fits(make, batch: int):
     import torch
 
     while True:
+        found = None
         try:
             found = make(batch)
             found()
@@ -138,7 +144,7 @@ def one_side(args, model, variables) -> dict:
     """Speed and memory of one side alone, at the largest batch that fits or the one given."""
     parts = args.parts or PARTS.get(args.size, 1)
     if args.side == 'ours':
-        fit = our_step_that_fits
+        fit, variables = our_step_that_fits, jax.device_get(variables)  # a step donates its own
         make = lambda n: OurStep(model, variables, random_batch(model, n), parts)  # noqa: E731
     else:
         official = comparison.official_model(args.official, model, variables, args.device)

@@ -5,8 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import jax
 import pytest
 
 from tarflow_jax import config as configs
@@ -49,6 +51,35 @@ def test_use_of_a_card(benchmarks):
     assert benchmarks.utilisation(1e12, None) is None
 
 
+class Step:
+    """A train step in place of a real one: 10 bytes of state, and memory for each image."""
+
+    limit, tried = 100, []
+
+    def __init__(self, batch, each=1.0):
+        Step.tried.append(batch)
+        self.state_bytes, self.bytes, self.batch = 10, 20 + each * batch, batch
+
+    def __call__(self):
+        if self.bytes > Step.limit:
+            raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: out of memory')
+
+
+@pytest.mark.parametrize('make, tried, batch', [
+    (lambda n: Step(n, 1.0), [8, 64], 64),  # 80 bytes are left for images
+    (lambda n: Step(n, 1.0 if n < 64 else 1.5), [8, 64, 32], 32),
+    (lambda n: Step(n, 20.0), [8, 4], 4),
+])
+def test_the_largest_batch_that_fits(benchmarks, monkeypatch, make, tried, batch):
+    import train_step
+
+    Step.tried = []
+    device = types.SimpleNamespace(memory_stats=lambda: {'bytes_limit': Step.limit})
+    monkeypatch.setattr(train_step.jax, 'devices', lambda: [device])
+    found, size = train_step.our_step_that_fits(make, 8)
+    assert size == found.batch == batch and Step.tried == tried
+
+
 @pytest.mark.skipif(not SHELLCHECK, reason='shellcheck is not installed')
 def test_shellcheck_finds_nothing():
     found = subprocess.run(
@@ -61,7 +92,7 @@ def test_what_it_would_run():
     ran = run('--dry_run', '--official=CHECKOUT')
     assert ran.returncode == 0, ran.stderr
     lines = ran.stdout.splitlines()
-    assert len(lines) == 8 and all(line.startswith('timeout ') for line in lines)
+    assert len(lines) == 9 and all(line.startswith('timeout ') for line in lines)
     assert all('--device=gpu' in line for line in lines)
     assert sum('--official=CHECKOUT' in line for line in lines) == 4
     fetched = run('wheels', '--wheels=DIR', '--dry_run')
@@ -83,8 +114,9 @@ def test_all_of_it_tiny(tmp_path):
     assert ran.returncode == 0 and not [row for row in rows if 'failed' in row], ran.stderr[-2000:]
     assert ran.stdout == (tmp_path / 'results').read_text()
     kinds = [row['what'] for row in rows]
-    assert kinds == ['train_step', 'attention', 'parity', *['sampling'] * 2, 'likelihood', *['sampling'] * 2]
-    train, attention, parity, one, guided, likelihood, jacobi, automatic = rows
+    assert kinds == ['train_step', 'attention', 'parity', *['sampling'] * 2, 'likelihood', *['sampling'] * 2, 'train_step']
+    train, attention, parity, one, guided, likelihood, jacobi, automatic, dots = rows
+    assert dots['remat'] == 'dots'
     assert train['side'] == 'ours' and train['images_per_second'] > 0
     assert max(attention['xla']['gradient_errors']) < 0.03
     assert max(attention['whole_head_interpreted']['gradient_errors']) < 0.03
