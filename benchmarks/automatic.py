@@ -15,7 +15,6 @@ import argparse
 import functools
 import json
 import statistics
-from pathlib import Path
 
 import comparison
 import jax
@@ -27,7 +26,6 @@ from tarflow_jax.evaluation import features, networks
 from tarflow_jax.evaluation.frechet import frechet_distance
 from tarflow_jax.evaluation.over_set import evenly_spaced
 from tarflow_jax.training import pictures, sharding
-from tarflow_jax.training.checkpoint import Checkpoints
 
 METHODS = ('sequential', 'auto', 'jacobi')
 
@@ -47,13 +45,9 @@ class Images:
 
 def newest(workdir: str):
     """The plan of a workdir, its averaged variables, and its images as {'train': ..., 'test': ...}."""
-    about = next(Path(workdir).glob('checkpoints/*/about/metadata'))
-    config = configs.default()
-    config.update(json.loads(about.read_text())['config'])
+    config = tfj.load_config(workdir)
     plan = configs.plan(config)
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    with Checkpoints(workdir, plan.model) as checkpoints:
-        variables = checkpoints.restore_variables(functools.partial(sharding.placed, mesh=mesh))
+    _, variables = tfj.load(workdir)
     sets = {split: configs.source(config, split, plan.model) for split in ('train', 'test')}
     return plan, variables, sets
 

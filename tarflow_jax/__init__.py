@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from tarflow_jax.flow.flow import SequenceFlow, TarFlow
     from tarflow_jax.flow.guidance import Guidance
     from tarflow_jax.flow.likelihood import bits_per_dim, latent_log_prob, log_prob
+    from tarflow_jax.loading import load, load_config
     from tarflow_jax.sampling.calibration import calibrate
     from tarflow_jax.sampling.generate import sample_images
     from tarflow_jax.sampling.sample import SampleInfo, sample, sample_trajectory
@@ -30,6 +31,8 @@ _HOMES = {
     'denoise': 'flow.denoising',
     'iterative_denoise': 'flow.denoising',
     'latent_log_prob': 'flow.likelihood',
+    'load': 'loading',
+    'load_config': 'loading',
     'load_official': 'convert',
     'log_prob': 'flow.likelihood',
     'sample': 'sampling.sample',
@@ -49,6 +52,8 @@ __all__ = [
     'denoise',
     'iterative_denoise',
     'latent_log_prob',
+    'load',
+    'load_config',
     'load_official',
     'log_prob',
     'sample',

@@ -17,12 +17,13 @@ import subprocess
 
 import jax
 import numpy as np
+import optax
 import pytest
 from command_line import call
 from documented import ROOT, fenced, run_python, spans
 from PIL import Image
 
-from tarflow_jax import commands, main
+from tarflow_jax import commands, config_of_run, main, paths
 from tarflow_jax import config as configs
 from tarflow_jax.ahead_of_time import topology
 from tarflow_jax.ahead_of_time.chips import measured_range
@@ -47,8 +48,10 @@ def test_pages_are_found():
 
 
 def _readme(folder):
-    """The images and labels that the README leaves to the reader, and the official file it reads."""
+    """The images and labels that the README leaves to the reader, and the files it reads."""
     import tarflow_jax as tfj
+    from tarflow_jax.training.checkpoint import Checkpoints
+    from tarflow_jax.training.state import from_variables
 
     namespace = {
         'images': jax.random.uniform(jax.random.key(0), (2, 28, 28, 1), minval=-1),
@@ -57,6 +60,10 @@ def _readme(folder):
     model = tfj.TarFlow(28, 1, patch_size=4, width=64, layers_per_block=(1, 1), num_classes=10)
     variables = jax.jit(model.init)(jax.random.key(0), namespace['images'])
     tfj.save_official(variables, model, folder / 'model.safetensors')
+    config = configs.default()
+    config.model.update(width=64, layers_per_block=(1, 1))
+    with Checkpoints(folder / 'runs' / 'fashion_mnist', model, config.to_dict()) as checkpoints:
+        checkpoints.save(from_variables(variables, optax.identity(), ema=False))
     return namespace
 
 
@@ -183,6 +190,8 @@ def _training_program(arguments: list[str], monkeypatch) -> None:
         arguments += [f'--config={ROOT}/configs/fashion_mnist.py', '--workdir=runs/a']
     if not any(a.startswith('--config=') for a in arguments):  # that of a checkpoint is taken
         arguments.insert(0, f'--config={ROOT}/configs/colour64.py')
+    monkeypatch.setattr(paths, 'reach', lambda *_, **__: None)  # no bucket is asked
+    monkeypatch.setattr(config_of_run, 'saved', lambda workdir: None)
     given = main._parse(['main', *arguments])
     configs.plan(given.config)
 

@@ -313,19 +313,6 @@ def test_workdir_that_another_run_writes_to(refused, trained, images):
         assert call(*flags(trained, images), '--mode=evaluate') == 0
 
 
-@pytest.mark.parametrize('name, there, wanted', [
-    ('metrics.jsonl', 'folder', 'file'), ('evaluation.json', 'folder', 'file'),
-    ('checkpoints', 'file', 'folder'), ('samples', 'file', 'folder'),
-])
-def test_a_folder_where_a_run_has_a_file(refused, images, tmp_path, name, there, wanted):
-    path = tmp_path / name
-    path.mkdir() if there == 'folder' else path.write_text('')
-    refused(
-        [*flags(tmp_path, images), '--mode=evaluate'],
-        f'{path} is a {there}, where a run has a {wanted}; move it away.',
-    )
-
-
 @pytest.mark.parametrize('below', ['', '/run'])
 def test_workdir_that_is_a_file(refused, images, tmp_path, below):
     (tmp_path / 'file').write_text('mine')

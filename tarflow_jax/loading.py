@@ -1,0 +1,57 @@
+"""Loads a run of the command line into Python: its flow, its parameters, its config."""
+
+import functools
+
+import jax
+from ml_collections import ConfigDict
+
+from tarflow_jax import config as configs
+from tarflow_jax import config_of_run, paths
+from tarflow_jax.flow.flow import TarFlow, Variables
+from tarflow_jax.training import sharding
+from tarflow_jax.training.checkpoint import Checkpoints
+
+
+def load(workdir: str, step: int | None = None) -> tuple[TarFlow, Variables]:
+    """Loads the flow of a run and its parameters, the averaged ones if there are any.
+
+        model, variables = tfj.load('runs/fashion_mnist')
+
+    The parameters come to the first device of this process, whatever devices saved them;
+    `jax.device_put` takes them elsewhere.
+
+    Args:
+      workdir: folder of the run, on a disk or gs://BUCKET/FOLDER.
+      step: of the checkpoint; None is the newest that is not damaged.
+    Raises:
+      FileNotFoundError: if there is no checkpoint.
+      ValueError: if the workdir cannot be read or its config is not understood.
+      OSError: if all checkpoints are damaged.
+    """
+    model = configs.plan(load_config(workdir)).model
+    mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+    with Checkpoints(_resolved(workdir), model) as checkpoints:
+        place = functools.partial(sharding.placed, mesh=mesh)
+        variables = checkpoints.restore_variables(place, step)
+    return model, jax.device_put(variables, jax.local_devices()[0])
+
+
+def load_config(workdir: str) -> ConfigDict:
+    """Loads the config of a run; fields that its newest checkpoint lacks keep their default.
+
+    Raises:
+      FileNotFoundError: if there is no checkpoint.
+      ValueError: if the workdir cannot be read.
+    """
+    saved = config_of_run.saved(_resolved(workdir))
+    if saved is None:
+        raise FileNotFoundError(
+            f'{workdir} holds no checkpoint that says its config; give the --workdir of a run.'
+        )
+    return config_of_run.whole(saved, training=False)
+
+
+def _resolved(workdir: str) -> str:
+    folder = paths.resolved(str(workdir), f'workdir {workdir}', 'folder')
+    paths.reach(folder, f'workdir {workdir}', write=False)
+    return folder
