@@ -147,7 +147,7 @@ def _entries(archive: zipfile.ZipFile, file_size: int) -> dict[str, zipfile.ZipI
         raise ValueError(f'the zip archive holds {twice[:100]!r} twice; {TRUST}')
     pickles = [name for name in names if name.endswith('/data.pkl') and name.count('/') == 1]
     if len(pickles) != 1:
-        raise _NoPickle(
+        raise (ValueError if pickles else _NoPickle)(
             f'the zip archive holds {len(pickles)} entries <name>/data.pkl instead of one'
         )
     folder = pickles[0].removesuffix('data.pkl')

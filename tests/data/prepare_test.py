@@ -435,7 +435,7 @@ def test_does_not_write_into_the_source_or_a_file(classes, tmp_path, capfd):
     assert f'{classes / "out"} lies inside {classes}' in last_error(capfd)
     (tmp_path / 'file').touch()
     run(classes, tmp_path / 'file', code=2)
-    assert 'is a file; give a folder' in last_error(capfd)
+    assert 'is not a folder, but a file; give a folder' in last_error(capfd)
 
 
 @pytest.mark.parametrize('size', ['0', '48x', '0x3', 'x', '48x32x3', '-1'])
