@@ -240,7 +240,7 @@ def compiled(run: Run, where: topology.Topology):
 
 
 def compared(name: str, run: Run, text: Path | None) -> dict:
-    """Compiles a run and compares; with `text`, from or to the text of the program in that file."""
+    """Compiles a run and compares; `text` gets the program's text."""
     where = topology.describe(run.topology)
     start = time.perf_counter()
     program, mesh = compiled(run, where)
@@ -277,7 +277,12 @@ def main():
     parser.add_argument('--runs', default=','.join(RUNS), help='some of them, with commas')
     parser.add_argument('--out', type=Path, help='folder for the text of the compiled programs')
     given = parser.parse_args()
-    for name in given.runs.split(','):
+    names = given.runs.split(',')
+    if unknown := [name for name in names if name not in RUNS]:
+        parser.error(f'--runs={unknown[0]} is none of {", ".join(RUNS)}')
+    if given.out:
+        given.out.mkdir(parents=True, exist_ok=True)
+    for name in names:
         text = given.out and given.out / f'{name.replace(" ", "_")}.hlo.txt'
         print(json.dumps(compared(name, RUNS[name], text)), flush=True)
 

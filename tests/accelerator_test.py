@@ -114,9 +114,8 @@ def test_all_of_it_tiny(tmp_path):
     assert ran.returncode == 0 and not [row for row in rows if 'failed' in row], ran.stderr[-2000:]
     assert ran.stdout == (tmp_path / 'results').read_text()
     kinds = [row['what'] for row in rows]
-    assert kinds == ['train_step', 'attention', 'parity', *['sampling'] * 2, 'likelihood', *['sampling'] * 2, 'train_step']
-    train, attention, parity, one, guided, likelihood, jacobi, automatic, dots = rows
-    assert dots['remat'] == 'dots'
+    assert kinds == ['train_step', 'attention', 'parity', *['sampling'] * 2, 'likelihood', *['sampling'] * 2]
+    train, attention, parity, one, guided, likelihood, jacobi, automatic = rows
     assert train['side'] == 'ours' and train['images_per_second'] > 0
     assert max(attention['xla']['gradient_errors']) < 0.03
     assert max(attention['whole_head_interpreted']['gradient_errors']) < 0.03
