@@ -17,7 +17,8 @@ from tarflow_jax.evaluation.versions import versions
 
 FILE = 'evaluation.json'
 _SHAPE = {
-    'checkpoint': {'name': str, 'step?': (int, None)}, 'scores': {str: dict},
+    'checkpoint': {'name': str, 'step?': (int, None)},
+    'scores': {str: {'from?': {'checkpoint': {'name': str, 'step?': (int, None)}}}},
     'data': {'images': int, 'kind?': (str, None), 'caution?': str},
 }
 
@@ -43,7 +44,7 @@ def prepare(subject: Subject) -> Callable:
         report = {'checkpoint': origin} | about(subject) | {'scores': scores}
         if jax.process_index() == 0:
             print(*table(report), sep='\n', flush=True)
-            write(subject.workdir, report)
+            report = write(subject.workdir, report)
         return report
 
     return work
@@ -67,22 +68,44 @@ def about(subject: Subject) -> dict:
     }
 
 
-def write(workdir: Path, report: dict) -> None:
-    """Writes evaluation.json; one that is there of other numbers keeps its own name."""
+def write(workdir: Path, report: dict) -> dict:
+    """Writes evaluation.json, to which the scores there that are not scored again are added.
+
+    If others are, or the file there is damaged, it keeps its content under a name of its own.
+
+    Returns:
+      what the file holds.
+    """
     path = workdir / FILE
-    report = json_files.sealed(json.loads(json.dumps(report, default=_plain)))
-    text = (json.dumps(report, indent=2) + '\n').encode()
-    if path.exists() and (before := path.read_bytes()) != text:
+    report = json.loads(json.dumps(report, default=_plain))
+    before, scores = read(workdir), report['scores']
+    if before is not None:
+        report = _with_earlier(report, before)
+    replaced = before is None or any(
+        json.dumps(scores[name]) != json.dumps({k: v for k, v in result.items() if k != 'from'})
+        for name, result in before['scores'].items() if name in scores
+    )
+    if replaced and path.exists():
         # A copy: if anything fails here, evaluation.json is still there. One is enough, however
         # often it fails.
+        content = path.read_bytes()
         names = (workdir / f'evaluation.{k}.json' for k in itertools.count())
         free = (
             name for name in names
-            if not name.exists() or name.is_file() and name.read_bytes() == before
+            if not name.exists() or name.is_file() and name.read_bytes() == content
         )
-        files.write_bytes(next(free), before)
-    files.write_bytes(path, text)
+        files.write_bytes(next(free), content)
+    files.write_bytes(path, (json.dumps(json_files.sealed(report), indent=2) + '\n').encode())
     log.info('scores are in %s', path)
+    return report
+
+
+def _with_earlier(report: dict, before: dict) -> dict:
+    """The report with the scores that only an earlier one has, which say where they are from."""
+    context = {name: value for name, value in before.items() if name != 'scores'}
+    found = {name: {'from': context} | result for name, result in before['scores'].items()}
+    found |= report['scores']
+    return report | {'scores': {name: found[name] for name in SCORES if name in found}}
 
 
 def read(workdir) -> dict | None:
@@ -114,9 +137,17 @@ def table(report: dict) -> list[str]:
     if 'caution' in data:
         rows.append(('caution', data['caution']))
     for name, result in report['scores'].items():
-        rows += [('', ''), *SCORES[name].rows(result)]
+        rows += [('', ''), *score_rows(name, result)]
     width = max(len(name) for name, _ in rows)
     return [f'{name:{width}}  {value}'.rstrip() for name, value in rows]
+
+
+def score_rows(name: str, result: dict) -> list[tuple[str, str]]:
+    """The rows of one score, the last of which says so if it is from an earlier evaluation."""
+    rows = SCORES[name].rows(result)
+    if 'from' in result:
+        rows.append(('scored earlier', f'with {result["from"]["checkpoint"]["name"]}'))
+    return rows
 
 
 def _set_name(data: dict) -> str:

@@ -66,8 +66,44 @@ def test_what_it_takes_to_repeat_an_evaluation(workdir, images, capsys):
     assert f'step 2 of {workdir}' in printed
 
 
+def report_of(seed, step=3, **scores):
+    return {
+        'checkpoint': {'name': f'step {step} of W', 'step': step}, 'data': {'images': 3}, 'seed': seed,
+        'scores': scores,
+    }
+
+
+LEVELS = {
+    'levels': [0.1], 'bits_per_dim': [3.0], 'standard_error_over_images': [0.1],
+    'noise_bits_per_dim': [2.0], 'image_bits_per_dim': [1.0],
+    'image_standard_error_over_images': [0.1], 'images': 3, 'draws': 1,
+}
+BITS = {
+    'bits_per_dim': 3.0, 'standard_error_over_images': float('nan'), 'images': 1, 'draws': 1, 'loss': 0.5,
+}
+
+
+def test_scores_are_added_to_those_there(tmp_path):
+    scoring.write(tmp_path, report_of(1, step=3, bits_per_dim=BITS))
+    scoring.write(tmp_path, report_of(2, step=5, levels=LEVELS))
+    found = scoring.read(tmp_path)
+    earlier = {'checkpoint': {'name': 'step 3 of W', 'step': 3}, 'data': {'images': 3}, 'seed': 1}
+    assert list(found['scores']) == ['bits_per_dim', 'levels'] and found['checkpoint']['step'] == 5
+    assert found['scores']['bits_per_dim'].pop('from') == earlier
+    assert found['scores']['levels'] == LEVELS and found['seed'] == 2
+    # A third leaves where the first is from.
+    scoring.write(tmp_path, report_of(3, step=6, levels=LEVELS))
+    found = scoring.read(tmp_path)
+    assert found['scores']['bits_per_dim']['from'] == earlier
+    assert 'scored earlier               with step 3 of W' in scoring.table(found)
+    # The same numbers again, and no copy.
+    scoring.write(tmp_path, report_of(4, step=7, bits_per_dim=BITS))
+    assert 'from' not in scoring.read(tmp_path)['scores']['bits_per_dim']
+    assert [path.name for path in tmp_path.iterdir()] == ['evaluation.json']
+
+
 def test_full_disk_leaves_the_scores_there(tmp_path, monkeypatch):
-    scoring.write(tmp_path, {'seed': 1})
+    scoring.write(tmp_path, report_of(1, levels=LEVELS))
     before, write_bytes = (tmp_path / 'evaluation.json').read_text(), scoring.files.write_bytes
 
     def full(path, content):
@@ -75,20 +111,21 @@ def test_full_disk_leaves_the_scores_there(tmp_path, monkeypatch):
             raise OSError(28, 'No space left on device')
         write_bytes(path, content)
 
+    other = report_of(2, levels=LEVELS | {'images': 4})
     with monkeypatch.context() as patch:
         patch.setattr(scoring.files, 'write_bytes', full)
         for _ in range(2):
             with pytest.raises(OSError):
-                scoring.write(tmp_path, {'seed': 2})
+                scoring.write(tmp_path, other)
     assert {path.name for path in tmp_path.iterdir()} == {'evaluation.json', 'evaluation.0.json'}
     assert {path.read_text() for path in tmp_path.iterdir()} == {before}
-    scoring.write(tmp_path, {'seed': 2})
+    scoring.write(tmp_path, other)
     assert (tmp_path / 'evaluation.0.json').read_text() == before
-    assert report_in(tmp_path) == json_files.sealed({'seed': 2})
+    assert report_in(tmp_path) == json_files.sealed(other)
     # What is there need not be text.
     (tmp_path / 'evaluation.json').write_bytes(b'\xff\xfe')
     (tmp_path / 'evaluation.1.json').mkdir()
-    scoring.write(tmp_path, {'seed': 3})
+    scoring.write(tmp_path, other)
     assert (tmp_path / 'evaluation.2.json').read_bytes() == b'\xff\xfe'
 
 
@@ -96,31 +133,27 @@ def test_an_older_report_keeps_its_numbers(workdir, images):
     assert evaluate(workdir, images, 'bits_per_dim') == 0
     first = (workdir / 'evaluation.json').read_text()
     assert evaluate(workdir, images, 'bits_per_dim') == 0  # the same again
+    assert not list(workdir.glob('evaluation.*.json'))
     assert evaluate(workdir, images, 'bits_per_dim', seed=1) == 0
-    # That of the training run, and the first here.
-    older = sorted(workdir.glob('evaluation.*.json'))
-    assert [path.name for path in older] == ['evaluation.0.json', 'evaluation.1.json']
-    assert older[1].read_text() == first and report_in(workdir)['seed'] == 1
+    older = workdir / 'evaluation.0.json'
+    assert older.read_text() == first and report_in(workdir)['seed'] == 1
     # A name that was freed is taken, and no other file.
-    older[0].unlink()
+    older.unlink()
     assert evaluate(workdir, images, 'bits_per_dim', seed=2) == 0
-    assert older[1].read_text() == first and json.loads(older[0].read_text())['seed'] == 1
+    assert [path.name for path in workdir.glob('evaluation.*.json')] == ['evaluation.0.json']
+    assert json.loads(older.read_text())['seed'] == 1
 
 
 def test_a_report_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
     assert scoring.read(tmp_path) is None
     report = {'checkpoint': {'name': 'step 3'}, 'data': {'images': 3}, 'scores': {}}
     scoring.write(tmp_path, report)
-    sync, calls = os.fsync, []
 
     def full_disk(file):
-        calls.append(file)
-        if len(calls) == 2:
-            raise OSError('No space left on device')
-        sync(file)
+        raise OSError('No space left on device')
 
-    monkeypatch.setattr(os, 'fsync', full_disk)
-    with pytest.raises(OSError, match='No space left'):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match='No space left'):
+        patch.setattr(os, 'fsync', full_disk)
         scoring.write(tmp_path, report | {'seed': 1})
     assert scoring.read(tmp_path) == report
     text = (tmp_path / 'evaluation.json').read_text()

@@ -245,7 +245,7 @@ def test_ctrl_c_keeps_what_is_known(tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize('more, says', [
     ([], '--mode=compile needs --topology'),
-    (['--topology=v5e:4x4', '--workdir=x'], '--workdir=x has no meaning with --mode=compile'),
+    (['--topology=v5e:4x4', '--workdir=x'], 'x has no meaning with --mode=compile'),
     (['--topology=v5e:4x4', '--json=/no/such/folder/x.json'], 'its folder does not exist'),
     (['--topology=v5e:4x4', '--batch_per_chip=0'], '--batch_per_chip'),
     (['--topology=v5e:4x4', '--config.train.batch_size=24'], 'cannot be shared evenly by 16'),

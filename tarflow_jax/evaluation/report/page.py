@@ -95,9 +95,10 @@ def _training(found) -> str:
             'metrics.jsonl is missing here or holds no loss, so that there is no curve; it is '
             'written in training, by', '--mode=train',
         )
-    evaluation = found['evaluation'] or {'scores': {}, 'checkpoint': {}}
-    scores, step = evaluation['scores'].get('bits_per_dim'), evaluation['checkpoint'].get('step')
-    scored = (step, scores['bits_per_dim']) if scores and step is not None else None
+    evaluation = found['evaluation'] or {'scores': {}}
+    scores = evaluation['scores'].get('bits_per_dim')
+    step = scores and scores.get('from', evaluation)['checkpoint'].get('step')
+    scored = (step, scores['bits_per_dim']) if step is not None else None
     text = paragraph(
         'The loss is how badly the flow predicts its training images, smaller being better, and it '
         'is a sum: the prior term asks the latents to be small, as Gaussian noise is, and the '
