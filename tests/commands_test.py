@@ -196,9 +196,10 @@ def test_official_tensors_come_back(converted, images, tmp_path, source):
 def set_of_classes(folder, names, kind='imagenet_resized'):
     """The fields of a prepared set, of which there is no more than what names its classes."""
     folder.mkdir()
-    (folder / 'manifest.json').write_text(json.dumps(
-        {'format': 1, 'kind': kind, 'classes': names, 'image': {'size': 16, 'channels': 1}}
-    ))
+    (folder / 'manifest.json').write_text(json.dumps({
+        'format': 1, 'dataset': 'a set', 'tfds_name': 'a_set', 'preprocessing': 'none', 'kind': kind,
+        'classes': names, 'image': {'size': 16, 'channels': 1}, 'splits': {},
+    }))
     return dict(COND_GRAY, data__source='prepared', data__path=str(folder))
 
 
