@@ -3,7 +3,7 @@
 import functools
 
 import jax
-from ml_collections import ConfigDict  # type: ignore[import-untyped]
+from ml_collections import ConfigDict
 
 from tarflow_jax import config as configs
 from tarflow_jax import config_of_run, paths

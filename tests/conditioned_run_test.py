@@ -163,7 +163,8 @@ def renamed(prepared, folder, names):
 
 def test_classes_in_another_order(workdir, command, prepared, tmp_path, capfd):
     assert Checkpoints(workdir, MODEL).about()['data'] == {
-        'class_names': ['cat', 'dog'], 'kind': 'photographs/torchvision'
+        'class_names': ['cat', 'dog'], 'kind': 'photographs/torchvision',
+        'set': "pets, 32 images of split 'train'",
     }
     given = command(workdir, evaluate__metrics='("classification",)')
     assert call(*given, '--mode=evaluate') == 0

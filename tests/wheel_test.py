@@ -65,7 +65,7 @@ def test_metadata(wheel):
     assert about['Version'] == tarflow_jax.__version__
     assert about['License-Expression'] == 'Apache-2.0'
     assert about['Requires-Python'] == '>=3.11'
-    assert set(about.get_all('Provides-Extra')) == {'tpu', 'gpu', 'evaluation', 'test'}
+    assert set(about.get_all('Provides-Extra')) == {'tpu', 'gpu', 'gcs', 'wandb', 'evaluation', 'test'}
     needs = about.get_all('Requires-Dist')
     assert 'jax[tpu]; extra == "tpu"' in needs
     assert 'jax[cuda13]; extra == "gpu"' in needs
