@@ -217,8 +217,9 @@ class _Watch:
         if self._total == before:
             self._good = self._step
             return
-        log.warning('step %d was skipped, as its gradient was not finite (%d so far)',
-                    self._step, self._total)
+        if self._total & (self._total - 1) == 0:  # the 1st, 2nd, 4th, ...: a diverged run has many
+            log.warning('step %d was skipped, as its gradient was not finite (%d so far)',
+                        self._step, self._total)
         if self._step - self._good >= self._limit:
             self._diverged()
 
