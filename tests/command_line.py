@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -86,6 +87,11 @@ def start(*arguments, program=('-m', 'tarflow_jax.main'), **options) -> subproce
     )
 
 
+def with_devices(count: int) -> str:
+    """This process's XLA_FLAGS with another number of devices: the same programs, to the bit."""
+    return re.sub(r'(device_count=)\d+', rf'\g<1>{count}', os.environ['XLA_FLAGS'])
+
+
 def start_processes(count, program, *arguments, devices=1) -> list[subprocess.Popen]:
     """One run of `count` processes with so many devices each; of one, a run as any other."""
     with socket.socket() as free:
@@ -99,7 +105,7 @@ def start_processes(count, program, *arguments, devices=1) -> list[subprocess.Po
         )
         environment = os.environ | (many if count > 1 else {}) | dict(
             PYTHONPATH=path, JAX_PLATFORMS='cpu',
-            XLA_FLAGS=f'--xla_force_host_platform_device_count={devices}',
+            XLA_FLAGS=with_devices(devices),
         )
         started.append(subprocess.Popen(
             [sys.executable, *program, *map(str, arguments)], env=environment,

@@ -33,7 +33,11 @@ def kinds(tree) -> dict[str, str]:
 
 def sums_of_hashes(tree):
     """The checksum of every array of a tree, as whole numbers."""
-    sums = jax.tree.map(lambda x: _sum_there(x) if _stays(x) else _here(x), tree)
+    # One at a time: on CPUs, programs that run at once and wait for other processes may each wait
+    # for another program's turn.
+    sums = jax.tree.map(
+        lambda x: jax.block_until_ready(_sum_there(x)) if _stays(x) else _here(x), tree
+    )
     return jax.tree.map(
         lambda leaf, found: int(found) if _stays(leaf) else _sum_here(found),
         tree, jax.device_get(sums),

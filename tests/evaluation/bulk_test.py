@@ -15,7 +15,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from command_line import ROOT, files
+from command_line import ROOT, files, with_devices
 from PIL import Image
 from tiny_flow import tiny
 from tiny_plan import plan_of
@@ -196,7 +196,7 @@ def test_two_processes(wanted, tmp_path):
         address = f'127.0.0.1:{free.getsockname()[1]}'
     started = [
         run(TWO, tmp_path, JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES='2',
-            JAX_PROCESS_ID=str(i), XLA_FLAGS='--xla_force_host_platform_device_count=4')
+            JAX_PROCESS_ID=str(i), XLA_FLAGS=with_devices(4))
         for i in range(2)
     ]
     for process in started:

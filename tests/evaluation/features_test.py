@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import with_devices
 
 from tarflow_jax.data.sources import InMemory
 from tarflow_jax.evaluation import statistics_files
@@ -227,7 +228,7 @@ def test_two_processes(tmp_path):
             stderr=subprocess.PIPE, text=True,
             env=os.environ | dict(
                 PYTHONPATH=os.pathsep.join(search), JAX_PLATFORMS='cpu',
-                XLA_FLAGS='--xla_force_host_platform_device_count=1',
+                XLA_FLAGS=with_devices(1),
                 JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES='2', JAX_PROCESS_ID=str(i),
             ),
         )
