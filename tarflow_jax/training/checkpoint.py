@@ -9,6 +9,7 @@ checksum of every array is saved beside it, and compared with that of what was r
 
 import contextlib
 import logging
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -338,4 +339,8 @@ def _reason(error: Exception) -> str:
     """The end of an error's first line, where Orbax has the cause behind file names."""
     line = str(error).strip().partition('\n')[0] or type(error).__name__
     line = line.partition(' [source locations=')[0]  # of TensorStore
-    return line if len(line) <= 200 else f'... {line[-200:]}'
+    # Which may have the cause anywhere.
+    cause = re.search(r'OS error \d+: (?:[A-Z]+ )?([A-Z][\w ]+)', line)
+    if len(line) > 200:
+        line = f'{cause[1]}: ... {line[-200:]}' if cause else f'... {line[-200:]}'
+    return line
