@@ -221,13 +221,13 @@ def test_two_processes(tmp_path):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         address = f'127.0.0.1:{free.getsockname()[1]}'
-    search = (str(ROOT), str(ROOT / 'tests' / 'evaluation'), os.environ.get('PYTHONPATH', ''))
+    search = (ROOT, ROOT / 'tests', ROOT / 'tests' / 'evaluation', os.environ.get('PYTHONPATH', ''))
     started = [
         subprocess.Popen(
             [sys.executable, '-c', WORKER, str(tmp_path)], stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True,
             env=os.environ | dict(
-                PYTHONPATH=os.pathsep.join(search), JAX_PLATFORMS='cpu',
+                PYTHONPATH=os.pathsep.join(map(str, search)), JAX_PLATFORMS='cpu',
                 XLA_FLAGS=with_devices(1),
                 JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES='2', JAX_PROCESS_ID=str(i),
             ),
