@@ -10,25 +10,30 @@ if TYPE_CHECKING:
     from tarflow_jax.flow.flow import SequenceFlow, TarFlow
     from tarflow_jax.flow.guidance import Guidance
     from tarflow_jax.flow.likelihood import bits_per_dim, latent_log_prob, log_prob
+    from tarflow_jax.flow.standardize import Standardize
     from tarflow_jax.loading import load, load_config
     from tarflow_jax.sampling.calibration import calibrate
     from tarflow_jax.sampling.generate import sample_images
     from tarflow_jax.sampling.sample import SampleInfo, sample, sample_trajectory
     from tarflow_jax.sampling.schedule import Schedule
+    from tarflow_jax.training.fit import Fitted, fit
 
 __version__ = '0.1.0'
 
 # Where each public name lives; a module is imported when a name of it is first used (PEP 562).
 _HOMES = {
     'Condition': 'flow.condition',
+    'Fitted': 'training.fit',
     'Guidance': 'flow.guidance',
     'SampleInfo': 'sampling.sample',
     'Schedule': 'sampling.schedule',
     'SequenceFlow': 'flow.flow',
+    'Standardize': 'flow.standardize',
     'TarFlow': 'flow.flow',
     'bits_per_dim': 'flow.likelihood',
     'calibrate': 'sampling.calibration',
     'denoise': 'flow.denoising',
+    'fit': 'training.fit',
     'iterative_denoise': 'flow.denoising',
     'latent_log_prob': 'flow.likelihood',
     'load': 'loading',
@@ -42,14 +47,17 @@ _HOMES = {
 }
 __all__ = [
     'Condition',
+    'Fitted',
     'Guidance',
     'SampleInfo',
     'Schedule',
     'SequenceFlow',
+    'Standardize',
     'TarFlow',
     'bits_per_dim',
     'calibrate',
     'denoise',
+    'fit',
     'iterative_denoise',
     'latent_log_prob',
     'load',
