@@ -47,8 +47,8 @@ def test_pages_are_found():
 # Python.
 
 
-def _readme(folder):
-    """The images and labels that the README leaves to the reader, and the files it reads."""
+def _images_and_a_run(folder):
+    """The images and labels that pages leave to the reader, and the files they read."""
     import tarflow_jax as tfj
     from tarflow_jax.training.checkpoint import Checkpoints
     from tarflow_jax.training.state import from_variables
@@ -70,8 +70,13 @@ def _readme(folder):
 # page: (what is small in place of large, what is there before)
 PYTHON = {
     'README.md': (
-        {'width=128': 'width=64', '(4, 4, 4, 4)': '(1, 1)', 'range(200)': 'range(2)', "'model.pth'": "'model.safetensors'"},
-        _readme,
+        {'layers_per_block=(2, 2)': 'layers_per_block=(1,)', 'steps=500': 'steps=2', '1000': '10'},
+        _images_and_a_run,
+    ),
+    'docs/library.md': (
+        {'width=128': 'width=64', '(4, 4, 4, 4)': '(1, 1)', "'model.pth'": "'model.safetensors'",
+         'layers_per_block=(2, 2)': 'layers_per_block=(1,)', 'steps=300': 'steps=2'},
+        _images_and_a_run,
     ),
     'docs/sampling.md': ({'(4, 4, 4, 4)': '(1, 1)'}, lambda folder: {}),
     'docs/itarflow.md': (
@@ -431,7 +436,7 @@ def rows(page: str, columns: int) -> list[list[str]]:
 
 
 def test_the_table_of_costs_follows_from_that_of_steps():
-    predicted = {row[0]: row for row in rows('README.md', 7) if row[0].startswith('v')}
+    predicted = {row[0]: row for row in rows('docs/pods.md', 7) if row[0].startswith('v')}
     table = [row for row in rows('docs/cloud_tpu.md', 7) if row[0].startswith('v')]
     assert len(table) == 4
     for topology_, chips, batch, seconds, steps, hours, chip_hours in table:
@@ -442,7 +447,7 @@ def test_the_table_of_costs_follows_from_that_of_steps():
 
 
 def test_the_measured_range_beside_every_predicted_step():
-    compared = [row for row in rows('README.md', 7) if row[0].startswith('v')]
+    compared = [row for row in rows('docs/pods.md', 7) if row[0].startswith('v')]
     assert len(compared) == 6
     for topology_, _, _, _, step, measured, _ in compared:
         (low, high), _ = measured_range(topology_.partition(':')[0])
