@@ -92,7 +92,7 @@ def test_nonsense_is_refused(images, tmp_path):
     ('model.width', '640000', 'parameters (model.image_size 16, image_channels 1, patch_size 8, '
      'width 640000, layers_per_block (1,), num_classes 5, num_features 0), and a device (cpu) has'),
     ('model.layers_per_block', '(1000000000,)', 'choose smaller sizes, a smaller batch, or more'),
-    ('model.layers_per_block', '()', 'must hold at least one block'),
+    ('model.layers_per_block', '()', 'must have at least one block'),
     ('model.layers_per_block', '(True,)', '(True,) must hold whole numbers, each at least 1'),
     ('model.head_dim', '0', 'model.head_dim 0 must be at least 1'),
     ('model.attention', 'splash', "attention 'splash' is for TPUs, and the devices are CPUs"),

@@ -1,1 +1,1 @@
-"""The flow itself: pure mathematics on jax and flax, nothing else."""
+"""The flow itself: mathematics on jax and flax only."""

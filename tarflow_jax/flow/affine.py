@@ -1,4 +1,4 @@
-"""The affine map of a block, written once for both directions and the log-determinant."""
+"""The affine map of a block, shared by both directions and the log-determinant."""
 
 import math
 from typing import NamedTuple
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 Array = jax.Array
 
 SCALES = ('exp', 'softplus')
-_ONE_AT_ZERO = math.log(math.expm1(1.0))  # softplus of it is 1
+_ONE_AT_ZERO = math.log(math.expm1(1.0))  # softplus(_ONE_AT_ZERO) == 1
 
 
 class Affine(NamedTuple):
@@ -17,8 +17,8 @@ class Affine(NamedTuple):
 
     Args:
       log_scale: log |sigma|.
-      shift: of the same shape.
-      sign: of sigma, +1 or -1; None is +1 throughout. Only guidance makes scales negative.
+      shift: the shift, in the shape of log_scale.
+      sign: the sign of sigma, +1 or -1; None for +1 everywhere. Only guidance makes it negative.
     """
 
     log_scale: Array
@@ -34,7 +34,7 @@ class Affine(NamedTuple):
         return z * (sigma if self.sign is None else sigma * self.sign) + self.shift
 
     def map(self, function) -> 'Affine':
-        """The function of every array that is there."""
+        """Applies a function to every array that is not None."""
         return jax.tree.map(function, self)
 
 
@@ -42,12 +42,14 @@ def affine_of(
     outputs: Array, axis: int, *, scale: str = 'exp', limit: float | None = None,
     volume_preserving: bool = False,
 ) -> Affine:
-    """The affine map that the raw outputs of a Transformer stand for.
+    """Converts the raw outputs of a Transformer to an affine map.
 
     Args:
-      outputs: raw log-scales a, then raw shifts m, along the axis; volume preserving: m alone.
-      scale: sigma is exp(a), or 'softplus': log(1 + exp(a + 0.541325)), both 1 at a = 0.
-      limit: c bounds a and m by c tanh(. / c); None does not.
+      outputs: raw log-scales a followed by raw shifts m along `axis`; only m if
+        `volume_preserving`.
+      scale: 'exp' for sigma = exp(a), 'softplus' for sigma = log(1 + exp(a + 0.541325)); both are
+        1 at a = 0.
+      limit: bounds a and m by c tanh(. / c); None sets no bound.
     """
     if limit is not None:
         outputs = limit * jnp.tanh(outputs / limit)
@@ -60,7 +62,7 @@ def affine_of(
 
 
 def _log_softplus(x: Array) -> Array:
-    """log(log(1 + exp(x))), which is x - exp(x) / 2 far below 0, where the inner log underflows."""
+    """Computes log(log(1 + exp(x))); far below 0, where that underflows, as x - exp(x) / 2."""
     low = x < -15.0
     series = x - 0.5 * jnp.exp(jnp.minimum(x, -15.0))
     return jnp.where(low, series, jnp.log(jax.nn.softplus(jnp.maximum(x, -15.0))))

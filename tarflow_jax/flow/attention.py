@@ -1,4 +1,4 @@
-"""Attention: over a key/value cache, and causal over whole sequences by the kernel of the chip.
+"""Attention over a key/value cache, and causal attention kernels for whole sequences.
 
 Shape suffixes: B images, H heads, S queries, T keys, K head_dim.
 """
@@ -17,31 +17,33 @@ Array = jax.Array
 
 
 def at_least_float32(dtype: DTypeLike) -> np.dtype:
-    """float32 for narrower types; float64 stays (the tests differentiate in float64)."""
+    """Promotes narrower types to float32; keeps float64, which the tests differentiate in."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
-# Of float32 matrix products on TPU: six, three and one passes in bfloat16, which its matrix unit
-# multiplies. On GPU all but 'highest' allow TF32; a CPU multiplies float32 whatever it is.
+# A TPU multiplies float32 matrices in six, three or one passes of bfloat16. On GPU, 'high' and
+# 'default' allow TF32. A CPU always multiplies in float32.
 PRECISIONS = ('highest', 'high', 'default')
 
 
 def product_precision(dtype: DTypeLike, precision: str) -> str | None:
-    """The `precision` of a matrix product of operands of this type; None for bfloat16."""
+    """Returns the `precision` argument for a matrix product of this dtype; None for bfloat16."""
     return None if dtype == jnp.bfloat16 else precision
 
 
-@jax.named_scope('attention')  # in profiles and compiled programs
+@jax.named_scope('attention')  # the name in profiles and compiled programs
 def attention(
     q_BxHxSxK: Array, k_BxHxTxK: Array, v_BxHxTxK: Array, mask: Array, scale,
     precision: str = 'highest',
 ) -> Array:
-    """Softmax attention, logits and softmax in float32. Returns [B, H, S, K] in q's type.
+    """Computes softmax attention, with logits and softmax in float32.
 
     Args:
-      mask: broadcastable to [B, H, S, T], True where a query may look.
+      mask: broadcastable to [B, H, S, T]; True where a query attends to a key.
       scale: multiplies the logits; a number, or an array broadcastable to [B, H, S, T].
       precision: one of PRECISIONS.
+    Returns:
+      [B, H, S, K] in the dtype of q.
     """
     wide = at_least_float32(q_BxHxSxK.dtype)
     passes = product_precision(q_BxHxSxK.dtype, precision)
@@ -57,11 +59,11 @@ def attention(
 
 
 def kernel_for(platform: str, dtype, length: int) -> str:
-    """The kernel for causal attention over `length` positions on 'tpu', 'gpu' or 'cpu'.
+    """Chooses the kernel for causal attention over `length` positions on 'tpu', 'gpu' or 'cpu'.
 
     'whole_head', 'splash' (for longer sequences) and 'cudnn' keep the T x T logits on the chip.
-    They are for bfloat16: their float32 products are rounded, which would cost the likelihood its
-    digits. 'xla' is for everything else.
+    They are used for bfloat16 only: they round float32 products, which would cost the likelihood
+    several digits. 'xla' handles everything else.
     """
     if dtype != jnp.bfloat16:
         return 'xla'
@@ -74,18 +76,18 @@ def check_kernel(kernel: str, platform: str, dtype, length: int) -> None:
     """Checks that a kernel chosen by name runs on these devices; 'auto' always does.
 
     Raises:
-      ValueError: one sentence that begins with the name of the field, 'attention'.
+      ValueError: if it does not; the message starts with the field name, 'attention'.
     """
     wanted = {'cudnn': 'gpu', 'whole_head': 'tpu', 'splash': 'tpu'}.get(kernel, platform)
     reason = None
     if wanted != platform:
-        reason = f'is for {wanted.upper()}s, and the devices are {platform.upper()}s'
+        reason = f'runs on {wanted.upper()}s, but the devices are {platform.upper()}s'
     elif kernel == 'cudnn' and dtype != jnp.bfloat16:
-        reason = f'is for the dtype bfloat16, and that of the model is {np.dtype(dtype).name}'
+        reason = f'needs bfloat16, but the dtype of the model is {np.dtype(dtype).name}'
     elif kernel.startswith(('splash', 'whole_head')) and length % _BLOCK:
-        reason = f'needs a multiple of {_BLOCK} patches, and the model has {length}'
+        reason = f'needs a multiple of {_BLOCK} patches, but the model has {length}'
     elif kernel.startswith('whole_head') and length > tpu_attention.MAX_LENGTH:
-        reason = f'is for up to {tpu_attention.MAX_LENGTH} patches, and the model has {length}'
+        reason = f'takes up to {tpu_attention.MAX_LENGTH} patches, but the model has {length}'
     if reason:
         raise ValueError(f"attention {kernel!r} {reason}; choose 'auto'.")
 
@@ -94,12 +96,12 @@ def check_kernel(kernel: str, platform: str, dtype, length: int) -> None:
 def causal_attention(
     kernel: str, q: Array, k: Array, v: Array, scale, precision: str = 'highest'
 ) -> Array:
-    """Attention of every position to itself and those before it: [B, H, T, K] each, and returned.
+    """Computes causal self-attention. Inputs and result are [B, H, T, K].
 
     Args:
-      kernel: one of KERNELS, as `kernel_for` chooses.
+      kernel: one of KERNELS, such as `kernel_for` returns.
       scale: multiplies the logits; a number, or [B, 1, 1, 1].
-      precision: of 'xla', one of PRECISIONS.
+      precision: one of PRECISIONS; only 'xla' uses it.
     """
     more = {'precision': precision} if kernel == 'xla' else {}
     return KERNELS[kernel](q, k, v, scale, **more)
@@ -111,7 +113,7 @@ def _xla(q, k, v, scale, precision='highest'):
 
 
 def _cudnn(q, k, v, scale):
-    # Scaling q instead of the logits allows one scale per image, and is exact for a power of two.
+    # cuDNN takes one scale for all images, so scale q instead; exact if the scale is a power of 2.
     q, k, v = (x.swapaxes(1, 2) for x in ((q * scale).astype(q.dtype), k, v))
     return jax.nn.dot_product_attention(
         q, k, v, scale=1.0, is_causal=True, implementation='cudnn'
@@ -120,7 +122,7 @@ def _cudnn(q, k, v, scale):
 
 def _whole_head(q, k, v, scale, interpret=False):
     B, H, T, K = q.shape
-    missing = -H * K % tpu_attention.whole_lanes(K)  # of heads too few, filled up with zeros
+    missing = -H * K % tpu_attention.whole_lanes(K)  # zero-pad to whole groups of heads
     flat = lambda x: jnp.pad(  # noqa: E731
         x.swapaxes(1, 2).reshape(B, T, H * K), ((0, 0), (0, 0), (0, missing))
     )
@@ -129,7 +131,7 @@ def _whole_head(q, k, v, scale, interpret=False):
     return out[..., : H * K].reshape(B, T, H, K).swapaxes(1, 2)
 
 
-_BLOCK = 128  # the kernel's tiles are multiples of the 128 lanes of the chip
+_BLOCK = 128  # tiles are multiples of the chip's 128 lanes
 
 
 def _splash(q, k, v, scale, interpret=False):
@@ -138,7 +140,7 @@ def _splash(q, k, v, scale, interpret=False):
 
 
 def _splash_kernel(heads: int, length: int, interpret: bool):
-    # Imported here: it takes a third of a second, which only TPUs should pay for.
+    # Importing it takes a third of a second, so only TPU users pay for it.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     block = max(b for b in (128, 256, 512) if length % b == 0)
@@ -146,8 +148,8 @@ def _splash_kernel(heads: int, length: int, interpret: bool):
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block,
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
-        use_fused_bwd_kernel=True,  # five products of tiles instead of seven
-        # Heads of 64 channels would be padded to 128 in HBM.
+        use_fused_bwd_kernel=True,  # five tile products instead of seven
+        # Any other layout would pad heads of 64 channels to 128 in HBM.
         q_layout=minor, k_layout=minor, v_layout=minor,
     )
     mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
@@ -159,7 +161,7 @@ KERNELS: dict[str, Callable[..., Array]] = {
     'cudnn': _cudnn,
     'whole_head': _whole_head,
     'splash': _splash,
-    # These two run anywhere, slowly.
+    # Interpreted versions run on any device, slowly.
     'whole_head_interpreted': functools.partial(_whole_head, interpret=True),
     'splash_interpreted': functools.partial(_splash, interpret=True),
 }

@@ -1,4 +1,4 @@
-"""One autoregressive block of a flow: a bijector whose map a causal Transformer predicts.
+"""One autoregressive block: a bijector whose affine map a causal Transformer predicts.
 
 Shape suffixes: B examples, N = B or 2 B rows, T tokens, D numbers in a token, C width, F features.
 """
@@ -29,7 +29,7 @@ from tarflow_jax.flow.transformer import (
     product,
 )
 
-# What a layer keeps of its forward pass beside its input; the rest is recomputed.
+# What a layer saves in its forward pass besides its input; the backward pass recomputes the rest.
 REMAT_POLICIES = {
     'none': jax.checkpoint_policies.everything_saveable,
     'layer': jax.checkpoint_policies.nothing_saveable,
@@ -37,7 +37,7 @@ REMAT_POLICIES = {
     'attention': jax.checkpoint_policies.save_only_these_names('attention'),
 }
 FIRST_TOKENS = ('identity', 'start')
-LONGEST_PERIOD = 10_000  # of the sines of the noise level
+LONGEST_PERIOD = 10_000  # of the sines in the noise embedding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +50,10 @@ class Block:
         inverse  x_t = z_t * exp(a_t) + m_t            one token after another
         logdet   -sum over t, d of a                   [B], nats
 
-    The block knows no order (see `flow.order`): the functions take it, so that one compiled program
+    The methods take the order (see `flow.order`) as an argument, so that one compiled program
     serves all blocks with the same fields.
 
-    The fields are those of `Flow`, with the sequence's `length` and `token_dim`, and `num_layers`.
+    The fields are those of `Flow`, plus the sequence's `length` and `token_dim`, and `num_layers`.
     """
 
     length: int
@@ -76,7 +76,7 @@ class Block:
     layout: Any = OneDevice()
 
     def parameters(self) -> dict[str, Any]:
-        """The arrays of the block, as a tree of `Parameter`."""
+        """Describes the block's arrays as a tree of `Parameter`."""
         T, D, C, F = self.length, self.token_dim, self.width, self.num_features
         tree: dict[str, Any] = {
             'proj_in': linear({'token': D}, {'width': C}),
@@ -109,20 +109,20 @@ class Block:
 
     @property
     def stream_dtype(self) -> DTypeLike:
-        """Of the residual stream, to which the layers add."""
+        """The dtype of the residual stream."""
         return jnp.promote_types(self.dtype, self.residual_dtype or self.dtype)
 
     @property
     def calls(self) -> int:
-        """Network calls in a row of sequential decoding: one for each token that is predicted."""
+        """The number of network calls in sequential decoding: one per predicted token."""
         return self.length - (self.first_token == 'identity')
 
     def forward(self, params, x_BxTxD: Array, condition=None, order=False) -> tuple[Array, Array]:
         """Maps x to z.
 
         Args:
-          params: of this block.
-          x_BxTxD: in raster order, as is the result.
+          params: the parameters of this block.
+          x_BxTxD: tokens in raster order; z is in raster order too.
           condition: see `condition.as_condition`.
         Returns:
           z [B, T, D], and the log-determinant [B] in nats.
@@ -136,11 +136,11 @@ class Block:
         self, params, z_BxTxD: Array, condition=None, order=False,
         guidance: GuidanceParams | None = None, *, cache_dtype=None,
     ) -> tuple[Array, Array]:
-        """Maps z to x, one token after another; compiled once for all blocks with equal fields.
+        """Maps z to x, one token at a time. Blocks with equal fields share one compiled program.
 
         Args:
-          guidance: None is unguided.
-          cache_dtype: of keys and values; None is the block's.
+          guidance: None for no guidance.
+          cache_dtype: dtype of the key/value cache; None for the block's dtype.
         Returns:
           x [B, T, D], and the inverse's log-determinant [B] in nats.
         """
@@ -152,10 +152,10 @@ class Block:
     def affine(
         self, params, x_BxTxD: Array, condition=None, order=False, temperature: Any = 1.0
     ) -> Affine:
-        """The map of every token, [B, T, D] float32, predicted from those before it.
+        """Predicts the affine map of every token from the tokens before it, [B, T, D] float32.
 
         Args:
-          x_BxTxD: in the block's own order, as is the result.
+          x_BxTxD: tokens in the block's own order; the result is in that order too.
           temperature: divides the attention logits; a number or [B, 1, 1, 1].
         """
         form = ChannelsLast(self.dtype, self.layout, self.precision)
@@ -174,15 +174,16 @@ class Block:
         self, form: ChannelsLast | ChannelsFirst, params, x: Array, context: Array, *,
         caches=None, start=0, temperature: Any = 1.0,
     ) -> tuple[Affine, Any]:
-        """The Transformer: what each position predicts for the next token.
+        """Applies the Transformer: each position predicts the affine map of the next token.
 
         Args:
-          form: of all arrays; see `transformer`. With channels last, `params` are the block's, and
-            with channels first, what `decoder.prepare` makes of them.
-          x: tokens at S positions, channels D; context: what is added to them, channels C.
-          caches: of every layer, as for `transformer.layer`; None without.
+          form: layout of all arrays; see `transformer`. With channels last, `params` are the
+            block's parameters; with channels first, the result of `decoder.prepare`.
+          x: tokens at S positions, with D channels.
+          context: added to the projected tokens, with C channels.
+          caches: key/value cache of each layer, see `transformer.layer`; None for no cache.
         Returns:
-          the map of the next tokens, float32, and the caches with these positions filled in.
+          the affine map of the next tokens, float32, and the updated caches.
         """
         h = form.linear(params['proj_in'], x, 'proj_in')
         h = form.constrain(h + context, 'width')
@@ -200,7 +201,7 @@ class Block:
                 return one(own, h)
 
             if self.remat != 'none':
-                # prevent_cse is needed outside of a scan only, and costs speed inside one.
+                # Only code outside a scan needs prevent_cse, and it slows down a scan.
                 body = jax.checkpoint(
                     body, prevent_cse=False, policy=REMAT_POLICIES[self.remat]
                 )
@@ -217,10 +218,10 @@ class Block:
         return affine, caches
 
     def context(self, params, condition, order=False) -> Array:
-        """What the condition adds to the tokens: [B, T, C], with axes of 1 where all are alike.
+        """Embeds the condition as [B, T, C], with size 1 along axes where all entries are equal.
 
-        A sum of the class's embedding (the mean over all classes without one), the noise level's,
-        and those of the features.
+        The result is the sum of the embeddings of the class, the noise level and the features.
+        Without a class, the mean over all class embeddings is used.
         """
         c = as_condition(condition)
         context = jnp.zeros((1, 1, self.width), self.stream_dtype)
@@ -230,7 +231,7 @@ class Block:
             if c.labels is None:
                 classes = mean[None, None]
             else:
-                # A label past the last class gives NaN (take's fill mode), never another class.
+                # A label past the last class gives NaN (jnp.take's fill mode), not another class.
                 known = jnp.take(embedding, jnp.maximum(c.labels, 0), axis=0)
                 classes = jnp.where(c.labels[:, None] < 0, mean, known)[:, None]
             context = context + classes.astype(self.stream_dtype)
@@ -243,9 +244,9 @@ class Block:
         return context
 
     def _feature_context(self, params, features: Array, order) -> Array:
-        """Of each token's own features, and of those of the token that is predicted from it.
+        """Embeds the features of each token and of the next token, which it predicts.
 
-        The first token's features reach its prediction through the start token, if there is one.
+        With a start token, the first token's features reach its prediction through it.
         """
         present = jnp.isfinite(features).all(-1, keepdims=True)
         features = jnp.where(present, features, 0.0)
@@ -266,7 +267,7 @@ class Block:
 
 
 def noise_embedding(params, noise_std_B: Array) -> Array:
-    """The embedding [B, C] of noise levels: an MLP of sines and cosines of log t (iTARFlow)."""
+    """Embeds noise levels as [B, C]: an MLP of sines and cosines of log t (iTARFlow)."""
     x = noise_features(noise_std_B, params['mlp_in']['kernel'].shape[0])
     matrices = (((1,), (0,)), ((), ()))
     for name, activation in (('mlp_in', gelu), ('mlp_out', lambda x: x)):
@@ -275,7 +276,7 @@ def noise_embedding(params, noise_std_B: Array) -> Array:
 
 
 def noise_features(noise_std_B: Array, width: int) -> Array:
-    """[sin(log t * f), cos(log t * f)], f = 10000^(-k / h), k = 0..h-1, h = width / 2: [B, 2 h]."""
+    """Returns [sin(log t f), cos(log t f)], f = 10000^(-k/h), k = 0..h-1, h = width/2; [B, 2h]."""
     half = width // 2
     frequencies = jnp.exp(-math.log(LONGEST_PERIOD) * jnp.arange(half) / half)
     angles = jnp.log(noise_std_B)[:, None] * frequencies

@@ -1,7 +1,7 @@
-"""What a flow is conditioned on: classes, a noise level and features, in any combination.
+"""The condition of a flow: classes, a noise level and features, in any combination.
 
-Nothing else looks into a condition: the flow embeds it (`Block.context`), guidance and training
-drop parts of it, and everything between passes it on.
+The flow embeds a condition (`Block.context`); guidance and training drop parts of it. All other
+code passes it on unread.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ R = TypeVar('R')
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """What a batch is conditioned on; a pytree.
+    """The condition of a batch; a pytree.
 
     Args:
-      labels: int32 [B], classes; -1 is "no class". None is no class for all.
-      noise_std: float32 [B] or a number, the standard deviation of the Gaussian noise in the data,
-        above 0. Flows with `noise_conditioned=True` need it, others refuse it.
-      features: float32, a vector for each example [B, F] or for each token [B, T, F]. A vector of
-        NaN is "no features", as label -1 is "no class". None is no features for all.
+      labels: int32 [B], classes; -1 means no class. None means no class for the whole batch.
+      noise_std: float32 [B] or a number above 0: the standard deviation of the Gaussian noise in
+        the data. Required if the flow has `noise_conditioned=True`, otherwise an error.
+      features: float32, one vector per example [B, F] or per token [B, T, F]. A vector of NaN means
+        no features. None means no features for the whole batch.
     """
 
     labels: Any = None
@@ -36,12 +36,12 @@ class Condition:
 
 
 def as_condition(condition) -> Condition:
-    """The condition itself, or one of labels alone (int32 [B] or None)."""
+    """Converts labels (int32 [B] or None) to a `Condition`; returns a `Condition` unchanged."""
     return condition if isinstance(condition, Condition) else Condition(labels=condition)
 
 
 def labels_keyword(function: Callable[..., R]) -> Callable[..., R]:
-    """Lets a function that takes a condition be called with `labels=` in its place."""
+    """Lets callers pass `labels=` instead of `condition=` to a function."""
 
     @functools.wraps(function)
     def call(*args, **kwargs):
@@ -53,13 +53,13 @@ def labels_keyword(function: Callable[..., R]) -> Callable[..., R]:
 
 
 def batch_size_of(condition) -> int | None:
-    """The number of examples that a condition is for; None if it is for any number."""
+    """Returns the batch size of a condition; None if it fits any batch size."""
     arrays = [x for x in jax.tree.leaves(as_condition(condition)) if np.ndim(x)]
     return np.shape(arrays[0])[0] if arrays else None
 
 
 def informative(flow, condition) -> bool:
-    """Whether the condition has classes or features that the flow looks at."""
+    """Returns whether the condition has classes or features that the flow uses."""
     c = as_condition(condition)
     return bool(
         (flow.num_classes and c.labels is not None)
@@ -68,12 +68,12 @@ def informative(flow, condition) -> bool:
 
 
 def at_noise_level(condition, noise_std) -> Condition:
-    """The condition at another noise level, float32 [B] or a number."""
+    """Replaces the noise level of a condition by `noise_std`, float32 [B] or a number."""
     return dataclasses.replace(as_condition(condition), noise_std=noise_std)
 
 
 def per_example(condition, batch: int) -> Condition:
-    """The condition with a noise level for each example, where it has one for all."""
+    """Broadcasts a single noise level to one per example."""
     c = as_condition(condition)
     if c.noise_std is None:
         return c
@@ -81,7 +81,7 @@ def per_example(condition, batch: int) -> Condition:
 
 
 def drop(condition, dropped_B: Array) -> Condition:
-    """Drops classes and features, never the noise level, of the examples that are True."""
+    """Drops classes and features (not the noise level) of the examples where `dropped_B`."""
     c = as_condition(condition)
     labels, features = c.labels, c.features
     if labels is not None:
@@ -93,7 +93,7 @@ def drop(condition, dropped_B: Array) -> Condition:
 
 
 def both_branches(condition, batch: int) -> Condition:
-    """The conditions of 2 * `batch` rows: each example's own, then without classes and features."""
+    """Repeats each example's condition twice, the second time without classes and features."""
     def double(x):
         x = jnp.asarray(x)
         return x if x.ndim == 0 else jnp.repeat(x, 2, axis=0)
@@ -103,7 +103,7 @@ def both_branches(condition, batch: int) -> Condition:
 
 
 def rows(condition, index) -> Condition:
-    """The conditions of some examples of the batch."""
+    """Selects the conditions of some examples of the batch."""
     def take(x):
         return x[index] if np.ndim(x) else x
 
@@ -111,10 +111,10 @@ def rows(condition, index) -> Condition:
 
 
 def check_condition(flow, condition, batch: int) -> Condition:
-    """Checks a condition against a flow; values only outside of `jax.jit`.
+    """Checks a condition against a flow; checks values only outside `jax.jit`.
 
     Args:
-      flow: with `num_classes`, `num_features`, `noise_conditioned` and `token_shape`.
+      flow: any object with `num_classes`, `num_features`, `noise_conditioned` and `token_shape`.
       condition: see `as_condition`.
     Returns:
       the condition, as a `Condition`.
@@ -126,19 +126,19 @@ def check_condition(flow, condition, batch: int) -> Condition:
         _check_labels(flow.num_classes, c.labels, batch)
     if flow.noise_conditioned and c.noise_std is None:
         raise ValueError(
-            'noise_std is missing, and this flow is conditioned on a noise level; pass '
+            'noise_std is missing, but this flow is conditioned on a noise level; pass '
             'Condition(noise_std=...).'
         )
     if c.noise_std is not None:
         if not flow.noise_conditioned:
             raise ValueError(
-                'noise_std is given, and this flow is not conditioned on a noise level; leave it '
+                'noise_std is given, but this flow is not conditioned on a noise level; leave it '
                 'out, or build the flow with noise_conditioned=True.'
             )
         if np.shape(c.noise_std) not in ((), (batch,)):
             raise ValueError(
                 f'noise_std has shape {np.shape(c.noise_std)}; pass a number or shape ({batch},), '
-                'one level for each example.'
+                'one level per example.'
             )
         level = _concrete(c.noise_std)
         if level is not None and not (np.isfinite(level) & (level > 0)).all():
@@ -151,7 +151,7 @@ def check_condition(flow, condition, batch: int) -> Condition:
 def _check_labels(num_classes: int, labels, batch: int) -> None:
     if jnp.shape(labels) != (batch,):
         raise ValueError(
-            f'labels have shape {jnp.shape(labels)}, a batch of {batch} needs ({batch},).'
+            f'labels have shape {jnp.shape(labels)}; a batch of {batch} needs ({batch},).'
         )
     if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
         raise ValueError(
@@ -165,7 +165,7 @@ def _check_labels(num_classes: int, labels, batch: int) -> None:
     if wrong.size:
         raise ValueError(
             f'label {wrong[0]} is outside 0..{num_classes - 1}, the classes of this flow '
-            '(-1 stands for no class).'
+            '(-1 means no class).'
         )
 
 
@@ -173,7 +173,7 @@ def _check_features(flow, features, batch: int) -> None:
     F, (T, _) = flow.num_features, flow.token_shape
     if F == 0:
         raise ValueError(
-            'features are given, and this flow takes none; leave them out, or build the flow with '
+            'features are given, but this flow takes none; leave them out, or build the flow with '
             'num_features.'
         )
     if jnp.shape(features) not in ((batch, F), (batch, T, F)):
@@ -189,13 +189,13 @@ def _check_features(flow, features, batch: int) -> None:
     missing = np.isnan(values)
     if np.isinf(values).any() or (missing.any(-1) != missing.all(-1)).any():
         raise ValueError(
-            'features hold numbers that are not finite; a vector is finite throughout, or NaN '
-            'throughout for "no features".'
+            'features are not finite; each vector must be all finite, or all NaN for "no '
+            'features".'
         )
 
 
 def _concrete(x) -> np.ndarray | None:
-    """The values, where they can be looked at."""
+    """Returns the values as NumPy, or None if they are traced or on another process."""
     if isinstance(x, jax.core.Tracer):
         return None
     if isinstance(x, jax.Array) and not x.is_fully_addressable:

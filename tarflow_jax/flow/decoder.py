@@ -1,8 +1,8 @@
-"""Decoding a block: its Transformer over a few positions and a key/value cache of those before.
+"""Decodes a block: runs its Transformer on a few positions at a time, with a key/value cache.
 
-A step reads tokens at positions 0..T-1 and predicts the next. Without a start token the tokens are
-x_0..x_{T-1}, and what the last position predicts is unused; with one they are the start token,
-x_0..x_{T-2}. Either way position s predicts the entry s + 1 of the `sequence` that `begin` makes.
+A step reads the token at each position and predicts the next token. Without a start token, the T
+positions hold x_0..x_{T-1}, and the last prediction is unused. With a start token, they hold the
+start token and x_0..x_{T-2}. Either way, position s predicts entry s + 1 of the result of `begin`.
 
 Shape suffixes: B examples, N = B or 2 B rows (both branches of guided examples), T tokens, S
 positions of a call, D numbers in a token, C width.
@@ -26,14 +26,14 @@ from tarflow_jax.flow.transformer import ChannelsFirst, LayerCache
 if TYPE_CHECKING:
     from tarflow_jax.flow.block import Block
 
-# Every step reads the whole cache that it was compiled with, and on average half of it is masked.
-# With two programs, the first with half the cache, a quarter is masked, with four an eighth; and
-# they compile longer.
+# Every step reads the whole cache, whose size is fixed at compile time; on average half of it is
+# masked. Growing the cache in two stages masks a quarter, in four stages an eighth. More stages
+# take longer to compile.
 PREFIXES, SHORTEST_PREFIX = 4, 24
 
 
 class Decoder(NamedTuple):
-    """What one step of an inverse calls: `step`."""
+    """Everything that a step of the inverse needs; see `step`."""
 
     block: Block
     form: ChannelsFirst
@@ -50,7 +50,7 @@ class Decoder(NamedTuple):
         cls, block: Block, params, condition, order, guidance: GuidanceParams, batch: int,
         cache_dtype=None,
     ) -> Decoder:
-        """For `batch` examples; `cache_dtype` is that of keys and values, None for the block's."""
+        """Builds the decoder of `batch` examples; a `cache_dtype` of None is the block's dtype."""
         form = ChannelsFirst(block.dtype, block.layout, block.precision)
         params = jax.tree.map(
             lambda p, x: block.layout.gather(x, p.axes), block.parameters(), params,
@@ -65,9 +65,9 @@ class Decoder(NamedTuple):
         )
 
     def pad_caches(self, caches: list[LayerCache] | None, length: int) -> list[LayerCache]:
-        """Zero-pads the caches (None: empty ones) to `length` positions.
+        """Zero-pads the caches to `length` positions; None stands for empty caches.
 
-        Masked positions have probability 0, and 0 times what is not finite would be NaN.
+        Masked positions have probability 0, so they must be finite: 0 times NaN would be NaN.
         """
         block = self.block
         if caches is None:
@@ -86,14 +86,15 @@ class Decoder(NamedTuple):
     def step(
         self, x_DxBxS: Array, start, caches: list[LayerCache]
     ) -> tuple[Affine, list[LayerCache]]:
-        """The (guided) map of each position's next token.
+        """Predicts the (guided) affine map of each position's next token.
 
         Args:
-          x_DxBxS: the tokens at S positions, from `start` on, a number that may be traced.
-          caches: of the positions before them. With room for S only, these are all positions, and
-            `start` is 0: then it is attention as in training, by the kernel of the chip.
+          x_DxBxS: the tokens at S positions.
+          start: index of the first of the S positions; may be traced.
+          caches: key/value caches of the positions before `start`. If they hold S positions only,
+            `start` must be 0, and the step uses the attention kernel of training.
         Returns:
-          [D, B, S] float32 each, and the caches with these positions filled in.
+          the affine map, [D, B, S] float32 each, and the updated caches.
         """
         S = x_DxBxS.shape[2]
         x_DxNxS = jnp.repeat(x_DxBxS, self.guidance.branches, axis=1)
@@ -111,9 +112,9 @@ class Decoder(NamedTuple):
 
 
 def prepare(block: Block, form: ChannelsFirst, params) -> dict:
-    """A block's parameters for decoding: layers unstacked, kernels transposed.
+    """Prepares a block's parameters for decoding: unstacks layers and transposes kernels.
 
-    Inside a loop, each iteration would copy every layer's weights.
+    Call it outside the decoding loop, or each iteration would copy every layer's weights.
     """
     def one(tree):
         return {
@@ -128,10 +129,10 @@ def prepare(block: Block, form: ChannelsFirst, params) -> dict:
 
 
 def begin(block: Block, params, z_TxDxB: Array) -> Array:
-    """The entries that decoding replaces one by one, but for the first, which is known.
+    """Returns the sequence that decoding overwrites from entry 1 on; entry 0 is known.
 
     Returns:
-      [T, D, B], or [T + 1, D, B] with a start token in front.
+      [T, D, B]; with a start token at the front [T + 1, D, B].
     """
     if block.first_token == 'identity':
         return z_TxDxB
@@ -146,11 +147,11 @@ def invert(
     block: Block, z_BxTxD: Array, params, condition, order, guidance: GuidanceParams, *,
     cache_dtype=None,
 ) -> tuple[Array, Array]:
-    """`Block.inverse`."""
+    """Implements `Block.inverse`."""
     B, T, _ = z_BxTxD.shape
     calls = block.calls
-    # XLA removes a loop of one step, and its CPU backend has no bfloat16 products outside of loops
-    # in this form: one step more, which nobody reads.
+    # XLA unrolls a loop of one step, and its CPU backend lacks this bfloat16 product outside a
+    # loop. So the loop runs at least two steps; the extra result is dropped.
     steps = max(calls, 2)
     entries = begin(block, params, reorder(z_BxTxD, order).transpose(1, 2, 0))
     entries = jnp.pad(entries, ((0, steps - calls), (0, 0), (0, 0)))
@@ -178,7 +179,7 @@ def invert(
 
 
 def prefixes(length: int) -> list[tuple[int, int]]:
-    """(first, last) of the few stretches of 0..length - 1 between which the caches grow."""
+    """Splits 0..length - 1 into a few ranges (first, last); the caches grow from range to range."""
     count = max(1, min(PREFIXES, length // SHORTEST_PREFIX))
     size = max(1, -(-length // count))
     return [(first, min(first + size, length)) for first in range(0, length, size)]

@@ -31,17 +31,17 @@ def denoise(
     noise_std: float | Array,
     strength: float = 1.0,
 ) -> Array:
-    """One step of score-based denoising (Tweedie; TarFlow, section 3.3, eq. 9).
+    """Takes one step of score-based denoising (Tweedie; TarFlow, section 3.3, eq. 9).
 
         x + strength * noise_std^2 * d/dx log p(x)
 
     Args:
       examples: [B, ...], samples of a flow trained with Gaussian noise of `noise_std`.
-      condition: that the samples were drawn with.
-      noise_std: a number, or [B], a level for each example.
-      strength: 1 is the theoretical optimum.
+      condition: the condition of the samples.
+      noise_std: one level for all examples, or [B].
+      strength: multiplies the step; 1 is the theoretical optimum.
     Returns:
-      examples [B, ...].
+      the denoised examples [B, ...].
     Raises:
       ValueError: if examples or condition do not fit the model.
     """
@@ -69,45 +69,44 @@ def iterative_denoise(
     return_path: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> Array:
-    """Follows the score of a noise-conditioned flow from the first noise level to 0 (iTARFlow).
+    """Denoises in many steps, from the first noise level to 0 (iTARFlow).
 
     With the estimate x0 = x + t^2 d/dx log p(x | t) at each level t, and r = t' / t for the next,
 
         ode   x <- x0 + r (x - x0)
         sde   x <- x0 + t' (r (x - x0) / t + sqrt(1 - r^2) n),  n standard normal
 
-    The step from the last level goes to 0 and returns x0. A step costs a forward and a backward
-    pass, in the flow's dtype: float32, in the official code, also for flows trained in bfloat16.
+    The last step goes to level 0 and returns x0. Each step costs a forward and a backward pass in
+    the flow's dtype. The official code uses float32 here even for flows trained in bfloat16.
 
     Args:
-      images: [B, ...], samples drawn at the first level.
-      condition: that the samples were drawn with; `levels` take the place of its noise_std.
-      levels: [N], falling and above 0.
-      clip: whether each estimate is clipped to [-1, 1].
-      key: of the noise of 'sde': one, or one for each example [B], whose noise then does not depend
-        on the rest of the batch.
-      return_path: also return the way there: the images at each level, and the result.
-      progress: called after each step with (steps done, steps in all), once whatever the number of
-        devices. It is compiled into the program, so pass the same function to all calls. A program
-        with `progress` is not kept in JAX's compilation cache, and all processes of a mesh must
-        compile the same: with several, leave it out.
+      images: [B, ...], samples at the first level.
+      condition: the condition of the samples; `levels` replaces its noise_std.
+      levels: [N], decreasing and above 0.
+      clip: whether to clip each estimate to [-1, 1].
+      key: random key for 'sde': one key, or one per example [B]. With one per example, an example's
+        noise does not depend on the rest of the batch.
+      return_path: whether to return the images at every level too.
+      progress: called once after each step with (steps done, total steps). Pass the same function
+        to every call, because it is compiled into the program. JAX's compilation cache skips such
+        programs. Not supported with several processes.
     Returns:
-      examples [B, ...]; with return_path [N + 1, B, ...], where entry i is at level i, the first
-      is `images` and the last is the result.
+      the denoised examples [B, ...]. With return_path, [N + 1, B, ...]: entry i is at level i, the
+      first entry is `images` and the last is the result.
     Raises:
       ValueError: if the arguments do not fit the model or each other.
     """
     if not model.noise_conditioned:
         raise ValueError(
-            'iterative_denoise needs a flow with noise_conditioned=True; use denoise for others.'
+            'iterative_denoise needs a flow with noise_conditioned=True; use denoise instead.'
         )
     if solver not in SOLVERS:
-        raise ValueError(f'solver {solver!r} is none of {", ".join(SOLVERS)}.')
+        raise ValueError(f'solver {solver!r} must be one of {", ".join(SOLVERS)}.')
     if (key is not None) != (solver == 'sde'):
-        raise ValueError("solver 'sde' needs a key, and 'ode' takes none.")
+        raise ValueError("solver 'sde' needs a key; solver 'ode' takes none.")
     levels = np.asarray(levels, np.float32)
     if levels.ndim != 1 or not levels.size or not (np.diff(levels, append=0.0) < 0).all():
-        raise ValueError(f'levels {levels} must be a falling sequence of numbers above 0.')
+        raise ValueError(f'levels {levels} must be a decreasing sequence of numbers above 0.')
     model.check_examples(images)
     condition = check_condition(
         model, at_noise_level(condition, levels[0]), jnp.shape(images)[0]
@@ -116,7 +115,7 @@ def iterative_denoise(
         key = jax.random.split(key, jnp.shape(images)[0])
     if progress is not None and jax.process_count() > 1:
         raise ValueError(
-            f'progress is for one process, and there are {jax.process_count()}; leave it out.'
+            f'progress supports one process, not {jax.process_count()}; leave it out.'
         )
     return _iterate(
         model, variables, images, condition, jnp.asarray(levels), clip, key, return_path, progress
@@ -140,7 +139,7 @@ def _iterate(
             )(keys)
         x = next_examples(x, clean, level, following, noise)
         if progress is not None:
-            # The sum has the call wait until the step is done.
+            # The sum makes the callback wait for the step.
             jax.debug.callback(partial(_report, progress, levels.size), i, x.sum())
         return x, x if return_path else None
 
@@ -154,7 +153,7 @@ def _report(progress: Callable, steps: int, i, _) -> None:
 
 
 def next_examples(x, clean, level, following, noise: Array | None) -> Array:
-    """The examples at the next level; with noise the step of 'sde', else that of 'ode'."""
+    """Moves examples to the next level: the step of 'sde' if noise is given, else of 'ode'."""
     ratio = following / level
     if noise is None:
         return clean + ratio * (x - clean)

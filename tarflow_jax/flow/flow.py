@@ -29,49 +29,51 @@ from tarflow_jax.flow.transformer import OneDevice
 
 Variables = Mapping[str, Any]  # what `init` returns
 
-FAR_OUTSIDE = 50.0  # samples of a young flow may reach 10; pixels 0 to 255 reach 255
+FAR_OUTSIDE = 50.0  # samples of an untrained flow may reach 10; pixels 0 to 255 reach 255
 
 
 class Flow(nn.Module, kw_only=True):
-    """What `SequenceFlow` and `TarFlow` have in common: x -> z with an exact log-determinant.
+    """The base class of `SequenceFlow` and `TarFlow`: x -> z with an exact log-determinant.
 
-    A stack of `Block`s, index 0 nearest the data. Variables: `params/block_B`, and for
-    volume-preserving flows `prior/variance` [T, D], the variance of the Gaussian prior, which
-    training moves by averaging instead of by gradient.
+    A flow is a stack of `Block`s; block 0 is nearest the data. Its variables are `params/block_B`
+    and, if it is volume-preserving, `prior/variance` [T, D]. Training updates this variance of the
+    Gaussian prior by a moving average, not by gradient.
 
     Args:
-      width: channels of the Transformers; a multiple of head_dim.
-      layers_per_block: a number of layers for each block.
-      head_dim: channels of an attention head.
-      num_classes: 0 for a flow without classes, which ignores labels.
-      num_features: numbers in a feature vector; 0 for a flow without features.
+      width: number of channels of the Transformers; a multiple of head_dim.
+      layers_per_block: number of layers of each block.
+      head_dim: number of channels of an attention head.
+      num_classes: number of classes. With 0, the flow ignores labels.
+      num_features: length of a feature vector. With 0, the flow takes no features.
       noise_conditioned: whether the flow is conditioned on the noise level of its data (iTARFlow,
         arXiv 2604.20041).
-      orders: in which order each block reads the tokens: 'alternate' (raster, reversed, raster,
-        ...), or one permutation of range(T) for each block.
-      scale: 'exp', sigma = exp(a), or 'softplus', sigma = log(1 + exp(a + 0.541325)).
-      scale_limit: c bounds the raw outputs of the Transformers, log-scales and shifts, by
-        c tanh(. / c); None does not. It cures scales that explode.
+      orders: the order in which each block reads the tokens: 'alternate' (raster, reversed,
+        raster, ...), or one permutation of range(T) per block.
+      scale: 'exp' for sigma = exp(a), or 'softplus' for sigma = log(1 + exp(a + 0.541325)).
+      scale_limit: bounds the raw log-scales and shifts by c tanh(. / c), which keeps scales from
+        exploding. None sets no bound.
       first_token: 'identity' passes the first token of a block through (TarFlow); 'start' predicts
         it too, from a learned start token.
-      volume_preserving: the ablation of TarFlow without log-scales.
-      dtype: of the Transformers' matrix products and activations. Parameters, normalizations,
-        softmax, log-scales and log-determinants are float32 whatever it is.
-      residual_dtype: of the residual stream, to which the layers add, if it is wider than `dtype`.
-        The official code's autocast to bfloat16 keeps it in float32.
-      precision: of float32 matrix products on TPU, in six ('highest'), three ('high') or one
-        ('default') passes of bfloat16; see docs/performance.md. It changes nothing on a CPU.
-      remat: what the backward pass recomputes: 'none', every 'layer', all but the 'dots', or all
-        but the 'attention', whose outputs are small for what they cost.
-      unroll: layers per iteration of the loop over layers; more compile longer, run faster on CPU.
-      layout: where activations live and which attention kernel runs; `transformer.OneDevice`, or a
-        `training.sharding.Layout` for a mesh.
+      volume_preserving: whether to leave out the log-scales (an ablation of the TarFlow paper).
+      dtype: dtype of the Transformers' matrix products and activations. Parameters,
+        normalizations, softmax, log-scales and log-determinants are always float32.
+      residual_dtype: dtype of the residual stream, if wider than `dtype`. The official code's
+        autocast to bfloat16 keeps it in float32.
+      precision: number of bfloat16 passes in a float32 matrix product on TPU: six ('highest'),
+        three ('high') or one ('default'); see docs/performance.md. No effect on a CPU.
+      remat: what the backward pass recomputes: nothing ('none'), every layer ('layer'), everything
+        except matrix products ('dots'), or everything except attention outputs ('attention'),
+        which are small and expensive to recompute.
+      unroll: layers per iteration of the loop over layers. Larger values compile more slowly and
+        run faster on CPU.
+      layout: decides how activations are sharded and which attention kernel runs:
+        `transformer.OneDevice`, or a `training.sharding.Layout` for a mesh.
 
     Raises:
       ValueError: if the fields do not fit together.
     """
 
-    if TYPE_CHECKING:  # fields of both, after their own
+    if TYPE_CHECKING:  # subclasses declare these after their own fields
         width: int
         layers_per_block: tuple[int, ...]
     head_dim: int = 64
@@ -91,7 +93,7 @@ class Flow(nn.Module, kw_only=True):
     layout: Any = OneDevice()
 
     def __post_init__(self):
-        if not isinstance(self.orders, str):  # hashable, as jit's static arguments must be
+        if not isinstance(self.orders, str):  # jit's static arguments must be hashable
             rows = tuple(tuple(np.asarray(order).tolist()) for order in self.orders)
             object.__setattr__(self, 'orders', rows)
         super().__post_init__()
@@ -101,28 +103,28 @@ class Flow(nn.Module, kw_only=True):
         ):
             if getattr(self, field) not in choices:
                 raise ValueError(
-                    f'{field} {getattr(self, field)!r} is none of {", ".join(choices)}.'
+                    f'{field} {getattr(self, field)!r} must be one of {", ".join(choices)}.'
                 )
         if self.head_dim < 1 or self.width < 1 or self.width % self.head_dim:
             heads = max(1, self.width // max(self.head_dim, 1))
             raise ValueError(
                 f'width {self.width} is not a multiple of head_dim {self.head_dim}; choose a '
-                f'positive head_dim, and a width such as {heads * max(self.head_dim, 1)}.'
+                f'positive head_dim and a width such as {heads * max(self.head_dim, 1)}.'
             )
         if self.noise_conditioned and self.width % 2:
             raise ValueError(
                 f'width {self.width} of a noise-conditioned flow must be even: half of the '
-                'channels of the noise level are sines, half cosines.'
+                'noise embedding is sines, half cosines.'
             )
         if not self.layers_per_block or min(self.layers_per_block) < 1:
             raise ValueError(
-                f'layers_per_block {tuple(self.layers_per_block)} must hold at least one block, '
-                'each of at least one layer.'
+                f'layers_per_block {tuple(self.layers_per_block)} must have at least one block, '
+                'and each block at least one layer.'
             )
         for field in ('num_classes', 'num_features'):
             if getattr(self, field) < 0:
                 raise ValueError(
-                    f'{field} {getattr(self, field)} must not be negative; 0 leaves them out.'
+                    f'{field} {getattr(self, field)} must not be negative; use 0 for none.'
                 )
         if self.scale_limit is not None and not 0 < self.scale_limit < float('inf'):
             raise ValueError(
@@ -137,27 +139,26 @@ class Flow(nn.Module, kw_only=True):
         if T == 1 and self.first_token == 'identity':
             raise ValueError(
                 "a sequence of 1 token passes through unchanged with first_token 'identity', so "
-                "that nothing can be learned; choose first_token='start', or smaller patches for "
-                'images.'
+                "the flow cannot learn; choose first_token='start', or smaller patches for images."
             )
         self.block_orders()
 
     @property
     def token_shape(self) -> tuple[int, int]:
-        """(T, D): tokens of a sequence, and numbers in a token."""
+        """(T, D): tokens per sequence and numbers per token."""
         raise NotImplementedError
 
     @property
     def example_shape(self) -> tuple[int, ...]:
-        """The shape of one example: a sequence, or an image."""
+        """The shape of one example (a sequence or an image)."""
         raise NotImplementedError
 
     def to_tokens(self, examples: Array) -> Array:
-        """Examples [B, ...] to sequences [B, T, D]."""
+        """Converts examples [B, ...] to sequences [B, T, D]."""
         raise NotImplementedError
 
     def from_tokens(self, x_BxTxD: Array) -> Array:
-        """Sequences [B, T, D] to examples [B, ...], the inverse of `to_tokens`."""
+        """Converts sequences [B, T, D] to examples [B, ...]; the inverse of `to_tokens`."""
         raise NotImplementedError
 
     @property
@@ -167,13 +168,13 @@ class Flow(nn.Module, kw_only=True):
 
     @property
     def conditional(self) -> bool:
-        """Whether there are classes or features, which guidance can drop."""
+        """Whether the flow has classes or features, which guidance can drop."""
         return self.num_classes > 0 or self.num_features > 0
 
     def block(self, index: int) -> Block:
-        """Block `index` as a bijector of explicit parameters, `params['block_{index}']`.
+        """Returns block `index`, a bijector that takes `params['block_{index}']` explicitly.
 
-        Blocks of the same depth are equal, so that programs compiled for one serve all.
+        Blocks with the same number of layers compare equal, so they share compiled programs.
         """
         (T, D), own = self.token_shape, {f.name for f in dataclasses.fields(self)}
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(Block) if f.name in own}
@@ -181,11 +182,11 @@ class Flow(nn.Module, kw_only=True):
         return Block(**shared | sequence)
 
     def block_orders(self) -> tuple[Any, ...]:
-        """The order of each block, for `Block.forward` and `Block.inverse`."""
+        """Returns the order of each block, for `Block.forward` and `Block.inverse`."""
         return orderings.orders_of(self.orders, len(self.layers_per_block), self.token_shape[0])
 
     def parameters(self) -> dict[str, Any]:
-        """The arrays of the flow, as a tree of `parameters.Parameter`; the tree of `params`."""
+        """Describes the flow's arrays as `parameters.Parameter`s, in the tree of `params`."""
         return {
             f'block_{b}': self.block(b).parameters() for b in range(len(self.layers_per_block))
         }
@@ -193,13 +194,13 @@ class Flow(nn.Module, kw_only=True):
     def setup(self):
         trees = self.parameters()
         if self.is_initializing():
-            # Block by block: XLA compiles what equal blocks draw once.
+            # Initialize block by block: equal blocks then compile once.
             key = self.make_rng('params')
             initial = {
                 name: initialize(jax.random.fold_in(key, b), tree)
                 for b, (name, tree) in enumerate(trees.items())
             }
-        else:  # only the shapes are looked at
+        else:  # flax reads only the shapes
             initial = jax.tree.map(
                 lambda x: np.broadcast_to(np.float32(0), x.shape), abstract(trees)
             )
@@ -219,16 +220,16 @@ class Flow(nn.Module, kw_only=True):
         Returns:
           z [B, T, D] float32 and logdet [B] float32, in nats, summed over all dimensions.
         Raises:
-          ValueError: if shapes or types do not fit, or (outside of jit) values of the condition.
+          ValueError: if shapes, types or (outside jit) the condition's values are wrong.
         """
         sequences, logdet = self.trajectory(examples, condition)
         return sequences[-1], logdet
 
     @labels_keyword
     def trajectory(self, examples: Array, condition=None) -> tuple[list[Array], Array]:
-        """As `__call__`, with the output of every block, each [B, T, D] float32 in raster order."""
+        """Like `__call__`, but returns every block's output [B, T, D], float32 in raster order."""
         self.check_examples(examples)
-        if self.is_initializing() and self.noise_conditioned:  # `init` needs no condition
+        if self.is_initializing() and self.noise_conditioned:  # `init` works without a condition
             condition = at_noise_level(condition, 1.0)
         condition = check_condition(self, condition, examples.shape[0])
         return with_auto_axes(self._trajectory, examples, self.block_params, condition)
@@ -246,7 +247,7 @@ class Flow(nn.Module, kw_only=True):
         return sequences, logdet
 
     def check_examples(self, examples) -> None:
-        """ValueError unless examples (traced or concrete) have the flow's shape and are floats."""
+        """Raises ValueError unless examples, traced or not, are floats of the flow's shape."""
         shape, dtype = jnp.shape(examples), jnp.result_type(examples)
         if len(shape) != 1 + len(self.example_shape) or shape[1:] != self.example_shape:
             raise ValueError(
@@ -260,13 +261,13 @@ class Flow(nn.Module, kw_only=True):
 
 
 class SequenceFlow(Flow):
-    """A flow over sequences [B, T, D] of any origin.
+    """A flow over sequences [B, T, D] of any kind.
 
     Args:
-      length: T, tokens of a sequence.
-      token_dim: D, numbers in a token.
+      length: T, the number of tokens in a sequence.
+      token_dim: D, the numbers in a token.
 
-    The other fields are those of `Flow`.
+    `Flow` describes the other fields.
     """
 
     length: int
@@ -290,14 +291,14 @@ class SequenceFlow(Flow):
 
 
 class TarFlow(Flow):
-    """A flow over images [B, H, W, C] in [-1, 1], as sequences of patches in raster order.
+    """A flow over images [B, H, W, C] in [-1, 1], read as sequences of patches in raster order.
 
     Args:
-      image_size: height and width in pixels, one number for both or (H, W).
-      image_channels: C.
-      patch_size: height and width of a patch, one number or (h, w); divides image_size.
+      image_size: image size in pixels: one number, or (height, width).
+      image_channels: C, the number of channels.
+      patch_size: patch size in pixels: one number, or (height, width); must divide image_size.
 
-    The other fields are those of `Flow`.
+    `Flow` describes the other fields.
     """
 
     image_size: int | tuple[int, int]
@@ -314,7 +315,7 @@ class TarFlow(Flow):
             if not isinstance(value, int):
                 pair = tuple(value)
                 if len(pair) != 2 or not all(isinstance(x, int) for x in pair):
-                    raise ValueError(f'{field} {value} must be one number, or (height, width).')
+                    raise ValueError(f'{field} {value} must be one number or (height, width).')
                 object.__setattr__(self, field, pair[0] if pair[0] == pair[1] else pair)
         sides = (*self.image_shape[:2], *self.patch_shape)
         if min(sides) < 1 or sides[0] % sides[2] or sides[1] % sides[3]:
@@ -371,7 +372,7 @@ class TarFlow(Flow):
         largest = np.nanmax(abs(np.asarray(examples)), initial=0.0)
         if largest > FAR_OUTSIDE:
             warnings.warn(
-                f'images reach {largest:g}, far outside [-1, 1]; scale them, such as '
+                f'images reach {largest:g}, far outside [-1, 1]; scale them first: '
                 'images / 127.5 - 1 for pixels 0 to 255.', stacklevel=3,
             )
 
@@ -382,14 +383,14 @@ _COMPUTE_FIELDS = (
 
 
 def architecture(model: Flow) -> dict[str, Any]:
-    """The fields of a flow that its parameters and its function depend on, as JSON values."""
+    """Returns the fields that determine a flow's parameters and function, as JSON values."""
     fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
     kept = {k: v for k, v in fields.items() if k not in _COMPUTE_FIELDS}
     return json.loads(json.dumps(kept))
 
 
 def field_defaults(model: Flow) -> dict[str, Any]:
-    """The defaults of those fields of `architecture` that have one."""
+    """Returns the default of each field of `architecture` that has one."""
     return {
         f.name: f.default for f in dataclasses.fields(model)
         if f.default is not dataclasses.MISSING and f.name not in _COMPUTE_FIELDS

@@ -1,4 +1,4 @@
-"""Guidance: sampling from a sharper distribution by extrapolating away from a weaker prediction."""
+"""Guidance: samples a sharper distribution by extrapolating away from a weaker prediction."""
 
 import dataclasses
 import functools
@@ -23,9 +23,9 @@ def _linear(weight, conditional: Affine, unconditional: Affine) -> Affine:
 
 
 def _linear_sigma(weight, conditional: Affine, unconditional: Affine) -> Affine:
-    """Extrapolates scale and shift (iTARFlow); the scale may come out negative."""
+    """Extrapolates scale and shift (iTARFlow); the scale can become negative."""
     (a_c, m_c, _), (a_u, m_u, _) = conditional, unconditional
-    # sigma_c + w (sigma_c - sigma_u), as a multiple of sigma_c.
+    # (sigma_c + w (sigma_c - sigma_u)) / sigma_c
     ratio = 1 - weight * jnp.expm1(a_u - a_c)
     return Affine(
         a_c + jnp.log(abs(ratio)), m_c + weight * (m_c - m_u), jnp.where(ratio < 0, -1.0, 1.0)
@@ -33,7 +33,7 @@ def _linear_sigma(weight, conditional: Affine, unconditional: Affine) -> Affine:
 
 
 def _starflow(weight, conditional: Affine, unconditional: Affine) -> Affine:
-    """The Gaussian N(c)^(1+w) / N(u)^w (STARFlow, arXiv 2506.06276), which is never wider than c.
+    """Returns the Gaussian N(c)^(1+w) / N(u)^w, never wider than c (STARFlow, arXiv 2506.06276).
 
     The minimum keeps its precision positive.
     """
@@ -43,28 +43,28 @@ def _starflow(weight, conditional: Affine, unconditional: Affine) -> Affine:
     return Affine(a_c - 0.5 * jnp.log(d), ((1 + weight) * m_c - weight * s * m_u) / d)
 
 
-# A new rule is a function of (weight, conditional, unconditional), and a line here.
+# To add a rule, write a function of (weight, conditional, unconditional) and add a line here.
 RULES = {'linear': _linear, 'linear_sigma': _linear_sigma, 'starflow': _starflow}
 
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """How the inverse of each block is guided (TarFlow, section 3.4).
+    """Settings for guiding the inverse of each block (TarFlow, section 3.4).
 
-    The conditional prediction is moved away from that of a second, weaker branch: without classes
-    and features, and, where `temperature` is not 1, with attention logits divided by it.
+    Guidance moves the conditional prediction away from that of a second, weaker branch. The second
+    branch drops classes and features, and divides its attention logits by `temperature`.
 
     Args:
-      weight: 0 is no guidance (and no second branch); the paper uses 0.2 to 3.4.
-      target: guide 'both' outputs, only the 'log_scale' or only the 'shift'.
-      temperature: of the attention in the second branch.
-      annealed: the weight grows linearly along the sequence, up to `weight` at its last token.
-      rule: 'linear' extrapolation of log-scale and shift (TarFlow), 'linear_sigma' of scale and
-        shift (iTARFlow), or the 'starflow' rule, which cannot blow up the scale.
-      blocks: guide only so many blocks, those inverted first; None guides all.
+      weight: guidance weight; the paper uses 0.2 to 3.4. With 0 there is no second branch.
+      target: what to guide: 'both' outputs, only the 'log_scale' or only the 'shift'.
+      temperature: attention temperature of the second branch.
+      annealed: whether the weight grows linearly along the sequence, to `weight` at the last token.
+      rule: 'linear' extrapolates log-scale and shift (TarFlow), 'linear_sigma' extrapolates scale
+        and shift (iTARFlow), and 'starflow' never increases the scale.
+      blocks: number of blocks to guide, counted from the one inverted first; None guides all.
 
     Raises:
-      ValueError: for a value outside these.
+      ValueError: if a field is out of range.
     """
 
     weight: float = 0.0
@@ -76,32 +76,32 @@ class Guidance:
 
     def __post_init__(self):
         if not (math.isfinite(self.weight) and self.weight >= 0):
-            raise ValueError(f'weight {self.weight} of the guidance must be a number from 0 up.')
+            raise ValueError(f'guidance weight {self.weight} must be a finite number, 0 or more.')
         if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(f'temperature {self.temperature} of the guidance must be above 0.')
+            raise ValueError(f'guidance temperature {self.temperature} must be above 0.')
         if self.target not in TARGETS:
             raise ValueError(
-                f'target {self.target!r} of the guidance is none of {", ".join(TARGETS)}.'
+                f'guidance target {self.target!r} must be one of {", ".join(TARGETS)}.'
             )
         if self.rule not in RULES:
-            raise ValueError(f'rule {self.rule!r} of the guidance is none of {", ".join(RULES)}.')
+            raise ValueError(f'guidance rule {self.rule!r} must be one of {", ".join(RULES)}.')
         if self.blocks is not None and self.blocks < 1:
             raise ValueError(
-                f'blocks {self.blocks} of the guidance must be at least 1; None guides all blocks, '
+                f'guidance blocks {self.blocks} must be at least 1; None guides all blocks, '
                 'weight=0 none.'
             )
 
     def check(self, flow, condition) -> None:
-        """ValueError if the second branch would equal the first and the guidance do nothing."""
+        """Raises ValueError if both branches would be equal, so that guidance would do nothing."""
         if self.weight > 0 and self.temperature == 1 and not informative(flow, condition):
             raise ValueError(
-                f'weight {self.weight} of the guidance needs class labels, features or a '
-                'temperature other than 1: without them both branches are the same; set the '
-                'temperature of the guidance (such as 0.3), or weight=0.'
+                f'guidance weight {self.weight} has no effect without class labels, features or a '
+                'temperature other than 1: both branches would be equal; set the guidance '
+                'temperature (such as 0.3), or weight=0.'
             )
 
     def weights(self, length: int) -> Array:
-        """The weight at each token of a sequence, in the block's own order: [T] float32."""
+        """Returns the weight at each token, in the block's own order: [T] float32."""
         ramp = jnp.arange(length) / max(length - 1, 1)
         return self.weight * (ramp if self.annealed else jnp.ones(length))
 
@@ -112,12 +112,12 @@ class Guidance:
 )
 @dataclasses.dataclass(frozen=True)
 class GuidanceParams:
-    """Guidance as compiled programs take it: all weights and temperatures share a program.
+    """Guidance as a pytree; one compiled program serves all weights and temperatures.
 
     Args:
-      rule: (target, rule), or None for unguided.
-      weights: [T + 1] float32, at each token of a sequence and, unused, past its last.
-      temperature: of the attention in the second branch.
+      rule: (target, rule), or None for no guidance.
+      weights: [T + 1] float32, one per token; the last entry is unused.
+      temperature: attention temperature of the second branch.
     """
 
     rule: tuple[str, str] | None = None
@@ -128,7 +128,7 @@ class GuidanceParams:
     def of(
         cls, guidance: Guidance | None, length: int, place_in_sampling: int = 0
     ) -> 'GuidanceParams':
-        """For a block; the one inverted first has place 0."""
+        """Returns the parameters of one block; the block inverted first has place 0."""
         if guidance is None or guidance.weight == 0:
             return cls()
         if guidance.blocks is not None and place_in_sampling >= guidance.blocks:
@@ -141,10 +141,10 @@ class GuidanceParams:
         return 1 if self.rule is None else 2
 
     def branch(self, condition, batch: int) -> tuple[Any, Any]:
-        """The condition of all rows, and what divides their attention logits, for [N, 1, 1, 1].
+        """Returns the condition and the attention temperature (1 or [N, 1, 1, 1]) of all rows.
 
-        Both branches run as one batch, side by side so that they are on the same device: the
-        conditional one of each example, then the unconditional.
+        Both branches run as one batch. Each example's conditional and unconditional rows are
+        adjacent, so that they are on the same device.
         """
         if self.rule is None:
             return condition, 1.0
@@ -158,7 +158,7 @@ class GuidanceParams:
 
         Args:
           rows: [D, N, S] each.
-          first: the token that the first of the S predictions is for, a number; may be traced.
+          first: index of the first predicted token; may be traced.
         Returns:
           [D, B, S] each.
         """

@@ -1,4 +1,4 @@
-"""The likelihood, written once: loss, bits/dim, denoising and classification all come from here."""
+"""The likelihood, shared by the loss, bits/dim, denoising and classification."""
 
 import math
 from functools import partial
@@ -13,17 +13,19 @@ from tarflow_jax.flow.flow import Flow, Variables
 
 
 def prior_variance(variables: Variables) -> Array | float:
-    """Variance of the Gaussian prior: `prior/variance` [T, D] if volume-preserving, else 1."""
+    """Returns the variance of the Gaussian prior: [T, D] if volume-preserving, else 1."""
     return variables['prior']['variance'] if 'prior' in variables else 1.0
 
 
 def latent_log_prob(z: Array, logdet: Array, variance: Array | float = 1.0) -> Array:
-    """Log density of examples from their latents, by change of variables (paper eq. 1).
+    """Computes the log density of examples from their latents (paper, eq. 1).
 
         log p(x) = sum(-z^2 / (2 variance) - log(2 pi variance) / 2) + logdet
 
     Args:
-      z: [B, T, D]; logdet: [B], nats; variance: of the prior, broadcastable to [T, D].
+      z: [B, T, D].
+      logdet: [B], in nats.
+      variance: variance of the prior, broadcastable to [T, D].
     Returns:
       [B], nats per example.
     """
@@ -37,10 +39,9 @@ def log_prob(
     model: Flow, variables: Variables, examples: Array,
     condition: Condition | Array | None = None,
 ) -> Array:
-    """Exact log density of sequences [B, T, D] or images [B, H, W, C] in [-1, 1].
+    """Computes the exact log density of sequences [B, T, D] or images [B, H, W, C] in [-1, 1].
 
-    The density of images is with respect to the [-1, 1] scale; `bits_per_dim` converts it to that
-    of 8-bit pixels.
+    For images this is the density on the [-1, 1] scale; `bits_per_dim` converts it to 8-bit pixels.
 
     Args:
       condition: None, labels int32 [B] (-1 for "no class"), or a `Condition`.
@@ -62,23 +63,23 @@ def _log_prob(model: Flow, variables, examples: Array, condition: Condition) -> 
 
 
 def score(model: Flow, variables, examples: Array, condition: Condition) -> Array:
-    """The gradient of the log density with respect to the examples, of their shape."""
+    """Returns the gradient of the log density with respect to the examples, in their shape."""
     return jax.grad(lambda x: _log_prob(model, variables, x, condition).sum())(examples)
 
 
 def bits_per_dim(log_prob: Array, num_dims: int) -> Array:
-    """Bits per dimension of 8-bit images from nats per image, for x = 2 (v + u) / 256 - 1.
+    """Converts nats per image to bits per dimension of 8-bit images, x = 2 (v + u) / 256 - 1.
 
-    A dequantized pixel value spans 1/128 of the [-1, 1] scale, hence the log 128.
+    A dequantized pixel value spans 1/128 on the [-1, 1] scale, hence the log 128.
     """
     return (math.log(128.0) - log_prob / num_dims) / math.log(2.0)
 
 
 def example_losses(z: Array, logdet: Array) -> Array:
-    """Negative log density under the unit prior, without its constant, nats per dimension: [B].
+    """Returns the loss of each example, [B]: negative log density in nats per dimension.
 
-    It keeps the unit variance for volume-preserving flows too (paper section 4.5, the official
-    code).
+    The constant of the Gaussian is left out. The prior has unit variance, for volume-preserving
+    flows too (paper, section 4.5, and the official code).
     """
     return 0.5 * jnp.square(z).mean((1, 2)) - logdet / (z.shape[1] * z.shape[2])
 
@@ -86,12 +87,14 @@ def example_losses(z: Array, logdet: Array) -> Array:
 def training_loss(
     z: Array, logdet: Array, weight: Array | None = None
 ) -> tuple[Array, dict[str, Array]]:
-    """The mean of `example_losses` over the batch, and its two terms.
+    """Returns the mean of `example_losses` over the batch, and its two terms.
 
     Args:
-      z: [B, T, D]; logdet: [B], nats; weight: of each example's loss, [B]; None is 1.
+      z: [B, T, D].
+      logdet: [B], in nats.
+      weight: weight of each example's loss, [B]; None for 1.
     Returns:
-      (loss, {'prior': 0.5 mean(z^2), 'logdet': mean(logdet) / (T D)}), all scalars; the terms are
+      (loss, {'prior': 0.5 mean(z^2), 'logdet': mean(logdet) / (T D)}), all scalars. The terms are
       not weighted.
     """
     losses = example_losses(z, logdet)
@@ -101,5 +104,5 @@ def training_loss(
 
 
 def moved_prior_variance(variance_TxD: Array, z_BxTxD: Array, rate: float = 0.1) -> Array:
-    """Prior variance of a volume-preserving flow, moved by `rate` toward the batch mean of z^2."""
+    """Moves a volume-preserving flow's prior variance by `rate` toward the batch mean of z^2."""
     return variance_TxD + rate * (jnp.square(z_BxTxD).mean(0) - variance_TxD)

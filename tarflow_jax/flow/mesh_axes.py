@@ -1,4 +1,4 @@
-"""Meshes whose axes are explicit, as those of `jax.make_mesh` are by default."""
+"""Support for meshes with explicit axes, the default of `jax.make_mesh`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +10,11 @@ from jax.sharding import PartitionSpec as P
 
 
 def with_auto_axes(function: Callable, examples: jax.Array, *args) -> Any:
-    """function(examples, *args), the partitioner deciding how its intermediate arrays are split.
+    """Calls function(examples, *args); the partitioner chooses all intermediate shardings.
 
-    On a mesh with explicit axes, JAX asks for the sharding of every reshape and gather that could
-    be split in more than one way; here all follow from the batch axis. Results with a leading batch
-    axis are split as the examples [B, ...] are, others are on every device.
+    On a mesh with explicit axes, JAX asks for the sharding of every ambiguous reshape and gather;
+    here the sharding of the batch axis determines them all. Results with a leading batch axis are
+    sharded like the examples [B, ...]; other results are replicated.
     """
     sharding: Any = jax.typeof(examples).sharding
     mesh = sharding.mesh

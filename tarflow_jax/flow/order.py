@@ -1,7 +1,7 @@
-"""In which order a block reads the tokens of a sequence.
+"""The order in which a block reads the tokens of a sequence.
 
-An order is a boolean, whether the sequence is reversed, or a permutation int32 [T], whose first
-entry is the token that comes first. Either may be traced.
+An order is either a boolean (True reverses the sequence) or a permutation int32 [T] whose first
+entry is the index of the first token read. Both may be traced.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ def shift_right(x_BxTxD: Array) -> Array:
 
 
 def reorder(x: Array, order, axis: int = 1) -> Array:
-    """x with an axis of tokens in raster order brought to a block's own order."""
+    """Reorders a token axis from raster order to the block's own order."""
     if isinstance(order, bool):
         return jnp.flip(x, axis) if order else x
     if _is_permutation(order):
@@ -28,7 +28,7 @@ def reorder(x: Array, order, axis: int = 1) -> Array:
 
 
 def restore(x: Array, order, axis: int = 1) -> Array:
-    """The inverse of `reorder`."""
+    """Inverts `reorder`."""
     return reorder(x, jnp.argsort(order) if _is_permutation(order) else order, axis)
 
 
@@ -37,11 +37,11 @@ def _is_permutation(order) -> bool:
 
 
 def orders_of(orders, count: int, length: int) -> tuple[Any, ...]:
-    """The order of each of `count` blocks, for `reorder`.
+    """Returns the order of each of `count` blocks, for `reorder`.
 
     Args:
-      orders: 'alternate' (raster, reversed, raster, ...), or a permutation of range(length) for
-        each block: its first entry is the token that comes first.
+      orders: 'alternate' (raster, reversed, raster, ...), or one permutation of range(length) per
+        block; its first entry is the index of the first token read.
     Raises:
       ValueError: if it is neither.
     """
@@ -50,7 +50,7 @@ def orders_of(orders, count: int, length: int) -> tuple[Any, ...]:
     if isinstance(orders, str) or len(orders) != count:
         given = repr(orders) if isinstance(orders, str) else f'for {len(orders)} blocks'
         raise ValueError(
-            f"orders {given} must be 'alternate', or hold a permutation for each of the {count} "
+            f"orders {given} must be 'alternate', or have one permutation for each of the {count} "
             'blocks.'
         )
     found: list[Any] = []

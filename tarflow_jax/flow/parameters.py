@@ -1,4 +1,4 @@
-"""What the arrays of a flow are: shapes, logical axes and initial distributions."""
+"""Descriptions of a flow's arrays: shapes, logical axes and initial distributions."""
 
 import dataclasses
 import math
@@ -10,20 +10,20 @@ import numpy as np
 
 Array = jax.Array
 
-# Random numbers drawn by one call: larger arrays have a call of their own, which the partitioner
-# can split over a mesh.
+# The most random numbers that one call generates for several arrays. Larger arrays have their own
+# call, which the partitioner can split over a mesh.
 _DRAWN_TOGETHER = 2**26
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """One array of a flow.
+    """The description of one array of a flow.
 
     Args:
-      shape: of the array.
+      shape: shape of the array.
       axes: a logical name for each axis; `training.sharding` maps the names to a mesh.
       init: 'uniform' in [-scale, scale], 'normal' with standard deviation `scale`, 'zeros', 'ones'.
-      scale: of the distribution.
+      scale: scale of the initial distribution.
     """
 
     shape: tuple[int, ...]
@@ -32,7 +32,7 @@ class Parameter:
     scale: float = 1.0
 
     def stacked(self, count: int) -> 'Parameter':
-        """`count` independent arrays on a leading axis 'layers'."""
+        """Stacks `count` independent arrays along a new leading axis 'layers'."""
         return dataclasses.replace(
             self, shape=(count, *self.shape), axes=('layers', *self.axes)
         )
@@ -50,12 +50,14 @@ def linear(
     inputs: dict[str, int], outputs: dict[str, int], *, bias: str | tuple[str, ...] | None = None,
     zero_kernel: bool = False,
 ) -> dict[str, Parameter]:
-    """Kernel [*inputs, *outputs] and bias [*outputs] of an affine map, as torch.nn.Linear starts.
+    """Describes a linear layer with the initialization of torch.nn.Linear.
+
+    The kernel is [*inputs, *outputs] and the bias [*outputs].
 
     Args:
       inputs, outputs: sizes by logical axis name, in order.
-      bias: logical axes of the bias, if they are not those of the outputs.
-      zero_kernel: whether the kernel starts at zero.
+      bias: logical axes of the bias; None for those of the outputs.
+      zero_kernel: whether to initialize the kernel to zero.
     """
     bound = 1.0 / math.sqrt(math.prod(inputs.values()))
     bias = tuple(outputs) if bias is None else (bias,) if isinstance(bias, str) else bias
@@ -69,17 +71,17 @@ def linear(
 
 
 def abstract(tree) -> Any:
-    """The float32 shapes of a tree of `Parameter`."""
+    """Returns a tree of float32 `jax.ShapeDtypeStruct` for a tree of `Parameter`."""
     return jax.tree.map(
         lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), tree, is_leaf=is_parameter
     )
 
 
 def initialize(key: Array, tree) -> Any:
-    """Draws float32 arrays for a tree of `Parameter`.
+    """Initializes float32 arrays for a tree of `Parameter`.
 
-    The random numbers of all small arrays come from one call: XLA compiles every call of a random
-    number generator for a tenth of a second, and a flow has hundreds of arrays.
+    One call generates the random numbers of many small arrays: XLA takes a tenth of a second to
+    compile each call of a random number generator, and a flow has hundreds of arrays.
     """
     leaves, structure = jax.tree.flatten(tree, is_leaf=is_parameter)
     drawn: list[Array | None] = [None] * len(leaves)
@@ -91,7 +93,7 @@ def initialize(key: Array, tree) -> Any:
             drawn[i] = _scaled(_uniform(jax.random.fold_in(key, i), leaf.shape), leaf)
         else:
             together.append(i)
-    # Groups, so that no call needs more memory than the largest arrays do.
+    # Grouping keeps the memory of a call below that of the largest arrays.
     while together:
         ends = np.cumsum([leaves[i].size for i in together])
         count = max(1, int(np.searchsorted(ends, _DRAWN_TOGETHER, 'right')))
@@ -103,7 +105,7 @@ def initialize(key: Array, tree) -> Any:
 
 
 def _uniform(key: Array, shape: tuple[int, ...]) -> Array:
-    # Not -1 itself, where the normal distribution has its infinite quantile.
+    # Exclude -1, where erf_inv is infinite.
     low = np.nextafter(np.float32(-1), np.float32(0))
     return jax.random.uniform(key, shape, jnp.float32, low, 1.0)
 

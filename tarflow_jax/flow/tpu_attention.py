@@ -1,14 +1,13 @@
-"""Causal attention as a TPU kernel, for sequences of which a whole head fits on the chip.
+"""A TPU kernel for causal attention over sequences short enough that a whole head fits on chip.
 
-Heads are narrower than the 128 lanes of a TPU's registers and matrix unit. The kernel takes as
-many of them as lie side by side in 128 channels of [B, T, C], the layout in which the layers before
-and after have them: nothing is transposed or padded in HBM. A product for one head runs over all
-128 lanes, with the other heads' channels zeroed in one operand, which costs the matrix unit no more
-than padding one head would.
+Heads are narrower than the 128 lanes of a TPU's registers and matrix unit. The kernel processes a
+group of heads that fills 128 adjacent channels of [B, T, C], the layout of the neighbouring layers,
+so nothing is transposed or padded in HBM. The product of one head runs over all 128 lanes, with the
+other heads' channels zeroed in one operand; padding a single head would cost the same.
 
-Because all keys are at hand, every row of logits is normalised at once; the backward pass computes
-them again from queries and keys, and no statistics are kept. Keys after a tile of queries are left
-out.
+All keys are on chip, so the kernel normalizes each row of logits in one pass. The backward pass
+recomputes the logits from queries and keys; no softmax statistics are saved. Keys after a tile of
+queries are skipped.
 
 Shape suffixes: B images, T positions, C = H K channels of all heads.
 """
@@ -21,11 +20,11 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
-MAX_LENGTH = 1024  # for the tiles of logits, and whole heads twice over, in 16 MB
+MAX_LENGTH = 1024  # tiles of logits and two buffers of whole heads must fit in 16 MB
 
 
 def whole_lanes(head_dim: int) -> int:
-    """Channels of the fewest heads that fill whole registers."""
+    """Returns the channels of the smallest group of heads that fills whole registers."""
     return math.lcm(head_dim, 128)
 
 
@@ -33,10 +32,12 @@ def whole_lanes(head_dim: int) -> int:
 def whole_head_attention(
     q_BxTxC: Array, k_BxTxC: Array, v_BxTxC: Array, head_dim: int, interpret: bool
 ) -> Array:
-    """softmax(q k^T) v per head, logits and softmax in float32. [B, T, C].
+    """Computes causal softmax(q k^T) v for each head, with logits and softmax in float32.
 
+    Returns:
+      [B, T, C].
     Raises:
-      ValueError: unless T is a multiple of 128 and C of `whole_lanes(head_dim)`.
+      ValueError: unless T is a multiple of 128 and C a multiple of `whole_lanes(head_dim)`.
     """
     return _call(_forward, (q_BxTxC, k_BxTxC, v_BxTxC), 1, 2, head_dim, interpret)
 
@@ -53,8 +54,8 @@ whole_head_attention.defvjp(_save, _pull)
 
 
 def _call(body, arrays, outputs: int, products: int, head_dim: int, interpret: bool):
-    """Runs a kernel over images and groups of heads; `products` are matrix products per tile."""
-    # Imported here: it takes a third of a second, which only TPUs should pay for.
+    """Runs a kernel over images and head groups; `products` is the matrix products per tile."""
+    # Importing it takes a third of a second, so only TPU users pay for it.
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
@@ -63,12 +64,13 @@ def _call(body, arrays, outputs: int, products: int, head_dim: int, interpret: b
     tile = 256 if length % 256 == 0 else 128
     if length % tile or channels % lanes:
         raise ValueError(
-            f'Attention over {length} positions and {channels} channels in heads of {head_dim} is '
-            f"not for this kernel: multiples of {tile} and {lanes} are. Use model.attention 'xla'."
+            f"attention 'whole_head' needs a multiple of {tile} positions and of {lanes} channels, "
+            f"not {length} positions and {channels} channels (heads of {head_dim}); use "
+            "model.attention 'xla'."
         )
     block = pl.BlockSpec((None, length, lanes), lambda image, group: (image, 0, group))
     tiles = length // tile
-    # What the matrix unit does: with the other heads' lanes, and half of the tiles on the diagonal.
+    # Counts the zeroed lanes of other heads and, of the logits, the tiles up to the diagonal.
     flops = products * 2 * batch * (channels // head_dim) * lanes
     flops *= length * length * (tiles + 1) // (2 * tiles)
     found = pl.pallas_call(
@@ -91,13 +93,13 @@ def _call(body, arrays, outputs: int, products: int, head_dim: int, interpret: b
 
 
 def _heads(lanes: int, head_dim: int) -> list[Array]:
-    """For every head of a block the lanes that are its own, [1, lanes]."""
+    """Returns, for each head of a group, a mask of its lanes, [1, lanes]."""
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
     return [(lane >= h) & (lane < h + head_dim) for h in range(0, lanes, head_dim)]
 
 
 def _product(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    """The float32 product of matrices over the given axis of each."""
+    """Multiplies two matrices in float32, contracting the given axis of each."""
     precision = None if a.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
     return jax.lax.dot_general(
         a, b, (((contract[0],), (contract[1],)), ((), ())), precision=precision,
@@ -106,8 +108,10 @@ def _product(a: Array, b: Array, contract: tuple[int, int]) -> Array:
 
 
 def _probabilities(logits: Array, first_query: int, keys: int) -> tuple[Array, Array]:
-    """Of logits between queries from `first_query` on and all keys from 0 on along axis `keys`:
-    exponentials and their sums, whose quotient is the softmax."""
+    """Returns the exponentials of causally masked logits, and their sums along axis `keys`.
+
+    Their quotient is the softmax. Queries start at `first_query`, keys at 0.
+    """
     at = functools.partial(jax.lax.broadcasted_iota, jnp.int32, logits.shape)
     logits = jnp.where(at(keys) <= first_query + at(1 - keys), logits, -jnp.inf)
     exponentials = jnp.exp(logits - logits.max(keys, keepdims=True))
@@ -141,8 +145,8 @@ def _backward(
         dq = jnp.zeros((tile, lanes), jnp.float32)
         for mine in _heads(lanes, head_dim):
             q, g = (jnp.where(mine, ref[rows], 0) for ref in (q_ref, g_ref))
-            # Keys first, queries last: sums over keys then stay within a lane, and of the products
-            # below only that for dq takes an operand transposed, k.
+            # Logits are [keys, queries]: sums over keys then stay within a lane, and only the
+            # product for dq needs a transposed operand, k.
             weights, total = _probabilities(_product(k_ref[seen], q, (1, 1)), start, keys=0)
             weights = weights / total
             d_weights = _product(v_ref[seen], g, (1, 1))

@@ -1,10 +1,10 @@
-"""The Transformer layer, written once: training, the likelihood and both decoders call it.
+"""The Transformer layer that training, the likelihood and both decoders share.
 
-Training has whole sequences with the channels last. Decoding has a few positions at a time, a cache
-of the keys and values before them, and the channels first: a matrix product of few columns then has
-the kernel, transposed once, as its left operand, which XLA multiplies a third faster on a CPU and
-may lay out as it likes on TPU and GPU. `ChannelsLast` and `ChannelsFirst` say where the channels
-are; the layer does not know.
+Training runs on whole sequences with the channels last. Decoding runs on a few positions at a time,
+with a key/value cache and the channels first. Its matrix products have few columns; with the kernel
+(transposed once) as the left operand, XLA multiplies them a third faster on a CPU and can choose
+the memory layout on TPU and GPU. `ChannelsLast` and `ChannelsFirst` hold everything that depends on
+the position of the channels; `layer` works with both.
 
 Shape suffixes: N sequences, S positions of a call, T of the cache, C width, H heads, K head_dim.
 """
@@ -33,7 +33,7 @@ from tarflow_jax.flow.parameters import Parameter, linear
 
 @dataclasses.dataclass(frozen=True)
 class OneDevice:
-    """Where arrays live if nothing is split: the default `layout` of a flow.
+    """The default `layout` of a flow: all arrays on one device.
 
     `tarflow_jax.training.sharding.Layout` has the same methods for a mesh of devices.
     """
@@ -41,7 +41,7 @@ class OneDevice:
     devices_alone: ClassVar[bool] = False
 
     def constrain(self, x: Array, *axes: str) -> Array:
-        """Splits an activation or a cache over the mesh by the logical names of its axes."""
+        """Shards an activation or a cache over the mesh by the logical names of its axes."""
         return x
 
     def gather(self, kernel: Array, axes: tuple[str, ...]) -> Array:
@@ -54,27 +54,27 @@ class OneDevice:
     def causal_attention(
         self, q: Array, k: Array, v: Array, scale, precision: str = 'highest'
     ) -> Array:
-        """See `attention.causal_attention`, with the kernel for the default backend."""
+        """Calls `attention.causal_attention` with the kernel for the default backend."""
         kernel = kernel_for(jax.default_backend(), q.dtype, q.shape[2])
         return causal_attention(kernel, q, k, v, scale, precision)
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer at the positions seen so far, both [N, H, T, K]."""
+    """The key/value cache of one layer, both [N, H, T, K]."""
 
     key: Array
     value: Array
 
 
 def layer_parameters(width: int, head_dim: int) -> dict[str, dict[str, Parameter]]:
-    """The arrays of one `layer`."""
+    """Describes the arrays of one `layer`."""
     C, hidden = width, 4 * width
     heads, qkv = {'heads': C // head_dim, 'head_dim': head_dim}, {'qkv': 3}
     norm = {
         'scale': Parameter((C,), ('width',), 'ones'),
         'bias': Parameter((C,), ('width',), 'zeros'),
     }
-    # Contracted axes have names of their own: the mesh splits them in another way.
+    # Contracted axes have their own names because the mesh shards them differently.
     return {
         'attention_norm': norm,
         'qkv': linear({'inputs': C}, qkv | heads),
@@ -87,7 +87,7 @@ def layer_parameters(width: int, head_dim: int) -> dict[str, dict[str, Parameter
     }
 
 
-# Logical axes of the kernels, which `OneDevice.gather` and its like on a mesh go by.
+# Logical axes of the kernels, for `gather` of a layout.
 _KERNEL_AXES = {
     name: tree['kernel'].axes
     for name, tree in layer_parameters(1, 1).items() if 'kernel' in tree
@@ -96,7 +96,7 @@ _KERNEL_AXES = {
 
 @dataclasses.dataclass(frozen=True)
 class ChannelsLast:
-    """Activations [N, S, C], kernels [*inputs, *outputs]: the form of training."""
+    """Activations [N, S, C] and kernels [*inputs, *outputs], as in training."""
 
     axis: ClassVar[int] = 2  # of the channels
 
@@ -114,13 +114,13 @@ class ChannelsLast:
         return normalize(h, params, self.axis, self.dtype)
 
     def linear(self, params, x: Array, name: str, output_dtype: DTypeLike | None = None) -> Array:
-        """x @ kernel + bias over the trailing axes of x that the kernel called `name` contracts."""
+        """Returns x @ kernel + bias, contracting the input axes of the kernel called `name`."""
         return self._affine(x, self._gathered(params, name), params['bias'], output_dtype)
 
     def qkv(self, params, x: Array, head_dim: int, whole: bool) -> Sequence[Array]:
-        """Queries, keys and values, [N, H, S, K] each."""
+        """Returns queries, keys and values, [N, H, S, K] each."""
         kernel = self._gathered(params, 'qkv')
-        # One product for each: cutting up a large one would copy it, padding and all, on TPU.
+        # Three products: on TPU, splitting one large result would copy it with its padding.
         return [
             self._affine(x, kernel[:, i], params['bias'][i]).transpose(0, 2, 1, 3)
             for i in range(3)
@@ -128,17 +128,17 @@ class ChannelsLast:
 
     def attention_proj(self, params, x_NxHxSxK: Array) -> Array:
         N, H, S, K = x_NxHxSxK.shape
-        # Merged: kept for the backward pass, a last axis of head_dim would be padded to 128.
+        # The backward pass saves x; with head_dim as the last axis it would be padded to 128.
         x = x_NxHxSxK.transpose(0, 2, 1, 3).reshape(N, S, H * K)
         return self.linear(params, checkpoint_name(x, 'attention'), 'attention_proj')
 
     def _gathered(self, params, name: str) -> Array:
-        # Cast first: half the bytes to gather.
+        # Casting to bfloat16 before the gather halves the bytes to move.
         return self.layout.gather(params['kernel'].astype(self.dtype), _KERNEL_AXES[name])
 
     def _affine(self, x: Array, kernel: Array, bias: Array, output_dtype=None) -> Array:
-        # Matrices, nothing else: XLA's CPU backend has a slow path for the gradient of a product
-        # with two token axes, and on TPU heads as an axis of their own are copied to be one.
+        # Multiply plain matrices: XLA's CPU backend takes a slow path for the gradient of a product
+        # with two token axes, and its TPU backend makes a copy for a separate head axis.
         leading, inputs = x.shape[:2], math.prod(x.shape[2:])
         y = product(
             x.reshape(-1, inputs).astype(self.dtype), kernel.reshape(inputs, -1),
@@ -150,7 +150,7 @@ class ChannelsLast:
 
 @dataclasses.dataclass(frozen=True)
 class ChannelsFirst:
-    """Activations [C, N, S], kernels [*outputs, *inputs]: the form of decoding; see `prepare`."""
+    """Activations [C, N, S] and kernels [*outputs, *inputs], as in decoding; see `prepare`."""
 
     axis: ClassVar[int] = 0
 
@@ -159,7 +159,7 @@ class ChannelsFirst:
     precision: str = 'highest'
 
     def prepare(self, params, name: str):
-        """Parameters of a linear map, kernel transposed once, outside the loop over positions."""
+        """Transposes the kernel of a linear map, once, outside the loop over positions."""
         kernel = params['kernel'].astype(self.dtype)
         inputs = 2 if name == 'attention_proj' else 1
         axes = (*range(inputs, kernel.ndim), *range(inputs))
@@ -175,7 +175,7 @@ class ChannelsFirst:
         return normalize(h, params, self.axis, self.dtype)
 
     def linear(self, params, x: Array, name: str, output_dtype: DTypeLike | None = None) -> Array:
-        """kernel @ x + bias over the leading axes of x; `name` is what `ChannelsLast` asks for."""
+        """Returns kernel @ x + bias over the leading axes of x; ignores `name`."""
         kernel, inputs = params['kernel'], x.ndim - 2
         last = tuple(range(kernel.ndim - inputs, kernel.ndim))
         contract = ((last, tuple(range(inputs))), ((), ()))
@@ -183,11 +183,11 @@ class ChannelsFirst:
         return (y + params['bias']).astype(output_dtype or self.dtype)
 
     def qkv(self, params, x: Array, head_dim: int, whole: bool) -> Sequence[Array]:
-        """Queries, keys and values, [N, H, S, K] each."""
+        """Returns queries, keys and values, [N, H, S, K] each."""
         def heads(y):
             return jnp.einsum('...hkns->...nhsk', y)
 
-        # On TPU one product is faster where it is small, and else costs a copy to cut up.
+        # On TPU one product is faster if it is small; splitting a large one costs a copy.
         if not whole:
             return heads(self.linear(params, x, 'qkv'))
         parts = [jax.tree.map(lambda a, i=i: a[i], params) for i in range(3)]
@@ -198,9 +198,9 @@ class ChannelsFirst:
 
 
 def product(a: Array, b: Array, dimensions, precision: str = 'highest') -> Array:
-    """`dot_general` that accumulates, and returns, float32 at least."""
-    # A float32 model means float32: TPUs (bfloat16) and GPUs (tf32) round the operands of a
-    # default-precision product, which would cost the likelihood its digits.
+    """Calls `dot_general` with accumulation and result in float32 or wider."""
+    # At default precision, TPUs (bfloat16) and GPUs (tf32) round float32 operands, which would cost
+    # the likelihood several digits.
     return jax.lax.dot_general(
         a, b, dimensions, precision=product_precision(a.dtype, precision),
         preferred_element_type=at_least_float32(a.dtype),
@@ -217,17 +217,18 @@ def layer(
     start=0,
     temperature: Any = 1.0,
 ) -> tuple[Array, LayerCache | None]:
-    """One pre-norm Transformer layer: h += proj(attention(norm(h))), h += mlp(norm(h)).
+    """Applies a pre-norm Transformer layer: h += proj(attention(norm(h))), h += mlp(norm(h)).
 
     Args:
-      form: where the channels of h are; `params` are prepared for it.
-      h: S positions, [N, S, C] or [C, N, S]: the residual stream, whose dtype stays.
-      cache: keys and values of the positions before `start`, with room for these. None, or room
-        for these alone, is causal attention among them, by the attention kernel of the chip.
-      start: the first of the positions, a number that may be traced.
+      form: where the channels of h are; `params` must have the same form.
+      h: the residual stream at S positions, [N, S, C] or [C, N, S]. Its dtype is kept.
+      cache: key/value cache, filled before `start`, with room for these S positions. If it is None
+        or holds S positions only, the layer runs causal self-attention among them with the chip's
+        attention kernel.
+      start: index of the first of the S positions; may be traced.
       temperature: divides the attention logits; a number or [N, 1, 1, 1].
     Returns:
-      h, and the cache with these positions filled in (None if there was none).
+      h and the updated cache (None if it was None).
     """
     layout = form.layout
     whole = cache is None or cache.key.shape[2] == form.positions(h)
@@ -260,7 +261,7 @@ def layer(
 
 
 def normalize(x: Array, params, axis: int, dtype: DTypeLike) -> Array:
-    """Layer normalization over an axis, epsilon 1e-5, in float32; the result is `dtype`."""
+    """Applies layer normalization over an axis in float32, with epsilon 1e-5; casts to `dtype`."""
     wide = x.astype(at_least_float32(x.dtype))
     scale, bias = (
         jnp.expand_dims(params[name], [i for i in range(x.ndim) if i != axis])
@@ -272,6 +273,6 @@ def normalize(x: Array, params, axis: int, dtype: DTypeLike) -> Array:
 
 
 def gelu(x: Array) -> Array:
-    """x * Phi(x) with the exact normal distribution function."""
+    """Returns x * Phi(x), with the exact normal distribution function."""
     wide = x.astype(at_least_float32(x.dtype))
     return (0.5 * wide * (1.0 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)

@@ -163,7 +163,7 @@ WRONG = [
     ({'labels': np.zeros((3, 1), int)}, r'labels have shape \(3, 1\)'),
     ({'labels': np.zeros(3, np.float32)}, r'labels are float32; pass int32.*features=\.\.\.'),
     ({'labels': np.array([0, 3, 1])}, r'label 3 is outside 0\.\.2'),
-    ({'labels': np.array([0, -2, 1])}, r'label -2 is outside 0\.\.2.*-1 stands for no class'),
+    ({'labels': np.array([0, -2, 1])}, r'label -2 is outside 0\.\.2.*-1 means no class'),
     ({'noise_std': None}, r'noise_std is missing.*Condition\(noise_std=\.\.\.\)'),
     ({'noise_std': np.ones(2)}, r'noise_std has shape \(2,\); pass a number or shape \(3,\)'),
     ({'noise_std': np.ones((3, 1))}, r'noise_std has shape \(3, 1\)'),
@@ -174,8 +174,8 @@ WRONG = [
     ({'features': np.ones((2, 2), np.float32)}, r'features have shape \(2, 2\)'),
     ({'features': np.ones((3, 5, 2), np.float32)}, r'features have shape \(3, 5, 2\)'),
     ({'features': np.ones((3, 2), int)}, 'features are int64; pass float32|features are int32; pass float32'),
-    ({'features': np.full((3, 2), np.inf, np.float32)}, 'features hold numbers that are not finite'),
-    ({'features': NAN_IN_PART}, 'finite throughout, or NaN throughout'),
+    ({'features': np.full((3, 2), np.inf, np.float32)}, 'features are not finite'),
+    ({'features': NAN_IN_PART}, 'all finite, or all NaN'),
 ]
 
 

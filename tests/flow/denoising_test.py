@@ -220,12 +220,12 @@ def test_unconditional_flows_of_levels_need_no_condition():
     ({'solver': 'heun'}, "solver 'heun' is none of ode, sde"),
     ({'solver': 'sde'}, "solver 'sde' needs a key"),
     ({'key': jax.random.key(0)}, "'ode' takes none"),
-    ({'levels': []}, 'must be a falling sequence of numbers above 0'),
-    ({'levels': [0.1, 0.3]}, 'must be a falling sequence'),
-    ({'levels': [0.3, 0.3]}, 'must be a falling sequence'),
-    ({'levels': [0.3, 0.0]}, 'must be a falling sequence'),
-    ({'levels': [[0.3]]}, 'must be a falling sequence'),
-    ({'levels': [float('nan')]}, 'must be a falling sequence'),
+    ({'levels': []}, 'must be a decreasing sequence of numbers above 0'),
+    ({'levels': [0.1, 0.3]}, 'must be a decreasing sequence'),
+    ({'levels': [0.3, 0.3]}, 'must be a decreasing sequence'),
+    ({'levels': [0.3, 0.0]}, 'must be a decreasing sequence'),
+    ({'levels': [[0.3]]}, 'must be a decreasing sequence'),
+    ({'levels': [float('nan')]}, 'must be a decreasing sequence'),
     ({'images': np.zeros((3, 5, 2), np.float32)}, r'shape \(3, 5, 2\)'),
     ({'condition': np.array([0, 7, 1])}, 'label 7 is outside'),
 ])
@@ -237,7 +237,7 @@ def test_arguments_that_do_not_fit(arguments, words):
 
 def test_flows_of_one_level_are_sent_to_denoise():
     model = tiny((1,))
-    with pytest.raises(ValueError, match='noise_conditioned=True; use denoise for others'):
+    with pytest.raises(ValueError, match='noise_conditioned=True; use denoise instead'):
         tfj.iterative_denoise(model, perturbed(model), batch(model)[0], levels=[0.1])
     with pytest.raises(ValueError, match='label 3 is outside 0..2'):
         tfj.denoise(model, perturbed(model), batch(model)[0], np.array([0, 3, 1]), noise_std=0.1)
