@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 __version__ = '0.1.0'
 
-# Where each public name lives; a module is imported when a name of it is first used (PEP 562).
+# The module of each public name; a module is imported at the first use of one of its names
+# (PEP 562).
 _HOMES = {
     'Condition': 'flow.condition',
     'Fitted': 'training.fit',

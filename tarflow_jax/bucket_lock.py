@@ -1,8 +1,8 @@
-"""The lock of a folder in a bucket, where the system cannot end it with its process.
+"""A lock for a folder in a bucket, where the system cannot release it when its process ends.
 
-It is an object that names its process and is written again every few seconds. Each write is for
-one generation of the object alone, so of two processes only one succeeds. A lock that is not
-written for a while was left behind; one of a dead process of this machine is known at once.
+The lock is an object that names its process and is rewritten every few seconds. Each write applies
+to one generation of the object only, so only one of two processes succeeds. A lock that has not
+been rewritten for a while is stale. A lock of a dead process on this machine is detected at once.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from collections.abc import Callable
 from tarflow_jax import paths
 
 BEAT = 5.0  # seconds between writes
-STALE = 25.0  # seconds without one after which the lock counts as left behind
-PATIENCE = 10.0  # seconds for giving it back, which may be left to the next process
+STALE = 25.0  # seconds without a write after which the lock is stale
+PATIENCE = 10.0  # seconds to try releasing it; then the next process must remove it
 
 _own: set[str] = set()  # tokens of the locks that this process holds
 
@@ -30,7 +30,7 @@ class Held(Exception):
 
 
 def check(path) -> None:
-    """Raises Held if another process holds the lock at a path; removes one that was left behind."""
+    """Raises Held if another process holds the lock at a path; removes a stale lock."""
     store, key = _store(path)
     found = store.read(key).result()
     if found.state == 'missing':
@@ -38,24 +38,24 @@ def check(path) -> None:
     holder, where, token, _ = (*found.value.decode(errors='replace').split('\n'), '', '', '')[:4]
     if token in _own or not _is_left(store, key, found, holder, where):
         raise Held(holder)
-    log.warning('%s was left by a process that is gone: %s', path, holder)
+    log.warning('removed the stale lock %s of %s', path, holder)
     store.write(key, None, if_equal=found.stamp.generation).result()
 
 
 def take(path) -> Callable[[], None]:
-    """Takes the lock; returns what releases it. Raises Held, as `check` does.
+    """Takes the lock and returns a function that releases it. Raises Held like `check`.
 
-    Should another process take the lock all the same, as after a network failure, this process
-    ends at once: both would write.
+    If another process takes the lock anyway, for example after a network failure, this process ends
+    at once, because otherwise both would write.
     """
     check(path)
     store, key = _store(path)
     token = uuid.uuid4().hex
-    free = store.read('no such object').result().stamp.generation  # that of what is not there
+    free = store.read('no such object').result().stamp.generation  # that of a missing object
     generation = _write(store, key, token, 0, free)
     if not generation:
         check(path)
-        raise Held('another process')  # which has ended by now
+        raise Held('another process')  # it has ended by now
     _own.add(token)
     released = threading.Event()
 
@@ -66,11 +66,11 @@ def take(path) -> Callable[[], None]:
             beat += 1
             try:
                 generation = _write(store, key, token, beat, generation)
-            except Exception as error:  # the network; the next one may succeed
+            except Exception as error:  # a network error; the next write may succeed
                 log.warning('%s could not be written: %s', path, error)
             if not generation:
                 holder = store.read(key).result().value.decode(errors='replace')
-                log.error('error: %s was taken over by %s; this process ends, and writes no more.',
+                log.error('error: %s was taken over by %s; this process ends without writing.',
                           path, holder.partition('\n')[0] or 'another process')
                 os._exit(2)
 
@@ -81,7 +81,7 @@ def take(path) -> Callable[[], None]:
         released.set()
         thread.join(PATIENCE)
         _own.discard(token)
-        with contextlib.suppress(Exception):  # left behind, then
+        with contextlib.suppress(Exception):  # the lock then becomes stale
             if generation:
                 store.write(key, None, if_equal=generation).result(PATIENCE)
 
@@ -89,8 +89,8 @@ def take(path) -> Callable[[], None]:
 
 
 def _store(path):
-    """The key-value store of the folder, and the key."""
-    import tensorstore  # which Orbax brings along
+    """Returns the key-value store of the folder, and the key."""
+    import tensorstore  # a dependency of Orbax
 
     bucket, _, name = str(path).removeprefix(paths.BUCKET).partition('/')
     folder, _, key = name.rpartition('/')
@@ -102,22 +102,22 @@ def _store(path):
 
 
 def _write(store, key: str, token: str, beat: int, generation: bytes) -> bytes:
-    """Writes the lock over a generation; returns the next one, empty if another was there."""
+    """Overwrites a generation of the lock; returns the next generation, empty on a conflict."""
     holder = f'process {os.getpid()} on {socket.gethostname()}'
     text = f'{holder}\n{_machine()}\n{token}\n{beat}'
     new = store.write(key, text.encode(), if_equal=generation).result().generation
     if not new:
         found = store.read(key).result()
-        if token in found.value.decode(errors='replace'):  # written; the answer was lost
+        if token in found.value.decode(errors='replace'):  # written, but the answer was lost
             return found.stamp.generation
     return new
 
 
 def _is_left(store, key: str, found, holder: str, where: str) -> bool:
-    """Whether the process that wrote a lock is gone; watches for as long as it takes to know."""
+    """Returns whether a lock is stale; watches it for as long as necessary."""
     if where == _machine() and not _lives(int(holder.split()[1])):
         return True
-    log.info('looking for up to %g s whether %s, which holds the lock, still runs', STALE, holder)
+    log.info('checking for up to %g s if %s, which holds the lock, still runs', STALE, holder)
     start = time.monotonic()
     while time.monotonic() - start < STALE:
         time.sleep(BEAT / 5)
@@ -128,7 +128,7 @@ def _is_left(store, key: str, found, holder: str, where: str) -> bool:
 
 
 def _lives(process: int) -> bool:
-    if process == os.getpid():  # of an earlier start: it is not among the own ones
+    if process == os.getpid():  # an earlier process with the same id
         return False
     try:
         os.kill(process, 0)
@@ -140,7 +140,7 @@ def _lives(process: int) -> bool:
 
 
 def _machine() -> str:
-    """What only processes share that see each other's numbers; host names are used again."""
+    """Returns an id shared by processes that see each other's PIDs; host names may be reused."""
     known = [socket.gethostname()]
     with contextlib.suppress(OSError):
         with open('/proc/sys/kernel/random/boot_id') as file:

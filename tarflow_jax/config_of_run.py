@@ -1,7 +1,7 @@
-"""The config that a run was trained with, which its checkpoints hold.
+"""Reads the training config that the checkpoints of a run store.
 
-A command without --config takes all of it. One with a config file takes the fields of the model and
-the noise, without which the checkpoint would be read as another flow.
+A command without --config uses all of it. A command with a config file takes only the model and
+noise fields from the checkpoint, because with others it would read the checkpoint as another flow.
 """
 
 from typing import Any, NamedTuple
@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 from tarflow_jax import config as configs
 from tarflow_jax import config_ranges, json_files, paths
 
-# How the machine computes, which another may do otherwise.
+# Fields about how to compute, which may differ between machines.
 _COMPUTING = ('attention', 'precision', 'remat', 'unroll')
 _NOISE = ('noise', 'noise_std', 'lowest_noise_std', 'levels', 'weight')
-# What does not change the steps of training.
+# Fields that do not change the steps of training.
 _ASIDE = (
     'data.workers', 'data.test_split', 'data.expects', 'train.log_every', 'train.sample_every',
     'train.checkpoint_every', 'train.stop_after_skipped', 'model.attention', 'model.remat',
@@ -23,16 +23,16 @@ _ASIDE = (
 
 
 class Saved(NamedTuple):
-    """The values of a checkpoint's config by name, such as 'model.width', and where it is."""
+    """The values of a checkpoint's config by field, such as 'model.width', and its location."""
 
     values: dict[str, Any]
     name: str
 
 
 def saved(workdir: str) -> Saved | None:
-    """What the newest checkpoint of a workdir says; None without, or where it says nothing.
+    """Reads the config of a workdir's newest checkpoint; None if there is none.
 
-    Starts nothing of JAX: flags that it decides come first.
+    It does not start JAX, because the config determines flags that JAX reads at its start.
     """
     folder = paths.of(workdir) / 'checkpoints'
     try:
@@ -44,16 +44,16 @@ def saved(workdir: str) -> Saved | None:
             path = folder / str(step) / 'about' / 'metadata'
             values = json_files.read(path, {'config': dict})['config']
         except (OSError, json_files.Damaged):
-            continue  # what is damaged is named when the checkpoint is read
+            continue  # reading the checkpoint reports the damage later
         return Saved(config_ranges.fields(values), f'step {step} of {workdir}') if values else None
     return None
 
 
 def whole(saved: Saved, training: bool) -> ConfigDict:
-    """A config with the values of a checkpoint; fields that it does not have keep their default.
+    """Returns a config with the values of a checkpoint; fields it lacks keep their defaults.
 
     Args:
-      training: whether training goes on; else the mesh is that of this machine, too.
+      training: whether training resumes. If not, the mesh is that of this machine too.
     """
     config = configs.default()
     own = () if training else ('mesh.', 'model.attention')
@@ -64,13 +64,13 @@ def whole(saved: Saved, training: bool) -> ConfigDict:
 
 
 def adopt(config: ConfigDict, saved: Saved, given: list[str]) -> dict[str, tuple[Any, Any]]:
-    """Sets the fields of the model and the noise to those of a checkpoint.
+    """Sets the model and noise fields to those of a checkpoint.
 
     Args:
-      given: fields that the command names, which keep its values.
+      given: fields that the command sets, which keep their values.
 
     Returns:
-      what changed: for each field the value before and the one of the checkpoint.
+      the changed fields, each with its old value and the value of the checkpoint.
     """
     now = config_ranges.fields(config.to_dict())
     wanted = [f'model.{name}' for name in config.model if name not in _COMPUTING]
@@ -85,7 +85,7 @@ def adopt(config: ConfigDict, saved: Saved, given: list[str]) -> dict[str, tuple
 
 
 def differences(there: dict, config: ConfigDict) -> dict[str, tuple[Any, Any]]:
-    """The fields that change how training goes on: their values in a checkpoint, and now.
+    """Returns the changed fields that affect training, with their old and new values.
 
     Args:
       there: the checkpoint's config, as nested dicts of JSON values.
@@ -100,7 +100,7 @@ def differences(there: dict, config: ConfigDict) -> dict[str, tuple[Any, Any]]:
 
 
 def told(changes: dict[str, tuple[Any, Any]]) -> str:
-    """The changes in a line: 'train.batch_size 16 instead of 8, ...'."""
+    """Describes the changes in a line: 'train.batch_size 16 instead of 8, ...'."""
     return ', '.join(
         f'{field} {_short(now)} instead of {_short(before)}'
         for field, (before, now) in changes.items()
@@ -121,13 +121,13 @@ def _set(config: ConfigDict, field: str, value, where: str) -> None:
         section[name] = value
     except TypeError:
         raise ValueError(
-            f'{field} of the config in the checkpoint at {where} is {value!r:.100}, and must be '
-            f'{config_ranges.kind_of(field, section[name])}; give --config.'
+            f'{field} of the config in the checkpoint at {where} is {value!r:.100}, but must be '
+            f'{config_ranges.kind_of(field, section[name])}; pass --config.'
         ) from None
 
 
 def _as(like, value):
-    """A JSON value as configs have it: tuples for lists, floats where the default is one."""
+    """Converts a JSON value to a config value: lists to tuples, numbers to the default's type."""
     if isinstance(value, list):
         return tuple(_as(None, entry) for entry in value)
     if isinstance(like, float) and type(value) is int:

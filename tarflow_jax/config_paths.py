@@ -1,4 +1,4 @@
-"""The flags and config fields that are paths, and the one place that makes them absolute."""
+"""Makes the flags and config fields that are paths absolute."""
 
 import operator
 
@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from tarflow_jax import paths
 from tarflow_jax.evaluation.frechet_score import CONVENTIONS
 
-# What must be there if anything is: see `paths.resolved`.
+# The required kind of an existing path; see `paths.resolved`.
 FLAGS = {'workdir': 'folder', 'input': 'file', 'output': 'file', 'json': 'file', 'out': 'folder'}
 FIELDS = {
     'data.path': 'folder',
@@ -20,13 +20,13 @@ FIELDS = {
 
 
 def resolve(config: ConfigDict, given) -> None:
-    """Makes every path of a command line absolute, or gs://, in place; see `paths.resolved`.
+    """Makes every path of a command line absolute or gs://, in place; see `paths.resolved`.
 
     Args:
-      config: the fields; a value that is no text is left to whoever checks the field.
+      config: the fields. Values that are not strings are left alone; another check reports them.
       given: the flags, as attributes.
     Raises:
-      ValueError: if a path cannot be one, or is a file where a folder is meant.
+      ValueError: if a path is invalid, or is a file instead of a folder.
     """
     for name, kind in FLAGS.items():
         if value := getattr(given, name):

@@ -1,9 +1,9 @@
-"""Official PyTorch checkpoints to Flax variables and back, of TarFlow and of iTARFlow.
+"""Converts official PyTorch checkpoints of TarFlow and iTARFlow to Flax variables and back.
 
-The official codes (github.com/apple/ml-tarflow and ml-itarflow) keep linear weights as [out, in]
-and the numbers of a patch in the order (channel, row, column); here kernels are [in, out] and a
-patch is (row, column, channel). `_BLOCK`, `_NOISE` and `_LAYER` are the only place that says what
-corresponds to what: loading reads them from left to right, saving from right to left.
+The official codes (github.com/apple/ml-tarflow and ml-itarflow) store linear weights as [out, in]
+and patches in (channel, row, column) order. Here, kernels are [in, out] and patches are in (row,
+column, channel) order. The tables `_BLOCK`, `_NOISE` and `_LAYER` define the mapping: loading reads
+them from left to right, saving from right to left.
 """
 
 import collections
@@ -24,9 +24,9 @@ from flax import traverse_util
 from tarflow_jax import files, json_files, paths, torch_file, wrong_files
 from tarflow_jax.flow.flow import Flow, TarFlow, Variables, field_defaults
 
-# Official name, our path, and the axes of both, named as in `_sizes`; those in parentheses are
-# merged into one. TarFlow's code registers the layers as `blocks.B.attn_blocks.L`, iTARFlow's as
-# `blocks.B.head_blocks.L`; here they are stacked on a leading axis.
+# Official name, our path, and the axes of both, named as in `_sizes`. Axes in parentheses are
+# merged. TarFlow's code registers the layers as `blocks.B.attn_blocks.L`, iTARFlow's as
+# `blocks.B.head_blocks.L`; here they are stacked along a leading axis.
 _BLOCK = (
     ('pos_embed', 'position_embedding', 'T W', 'T W'),
     ('class_embed', 'class_embedding', 'N one W', '(N one) W'),
@@ -35,7 +35,7 @@ _BLOCK = (
     ('proj_out.weight', 'proj_out/kernel', '(half C row col) W', 'W (half row col C)'),
     ('proj_out.bias', 'proj_out/bias', '(half C row col)', '(half row col C)'),
 )
-# Of noise-conditioned flows.
+# Additional tensors of noise-conditioned flows.
 _NOISE = (
     ('time_embed.mlp.0.weight', 'noise_embedding/mlp_in/kernel', 'F W', 'W F'),
     ('time_embed.mlp.0.bias', 'noise_embedding/mlp_in/bias', 'F', 'F'),
@@ -58,7 +58,7 @@ _LAYER = (
 )
 _PRIOR = ('var', 'prior/variance', 'T (C row col)', 'T (row col C)')
 
-# No shape depends on head_dim: the official model always uses 64, files written here record it.
+# No shape depends on head_dim. The official model always uses 64; files written here record it.
 _OFFICIAL_HEAD_DIM = '64'
 _CLASS_NAMES = 'class_names'
 _DIGEST = 'sha256'
@@ -66,7 +66,7 @@ _MAX_NAMED = 10
 
 
 class _Row(NamedTuple):
-    """One official tensor and the leaf it belongs to, or the entry `layer` of a stacked leaf."""
+    """One official tensor and its leaf, or entry `layer` of a stacked leaf."""
 
     official: str
     path: str
@@ -76,35 +76,35 @@ class _Row(NamedTuple):
 
 
 def load_official(path: str | os.PathLike[str], model: TarFlow) -> dict[str, Any]:
-    """Variables of `model` from a checkpoint of the official PyTorch code; torch is not needed.
+    """Loads the variables of `model` from a checkpoint of the official PyTorch code, without torch.
 
     Args:
       path: the `.pth` file of the official training script (a state dict), or a `.safetensors`
         file of the same tensors, such as `save_official` writes.
-      model: the `TarFlow` that the checkpoint belongs to.
+      model: the `TarFlow` of the checkpoint.
     Returns:
-      `{'params': ...}`, for volume-preserving models with `'prior'`, the tree of `model.init`, as
-      float32 numpy arrays.
+      `{'params': ...}`, and `'prior'` for volume-preserving models: the tree of `model.init`, as
+      float32 NumPy arrays.
     Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if the file cannot be read, or any tensor is missing, unknown, of another shape
-        or dtype than the model's, not finite, or (attention masks, the prior variance) of values
-        that the model cannot represent.
+      FileNotFoundError: if the file does not exist.
+      ValueError: if the file cannot be read, or if a tensor is missing, is unknown, has a wrong
+        shape or dtype, is not finite, or (attention masks, prior variance) has values that the
+        model cannot represent.
     """
     path = paths.local_copy(path)
     _check_representable(model)
     if not path.exists():
-        raise FileNotFoundError(f'{path} does not exist; give the path of an official checkpoint.')
+        raise FileNotFoundError(f'{path} does not exist; pass the path of an official checkpoint.')
     if not path.is_file():
         what = wrong_files.described(path) or 'is not a file'
-        raise ValueError(f'{path} {what}; give the path of an official checkpoint.')
+        raise ValueError(f'{path} {what}; pass the path of an official checkpoint.')
     if path.suffix == '.safetensors':
         tensors, head_dim = _read_safetensors(path)
     elif path.suffix in ('.pth', '.pt'):
         tensors, head_dim = torch_file.read_torch_file(path), _OFFICIAL_HEAD_DIM
     else:
         what = wrong_files.described(path) or f'ends with {path.suffix!r}'
-        raise ValueError(f'{path} {what}; give a .pth or a .safetensors checkpoint.')
+        raise ValueError(f'{path} {what}; pass a .pth or a .safetensors checkpoint.')
     tensors = _without_prefix(tensors)
 
     _check_kind(path, model, tensors)
@@ -129,12 +129,12 @@ def load_official(path: str | os.PathLike[str], model: TarFlow) -> dict[str, Any
 
 
 def class_names(path: str | os.PathLike[str]) -> list[str] | None:
-    """The names of the classes by label that `save_official` kept in a file; None without.
+    """Reads the class names that `save_official` stored in a file; None if there are none.
 
-    The official code keeps none: it numbers classes in the order of their sorted names.
+    The official code stores none; it numbers classes by sorted name.
 
     Raises:
-      ValueError: if what the file keeps is no list of names.
+      ValueError: if the stored value is not a list of names.
     """
     if Path(path).suffix != '.safetensors':
         return None
@@ -146,7 +146,7 @@ def class_names(path: str | os.PathLike[str]) -> list[str] | None:
         return json_files.parse(text, [str])
     except json_files.Damaged:
         raise ValueError(
-            f'{path}: {_CLASS_NAMES} is {text[:60]!r}, no list of names; save it again.'
+            f'{path}: {_CLASS_NAMES} is {text[:60]!r}, not a list of names; save it again.'
         ) from None
 
 
@@ -154,22 +154,22 @@ def save_official(
     variables: Variables, model: TarFlow, path: str | os.PathLike[str],
     class_names: Sequence[str] | None = None,
 ) -> None:
-    """Writes the variables under the official names, for `load_state_dict` of the official model.
+    """Writes the variables under their official names, for `load_state_dict` of the official model.
 
-    In PyTorch: `model.load_state_dict(safetensors.torch.load_file(path))`. The official model has
-    the same number of layers in every block and heads of 64 channels: it refuses a model with
-    uneven blocks, and silently computes something else with other heads. Both come back here
-    unchanged. The file appears complete or not at all.
+    In PyTorch: `model.load_state_dict(safetensors.torch.load_file(path))`. The official model needs
+    the same number of layers in every block and heads of 64 channels. It rejects uneven blocks, and
+    silently computes wrong results with other heads. `load_official` reads both back unchanged. The
+    file is written atomically.
 
     Args:
-      variables: the tree of `model.init`, float32, numpy or JAX arrays.
-      model: the `TarFlow` that the variables belong to.
-      path: ends with `.safetensors`; an existing file is replaced.
-      class_names: by label, to be kept in the file; None keeps none.
+      variables: the tree of `model.init`, as float32 NumPy or JAX arrays.
+      model: the `TarFlow` of the variables.
+      path: path of the file, which must end with `.safetensors`; an existing file is replaced.
+      class_names: class names by label to store in the file; None for none.
     Raises:
       FileNotFoundError: if the folder of `path` does not exist.
-      ValueError: if `path` ends otherwise, or any leaf is missing, unknown, of another shape or
-        dtype than the model's, or not finite.
+      ValueError: if `path` has another suffix, or if a leaf is missing, is unknown, has a wrong
+        shape or dtype, or is not finite.
     """
     path = paths.of(path)
     _check_representable(model)
@@ -201,14 +201,14 @@ def save_official(
         metadata[_CLASS_NAMES] = json.dumps(list(class_names))
     metadata[_DIGEST] = _digest(tensors, metadata)
     data = safetensors.numpy.save(tensors, metadata=metadata)
-    with files.replacing(path) as file:  # safetensors' own files only their owner may read
+    with files.replacing(path) as file:  # safetensors would make it readable by its owner only
         file.write(data)
 
 
 def _without_prefix(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Tensors by the names that they have in the plain model.
+    """Removes the prefixes of wrapped models from tensor names.
 
-    DistributedDataParallel calls them `module.NAME`, torch.compile `_orig_mod.NAME`, or both.
+    DistributedDataParallel adds `module.`, torch.compile adds `_orig_mod.`; there may be both.
     """
     for prefix in ('module.', '_orig_mod.') * 2:
         if tensors and all(name.startswith(prefix) for name in tensors):
@@ -217,39 +217,39 @@ def _without_prefix(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _check_representable(model: Flow) -> None:
-    """ValueError if the official codes have no such flow."""
+    """Raises ValueError if the official codes do not support the flow."""
     if not isinstance(model, TarFlow):
         raise ValueError(
-            f'the model is a {type(model).__name__}, and official checkpoints are of images; pass '
+            f'the model is a {type(model).__name__}, but official checkpoints are for images; pass '
             'a TarFlow.'
         )
     defaults = field_defaults(model)
     for field in ('num_features', 'orders', 'scale', 'scale_limit', 'first_token'):
         if getattr(model, field) != defaults[field]:
             raise ValueError(
-                f'{field} {getattr(model, field)!r:.100} of the model has no place in an official '
-                f'checkpoint; only {defaults[field]!r} has.'
+                f'{field} {getattr(model, field)!r:.100} is not supported by official checkpoints; '
+                f'they need {defaults[field]!r}.'
             )
     if len(set(model.patch_shape)) > 1 or len(set(model.image_shape[:2])) > 1:
         raise ValueError(
-            f'image_size {model.image_size} and patch_size {model.patch_size} of the model have no '
-            'place in an official checkpoint; its images and patches are square.'
+            f'image_size {model.image_size} and patch_size {model.patch_size} are not supported by '
+            'official checkpoints; their images and patches are square.'
         )
 
 
 def _check_kind(path: Path, model: TarFlow, tensors: Mapping[str, np.ndarray]) -> None:
-    """ValueError if a TarFlow's checkpoint is given for an iTARFlow, or the reverse."""
+    """Raises ValueError if an iTARFlow is loaded from a TarFlow's checkpoint, or the reverse."""
     conditioned = any('.time_embed.' in name for name in tensors)
     if tensors and conditioned != model.noise_conditioned:
         there, noise = ('an iTARFlow', 'levels') if conditioned else ('a TarFlow', 'gaussian')
         raise ValueError(
-            f'{path} holds {there}, and the model has noise_conditioned {model.noise_conditioned}; '
-            f"set it to {conditioned}, and in a config train.noise to '{noise}' with it."
+            f'{path} has {there}, but the model has noise_conditioned {model.noise_conditioned}; '
+            f"set it to {conditioned}, and in a config set train.noise to '{noise}' too."
         )
 
 
 def _rows(model) -> list[_Row]:
-    """All tensors of the official state dict except for `_buffers`."""
+    """Lists all tensors of the official state dict except `_buffers`."""
     rows = [_Row(*_PRIOR)] if model.volume_preserving else []
     layers = 'head_blocks' if model.noise_conditioned else 'attn_blocks'
     for b, num_layers in enumerate(model.layers_per_block):
@@ -265,7 +265,7 @@ def _rows(model) -> list[_Row]:
 
 
 def _buffers(model) -> dict[str, np.ndarray]:
-    """Constants that the official state dict holds and that are no variables here."""
+    """Returns constants in the official state dict that are not variables here."""
     mask = np.tril(np.ones((model.num_patches, model.num_patches), np.float32))
     buffers = {f'blocks.{b}.attn_mask': mask for b in range(len(model.layers_per_block))}
     if not model.volume_preserving:
@@ -282,7 +282,7 @@ def _sizes(model) -> dict[str, int]:
         'C': model.image_channels,
         'row': model.patch_shape[0],
         'col': model.patch_shape[1],
-        'half': 1 if model.volume_preserving else 2,  # log-scale and shift, or shift alone
+        'half': 1 if model.volume_preserving else 2,  # log-scale and shift, or only shift
         'qkv': 3,
         'H': model.width // model.head_dim,
         'K': model.head_dim,
@@ -296,19 +296,19 @@ def _shape(axes: str, sizes: dict[str, int]) -> tuple[int, ...]:
 
 
 def _rearrange(array: np.ndarray, source: str, target: str, sizes: dict[str, int]) -> np.ndarray:
-    """Splits the axes `source`, brings them into the order of `target` and merges them so."""
+    """Splits the axes as in `source`, transposes them to the order of `target`, and merges them."""
     split, order = re.findall(r'\w+', source), re.findall(r'\w+', target)
     array = array.reshape([sizes[axis] for axis in split])
     return array.transpose([split.index(axis) for axis in order]).reshape(_shape(target, sizes))
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], str]:
-    """Tensors and head_dim of the file."""
+    """Reads the tensors and head_dim of a file."""
     try:
         with safetensors.safe_open(path, framework='numpy') as file:
             dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}
             for name, dtype in dtypes.items():
-                # Refused here already because numpy has no name for some of them.
+                # Rejected before loading because NumPy lacks some of these dtypes.
                 if dtype != 'F32':
                     raise ValueError(
                         f'{path}: tensor {name[:100]!r} is {dtype}; save it as float32.'
@@ -316,19 +316,18 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], str]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in dtypes}
     except safetensors.SafetensorError as error:
-        what = wrong_files.described(path) or f'is damaged or no safetensors file ({error})'
-        raise ValueError(f'{path} {what}; copy the file again, or give another.') from None
+        what = wrong_files.described(path) or f'is damaged or not a safetensors file ({error})'
+        raise ValueError(f'{path} {what}; copy the file again, or pass another.') from None
     digest = metadata.pop(_DIGEST, None)
     if digest not in (None, _digest(tensors, metadata)):
         raise ValueError(
-            f'{path} is damaged: its numbers have another checksum than when they were saved; copy '
-            'the file again.'
+            f'{path} is damaged: its numbers do not match their checksum; copy the file again.'
         )
     return tensors, metadata.get('head_dim', _OFFICIAL_HEAD_DIM)
 
 
 def _digest(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
-    """A checksum of all that a file holds, which the format has not."""
+    """Returns a checksum of the contents of a file; the format has none."""
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(f'{name} {tensors[name].shape}'.encode())
@@ -341,30 +340,32 @@ def _problems(
     shapes: Mapping[str, tuple[int, ...]],
     buffers: Mapping[str, np.ndarray],
 ) -> list[str]:
-    """What is wrong with the arrays, one clause each."""
+    """Lists the problems of the arrays, one clause each."""
     problems = []
     for name, shape in shapes.items():
         array = arrays.get(name)
         if array is None:
             problems.append(f'{name} {list(shape)} is missing')
         elif array.shape != shape:
-            problems.append(f'{name} has shape {list(array.shape)}, the model needs {list(shape)}')
+            problems.append(
+                f'{name} has shape {list(array.shape)}, but the model needs {list(shape)}'
+            )
         elif array.dtype != np.float32:
-            problems.append(f'{name} is {array.dtype}, cast it to float32')
+            problems.append(f'{name} is {array.dtype} (cast it to float32)')
         elif not np.isfinite(array).all():
             value = array[~np.isfinite(array)][0]
-            problems.append(f'{name} holds {value}, all numbers must be finite')
+            problems.append(f'{name} has {value}, but all numbers must be finite')
         elif name in buffers and not np.array_equal(array, buffers[name]):
             meaning = 'all ones' if name == 'var' else 'the lower-triangular causal mask'
-            problems.append(f'{name} is not {meaning} that the model assumes')
+            problems.append(f'{name} is not {meaning}, which the model assumes')
         elif name in (_PRIOR[0], _PRIOR[1]) and array.min() <= 0:
-            problems.append(f'{name} holds {array.min()}, a variance must be positive')
+            problems.append(f'{name} has {array.min()}, but a variance must be positive')
     extra = [name for name in arrays if name not in shapes]
     return problems + [f'{str(name)[:100]!r} is unknown to the model' for name in extra]
 
 
 def _refuse(what, model, problems: list[str]) -> None:
-    """ValueError that names the problems, if there are any."""
+    """Raises ValueError with the problems, if there are any."""
     if not problems:
         return
     fields = (
@@ -376,6 +377,6 @@ def _refuse(what, model, problems: list[str]) -> None:
     if len(problems) > _MAX_NAMED:
         named.append(f'and {len(problems) - _MAX_NAMED} more')
     raise ValueError(
-        f'{what} does not fit TarFlow({settings}), pass the model it belongs to: '
+        f'{what} does not fit TarFlow({settings}); pass the model it belongs to: '
         f'{"; ".join(named)}.'
     )

@@ -1,4 +1,4 @@
-"""What the environment tells JAX and XLA, looked at before they stumble over it."""
+"""Checks environment variables before JAX and XLA read them, and starts the devices."""
 
 import contextlib
 import functools
@@ -10,24 +10,24 @@ import warnings
 import jax
 import jaxlib.xla_client
 
-SECONDS = 20  # for XLA to read its flags
-# What another start may not meet again.
+SECONDS = 20  # timeout for XLA to read its flags
+# Errors that may not recur at another start.
 _PASSING = ('already in use', 'UNAVAILABLE', 'ABORTED', 'DEADLINE_EXCEEDED')
 
 
 class Unavailable(RuntimeError):
-    """The devices are there, and cannot be had now."""
+    """The devices exist but are not available now."""
 
 
 def check() -> None:
-    """Checks the environment's variables. Call before JAX's backend starts.
+    """Checks environment variables. Call it before JAX's backend starts.
 
     Raises:
-      ValueError: one sentence that names the variable, its value and the remedy.
+      ValueError: if one is wrong; the message has the variable, its value and the remedy.
     """
     if jax.config.jax_enable_x64:
         raise ValueError(
-            'JAX_ENABLE_X64 is set, and this program computes in float32 and bfloat16; unset it.'
+            'JAX_ENABLE_X64 is set, but this program computes in float32 and bfloat16; unset it.'
         )
     if os.environ.get('XLA_FLAGS'):
         _check_xla_flags(os.environ['XLA_FLAGS'])
@@ -35,11 +35,11 @@ def check() -> None:
 
 @functools.cache
 def _check_xla_flags(given: str) -> None:
-    # XLA ends the process that asks it to read a flag that it does not know: a child asks.
+    # XLA aborts the process at an unknown flag, so a child process tries them.
     reads, writes = os.pipe()
     sys.stderr.flush()
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # JAX warns of forks: this one computes nothing
+        warnings.simplefilter('ignore')  # JAX warns about forks, but this child computes nothing
         child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
@@ -62,8 +62,8 @@ def start_devices() -> None:
     """Starts JAX's backend.
 
     Raises:
-      ValueError: if JAX_PLATFORMS names what is not there.
-      Unavailable: if the devices are taken, or otherwise not to be had now.
+      ValueError: if JAX_PLATFORMS names a platform that does not exist here.
+      Unavailable: if the devices are in use or otherwise not available now.
     """
     try:
         jax.devices()
@@ -72,8 +72,8 @@ def start_devices() -> None:
         reason = reason.rstrip('.') or type(error).__name__
         wanted = os.environ.get('JAX_PLATFORMS', '')
         if any(word in reason for word in _PASSING):
-            raise Unavailable(f'JAX cannot have the devices now: {reason}.') from error
+            raise Unavailable(f'the devices are not available now: {reason}.') from error
         raise ValueError(
             f'JAX_PLATFORMS={wanted}: JAX finds no such device ({reason}); set JAX_PLATFORMS=cpu, '
-            'or unset it to take what there is.'
+            'or unset it to use the available devices.'
         ) from error

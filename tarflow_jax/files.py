@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and places for results, tried before the work."""
+"""Writes files and folders atomically."""
 
 import contextlib
 import os
@@ -18,11 +18,11 @@ _cleaned: set[Path] = set()
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Opens a binary file that takes the place of `path` once it is complete and on disk.
+    """Opens a binary file that replaces `path` once it is complete and flushed to disk.
 
-    The file is written beside `path`, whose folder is created if it is missing. If anything fails,
-    the new file is removed and whatever was at `path` stays as it was. What killed processes left
-    in the folder is removed. A file in a bucket is written to the disk first.
+    The file is written next to `path`; a missing folder is created. On failure, the new file is
+    removed and `path` stays unchanged. Files that killed processes left in the folder are removed.
+    For a bucket, the file is written to disk first.
     """
     path = paths.of(path)
     if paths.in_bucket(path):
@@ -34,7 +34,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     _clean(path.parent)
-    # Two processes may write the same file at the same time.
+    # The process id keeps two writers of the same file apart.
     temporary = path.with_name(f'{path.name}.{socket.gethostname()}.{os.getpid()}.tmp')
     try:
         with temporary.open('wb') as file:
@@ -47,21 +47,21 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a text file in UTF-8; a reader sees the old one or the new one."""
+    """Writes a UTF-8 text file atomically."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """As `write_text`."""
+    """Writes a binary file atomically."""
     with replacing(path) as file:
         file.write(content)
 
 
 @contextlib.contextmanager
 def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Makes a folder on the disk that takes the place of `path` once it is complete.
+    """Yields a folder on disk that replaces `path` once it is complete.
 
-    In a bucket its files appear one by one, in the order in which they were written.
+    In a bucket, its files appear one by one, in the order in which they were written.
     """
     path = paths.of(path)
     if paths.in_bucket(path):
@@ -80,7 +80,7 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _clean(folder: Path) -> None:
-    """Removes the files of writers that are gone, before the first file that is written there."""
+    """Removes files of writers that no longer run, before the first write to a folder."""
     if folder in _cleaned:
         return
     _cleaned.add(folder)
@@ -100,4 +100,4 @@ def _is_gone(process: int) -> bool:
         return True
     except PermissionError:
         return False
-    return process == os.getpid()  # nothing of this one is here yet
+    return process == os.getpid()  # this process has not written here yet

@@ -1,9 +1,9 @@
-"""JSON files, checked before they are believed, and sealed with a checksum of what they hold.
+"""Reads JSON files with checks of their contents, and seals them with a checksum.
 
-A *shape* says what a value must be: a type (`float` takes whole numbers, `int` no bool), None, a
-tuple of shapes of which one must fit, a list of one shape for every item, or a dict. A dict
-{str: shape} has any keys; any other names the keys that must be there, those that may be missing
-with a ? at their end, and says nothing of further ones.
+A *shape* describes a valid value: a type (`float` accepts whole numbers, `int` rejects bool), None,
+a tuple of alternative shapes, a list with one shape for all items, or a dict. A dict {str: shape}
+allows any keys. Any other dict lists the required keys, and optional ones with a ? at the end;
+further keys are allowed.
 """
 
 import hashlib
@@ -11,33 +11,33 @@ import json
 from pathlib import Path
 from typing import Any
 
-SEAL = 'checksum'  # a name that no content has
+SEAL = 'checksum'  # no content uses this key
 _LARGEST = 2**63
 
 
 class Damaged(ValueError):
-    """A file holds something else than it should; the text says what, not where nor the remedy."""
+    """A file has wrong contents; the message has the reason without path or remedy."""
 
 
 def read(path: Any, shape: Any = dict) -> Any:
-    """What a JSON file holds, without its seal if it has one.
+    """Reads a JSON file and returns its contents without the seal.
 
     Args:
-      path: of the file; what has the methods of `pathlib.Path` may be anywhere.
+      path: path of the file, or any object with the methods of `pathlib.Path`.
     Raises:
-      FileNotFoundError: if there is none.
-      Damaged: if it is no JSON in UTF-8, its content does not have the shape, or is another one
-        than when it was sealed.
+      FileNotFoundError: if the file does not exist.
+      Damaged: if it is not JSON in UTF-8, does not have the shape, or has changed since it was
+        sealed.
     """
     path = Path(path) if isinstance(path, str) else path
     try:
         return parse(path.read_bytes(), shape)
     except (IsADirectoryError, NotADirectoryError) as error:
-        raise Damaged(f'it is no file: {error.strerror}') from None
+        raise Damaged(f'it is not a file: {error.strerror}') from None
 
 
 def parse(text: bytes | str, shape: Any = dict) -> Any:
-    """As `read`, from the content of a file."""
+    """Does the same as `read` with the contents of a file."""
     try:
         if isinstance(text, bytes):
             text = text.decode('utf-8')
@@ -45,22 +45,22 @@ def parse(text: bytes | str, shape: Any = dict) -> Any:
         if isinstance(value, dict) and SEAL in value:
             seal = value.pop(SEAL)
             if seal != _digest(value):
-                raise Damaged('its content does not have the checksum that it says')
+                raise Damaged('its contents do not match its checksum')
     except RecursionError:
         raise Damaged('it is nested too deeply') from None
-    except ValueError as error:  # of json, and what is not UTF-8
+    except ValueError as error:  # invalid JSON or UTF-8
         raise error if isinstance(error, Damaged) else Damaged(str(error)[:200]) from None
     check(value, shape)
     return value
 
 
 def sealed(content: dict) -> dict:
-    """The content with its own checksum, which `read` compares; not for a hand to edit."""
+    """Adds a checksum that `read` checks; for files that nobody edits by hand."""
     return content | {SEAL: _digest(content)}
 
 
 def check(value: Any, shape: Any, place: str = 'it') -> None:
-    """Raises Damaged if a value does not have a shape."""
+    """Raises Damaged unless a value has the given shape."""
     if isinstance(shape, tuple):
         if not any(_fits(value, option) for option in shape):
             raise Damaged(f'{place} is {_short(value)}')
@@ -105,7 +105,7 @@ def _short(value: Any) -> str:
 def _whole(text: str) -> int:
     value = int(text)
     if abs(value) >= _LARGEST:
-        raise Damaged(f'it holds the number {text[:20]}..., which is too large')
+        raise Damaged(f'it has the number {text[:20]}..., which is too large')
     return value
 
 

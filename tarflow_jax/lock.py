@@ -1,4 +1,4 @@
-"""One writer at a time in a folder: two would replace each other's files."""
+"""A lock that allows one writer at a time in a folder."""
 
 import contextlib
 import fcntl
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class Taken(OSError):
-    """Another process writes to the folder."""
+    """Another process is writing to the folder."""
 
 
 def check(folder, by_first: Callable = lambda action: action()) -> None:
@@ -34,16 +34,16 @@ def check(folder, by_first: Callable = lambda action: action()) -> None:
 
 @contextlib.contextmanager
 def held(folder, by_first: Callable = lambda action: action()) -> Iterator[None]:
-    """Holds a folder, which is created if it is missing.
+    """Locks a folder, which is created if it is missing.
 
-    A file in the folder is locked, and names the process. The system ends the lock with the
-    process, however it ends: a file that is left behind stops nobody. For buckets see
+    It locks a file in the folder, which names the process. The system releases the lock when the
+    process ends, even after a crash, so a leftover file does not block anyone. For buckets see
     `bucket_lock`.
 
     Args:
-      by_first: of several processes that are one run, and all call this: `processes.by_first`.
+      by_first: `processes.by_first`, if several processes form one run and all call this.
     Raises:
-      Taken: if another process holds it.
+      Taken: if another process holds the lock.
     """
     path = paths.of(folder) / FILE
     release = by_first(lambda: _take(path))
@@ -63,22 +63,22 @@ def _of_bucket(action: Callable, path: Path):
 
 def _taken(path: Path, holder: str) -> Taken:
     return Taken(
-        f'{path.parent} is written to by {holder or "another process"}; wait for it, stop it, or '
+        f'{holder or "another process"} is writing to {path.parent}; wait for it, stop it, or '
         'choose another folder.'
     )
 
 
 def _take(path: Path) -> Callable[[], None]:
-    """Takes the lock; returns what releases it."""
+    """Takes the lock and returns a function that releases it."""
     if paths.in_bucket(path):
         return _of_bucket(bucket_lock.take, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     file = _lock(path)
     while not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
-        file.close()  # removed by the process that held it until now
+        file.close()  # the process that held the lock has just removed the file
         file = _lock(path)
     if before := file.read():
-        log.warning('%s was left by a process that is gone: %s', path, before)
+        log.warning('took over the stale lock %s of %s', path, before)
     file.truncate(0)
     file.write(f'process {os.getpid()} on {socket.gethostname()}')
     file.flush()
@@ -91,7 +91,7 @@ def _take(path: Path) -> Callable[[], None]:
 
 
 def _lock(path: Path):
-    """The open file, locked; Taken if another process has it."""
+    """Opens and locks the file; raises Taken if another process holds the lock."""
     file = path.open('a+')
     file.seek(0)
     try:

@@ -1,8 +1,8 @@
-"""Paths on a disk and in buckets (`gs://BUCKET/FOLDER`): one function for what users give.
+"""Handles paths on disk and in buckets (`gs://BUCKET/FOLDER`).
 
-A bucket is an object store. An object appears whole or not at all, and none can be appended to,
-renamed or locked; folders are prefixes of names and need not be made. What has to be mapped or
-read at random is copied to the disk first, see `local_copy`.
+A bucket is an object store. Objects appear atomically and cannot be appended to, renamed or locked.
+Folders are prefixes of names and need not be created. Files that need memory mapping or random
+access are copied to disk first; see `local_copy`.
 """
 
 import atexit
@@ -17,60 +17,61 @@ import tempfile
 from pathlib import Path
 
 BUCKET = 'gs://'
-# Seconds to connect, and to wait for an answer, of the first look at a bucket.
+# Seconds to connect and to wait for an answer at the first access to a bucket.
 TIMEOUT = (5, 10)
 _READ = ('storage.objects.get', 'storage.objects.list')
-# Orbax asks what kind of bucket it is before it deletes a checkpoint.
+# Orbax asks for the kind of the bucket before it deletes a checkpoint.
 _WRITE = (*_READ, 'storage.objects.create', 'storage.objects.delete', 'storage.buckets.get')
 
 
 def resolved(text: str, label: str, kind: str = 'any') -> str:
-    """What a user gave as a path: absolute or gs://, without `~` and without a slash at the end.
+    """Makes a path from the user absolute or gs://, without `~` and without a trailing slash.
 
     Args:
-      text: not empty.
-      label: what an error calls it, such as --workdir=runs/a.
-      kind: 'file' or 'folder', if what is there must be one. Buckets are not asked, see `reach`.
+      text: the path; not empty.
+      label: its name in errors, such as --workdir=runs/a.
+      kind: 'file' or 'folder' if an existing path must be one. This does not access buckets; see
+        `reach`.
     Raises:
-      ValueError: if it cannot be a path, or is of the other kind.
+      ValueError: if it is not a valid path, or is of the other kind.
     """
     if '\0' in text:
-        raise ValueError(f'{label!r} holds a null character; correct the path.')
+        raise ValueError(f'{label!r} has a null character; correct the path.')
     if re.match('[a-z][a-z0-9]+:/', text):
         return _in_bucket(text, label)
     path = Path(os.path.expanduser(text))
     if text.startswith('~') and str(path).startswith('~'):
-        raise ValueError(f'{label}: no user is called {path.parts[0][1:]!r}; correct the path.')
+        raise ValueError(f'{label}: there is no user {path.parts[0][1:]!r}; correct the path.')
     if kind == 'folder' and path.is_file():
-        raise ValueError(f'{label} is not a folder, but a file; give a folder.')
+        raise ValueError(f'{label} is a file, not a folder; pass a folder.')
     if kind == 'file' and path.is_dir():
-        raise ValueError(f'{label} is not a file, but a folder; give a file.')
+        raise ValueError(f'{label} is a folder, not a file; pass a file.')
     return str(path.absolute())
 
 
 def _in_bucket(text: str, label: str) -> str:
     if not text.startswith(BUCKET):
         raise ValueError(
-            f'{label} is neither a path on a disk nor in a bucket of Google Cloud Storage; buckets '
-            'are written gs://BUCKET/FOLDER.'
+            f'{label} is neither a path on disk nor in a bucket of Google Cloud Storage; write '
+            'buckets as gs://BUCKET/FOLDER.'
         )
     bucket, _, name = text.removeprefix(BUCKET).partition('/')
     if not re.fullmatch('[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]', bucket):
         raise ValueError(
-            f'{label} names the bucket {bucket!r}; names of buckets have at least 3 characters, '
-            'which are small letters, digits, dots, dashes and underscores.'
+            f'{label} has the invalid bucket name {bucket!r}; use at least 3 characters from '
+            'lower-case letters, digits, dots, dashes and underscores.'
         )
     if odd := re.search(r'[\x00-\x1f\x7f#?*\[\]]', name):
         raise ValueError(
-            f'{label} has the character {odd[0]!r}, which tools for buckets read otherwise; choose '
-            'another name.'
+            f'{label} has the character {odd[0]!r}, which has a special meaning in tools for '
+            'buckets; choose another name.'
         )
     name = posixpath.normpath(f'/{name}').strip('/')
     return f'{BUCKET}{bucket}/{name}'.rstrip('/')
 
 
 def of(path: str | os.PathLike[str]) -> Path:
-    """The path object: of a path in a bucket an `epath.Path`, which has the methods of pathlib.
+    """Returns the path object; for buckets an `epath.Path`, which has the methods of pathlib.
 
     Raises:
       ValueError: if it is in a bucket and the package for buckets is missing.
@@ -85,7 +86,7 @@ def of(path: str | os.PathLike[str]) -> Path:
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:
-    """The path object; relative to the folder that the process runs in no more."""
+    """Returns the path object, made absolute."""
     return of(path) if in_bucket(path) else Path(path).absolute()
 
 
@@ -95,11 +96,11 @@ def in_bucket(path: str | os.PathLike[str]) -> bool:
 
 def _prepare_for_buckets(text: str) -> None:
     try:
-        # Here, as most runs need no bucket and it takes a second.
+        # Importing it takes a second, and most runs need no bucket.
         import gcsfs  # type: ignore[import-untyped]  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            f'{text} is in a bucket, and the package to reach it is missing: pip install gcsfs.'
+            f'{text} is in a bucket, but the package gcsfs is missing: pip install gcsfs.'
         ) from error
     _configure()
 
@@ -108,24 +109,24 @@ def _prepare_for_buckets(text: str) -> None:
 def _configure() -> None:
     import fsspec.config  # type: ignore[import-untyped]
 
-    # What another process wrote must be seen.
+    # Without a listing cache, so that files of other processes are visible.
     fsspec.config.conf.setdefault('gs', {})['use_listings_cache'] = False
-    # Where TensorFlow happens to be installed, it would be used, with credentials of its own.
+    # If TensorFlow is installed, epath would use it, with other credentials.
     os.environ['EPATH_USE_TF'] = 'false'
-    # It warns at each call where it may not ask for the kind of bucket, and goes on.
+    # It warns at every call if it may not read the kind of the bucket.
     logging.getLogger('gcsfs').setLevel(logging.ERROR)
 
 
 def reach(path: str | os.PathLike[str], label: str, *, write: bool, folder: bool = True) -> None:
-    """Looks whether a bucket is there and may be used, within seconds; creates nothing.
+    """Checks within seconds that a bucket exists and is accessible; creates nothing.
 
     Args:
-      path: in a bucket; others are not looked at.
-      label: what an error calls it.
-      write: whether it must be possible to write there.
-      folder: whether an object of this very name is an error.
+      path: a path in a bucket; paths on disk are not checked.
+      label: its name in errors.
+      write: whether it must be writable.
+      folder: whether the path must be a folder, so that an object of this name is an error.
     Raises:
-      ValueError: if not.
+      ValueError: if a check fails.
     """
     if not in_bucket(path):
         return
@@ -140,11 +141,11 @@ def reach(path: str | os.PathLike[str], label: str, *, write: bool, folder: bool
             f'grant it roles/storage.{role}, or choose another bucket.'
         )
     if is_object:
-        raise ValueError(f'{label} is not a folder, but a file; give a folder.')
+        raise ValueError(f'{label} is a file, not a folder; pass a folder.')
 
 
 def _ask(bucket: str, name: str, permissions: tuple, label: str) -> tuple[list[str], bool]:
-    """The permissions that are granted, and whether there is an object of a name."""
+    """Returns the granted permissions, and whether an object with this name exists."""
     from google.api_core import exceptions
     from google.auth import exceptions as auth
     from google.cloud import storage  # type: ignore[import-untyped]
@@ -155,18 +156,18 @@ def _ask(bucket: str, name: str, permissions: tuple, label: str) -> tuple[list[s
         allowed = there.test_iam_permissions(permissions, **options)
         return allowed, bool(name) and there.blob(name).exists(**options)
     except exceptions.NotFound:
-        reason = f'there is no bucket {bucket}; create it with gcloud storage buckets create, or '
-        reason += 'correct the name'
+        reason = f'the bucket {bucket} does not exist; create it with gcloud storage buckets '
+        reason += 'create, or correct the name'
     except (exceptions.Forbidden, exceptions.Unauthorized):
         reason = f'this account may not use the bucket {bucket}; grant it '
         reason += 'roles/storage.objectUser, or choose another bucket'
     except (auth.DefaultCredentialsError, auth.RefreshError) as error:
         reason = f'there are no credentials for buckets ({_first_line(error).partition(".")[0]}); '
         reason += 'run gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS'
-    except Exception as error:  # of the network, with anything
+    except Exception as error:  # network errors of any type
         host = os.environ.get('STORAGE_EMULATOR_HOST', 'storage.googleapis.com')
-        last = str(error).rpartition(': ')[2].rstrip(')\'".')  # the cause, behind where it was
-        reason = f'{host} does not answer ({last}); check the network, or give a folder on a disk'
+        last = str(error).rpartition(': ')[2].rstrip(')\'".')  # the cause, after its location
+        reason = f'{host} does not answer ({last}); check the network, or use a folder on disk'
     raise ValueError(f'{label}: {reason}.')
 
 
@@ -176,10 +177,10 @@ def _first_line(error: Exception) -> str:
 
 
 def writable_folder(folder: str | os.PathLike[str], label: str) -> Path:
-    """The path object of a folder in which a file could be made; nothing is left of the trial.
+    """Checks that a folder is writable and returns its path object; leaves no test file behind.
 
     Raises:
-      ValueError: that begins with the label, if not.
+      ValueError: if it is not; the message starts with the label.
     """
     path = of(folder)
     reach(path, label, write=True)
@@ -196,9 +197,9 @@ def _try(folder: Path, label: str) -> None:
         if not there.is_dir():
             raise NotADirectoryError(None, f'{there} is not a folder')
         if not os.access(there, os.W_OK | os.X_OK):
-            raise PermissionError(None, f'{there} cannot be written to')
+            raise PermissionError(None, f'{there} is not writable')
         for path in reversed(missing):
-            with contextlib.suppress(FileExistsError):  # another process was faster
+            with contextlib.suppress(FileExistsError):  # another process created it first
                 path.mkdir()
                 made.append(path)
         with tempfile.TemporaryFile(dir=whole):
@@ -208,12 +209,12 @@ def _try(folder: Path, label: str) -> None:
         raise ValueError(f'{label}: {reason}; choose another folder.') from None
     finally:
         for path in reversed(made):
-            with contextlib.suppress(OSError):  # another process has put something there
+            with contextlib.suppress(OSError):  # another process has written there
                 path.rmdir()
 
 
 def check_writable_file(file: str | os.PathLike[str], label: str) -> None:
-    """ValueError that begins with the label, unless a file can be written there."""
+    """Raises ValueError, starting with the label, unless the file can be written."""
     reach(file, label, write=True, folder=False)
     folder = absolute(file).parent
     if not can_hold_files(folder):
@@ -223,16 +224,16 @@ def check_writable_file(file: str | os.PathLike[str], label: str) -> None:
 
 
 def upload(local: Path, path: Path) -> None:
-    """Copies a file to a bucket, where it appears whole or not at all.
+    """Copies a file to a bucket, where it appears atomically.
 
     Raises:
-      OSError: if it could not be written.
+      OSError: if it cannot be written.
     """
     from etils import epath
 
     try:
         epath.Path(local).copy(path, overwrite=True)
-    except Exception as error:  # gcsfs has exceptions of its own
+    except Exception as error:  # gcsfs has its own exception types
         raise OSError(f'{path} could not be written: {_first_line(error)}') from error
 
 
@@ -240,10 +241,10 @@ _copies: dict[tuple, Path] = {}
 
 
 def local_copy(path: str | os.PathLike[str]) -> Path:
-    """The path, or of a file in a bucket a copy on the disk, which is removed when Python ends.
+    """Returns the path; for a file in a bucket, a copy on disk, which is removed at exit.
 
     Raises:
-      FileNotFoundError: if it is not there.
+      FileNotFoundError: if the file does not exist.
       ValueError: if the bucket cannot be read.
     """
     if not in_bucket(path):
@@ -251,7 +252,7 @@ def local_copy(path: str | os.PathLike[str]) -> Path:
     reach(path, str(path), write=False, folder=False)
     there = of(path)
     if not there.exists():
-        raise FileNotFoundError(f'{path} is not there; correct the path.')
+        raise FileNotFoundError(f'{path} does not exist; correct the path.')
     about = there.stat()
     key = (str(path), about.length, about.mtime)  # type: ignore[attr-defined]
     if key not in _copies:
@@ -270,12 +271,12 @@ def _temporary() -> str:
 
 
 def can_hold_files(folder: Path) -> bool:
-    """Whether files can be put there: folders in buckets need not be made."""
+    """Returns whether files can be written there; folders in buckets need not exist."""
     return in_bucket(folder) or folder.is_dir()
 
 
 def remove_tree(path: Path) -> None:
-    """Removes a folder with all in it, if it is there."""
+    """Removes a folder and its contents, if it exists."""
     if not in_bucket(path):
         shutil.rmtree(path, ignore_errors=True)
     elif path.exists():

@@ -1,4 +1,4 @@
-"""Whether a run can do what its config asks: memory, disk, workers, and what was there before."""
+"""Checks before a run: memory, disk, workers, and the existing workdir."""
 
 import logging
 import shutil
@@ -10,7 +10,7 @@ from tarflow_jax.data import pipeline
 from tarflow_jax.training import memory, sharding
 from tarflow_jax.training.checkpoint import Checkpoints
 
-# What a run keeps in its workdir.
+# The files and folders of a workdir.
 FOLDERS = ('checkpoints', 'compiled', 'samples', 'schedules', 'statistics', 'tensorboard')
 FILES = ('metrics.jsonl', 'evaluation.json', 'report.html', 'outliers.png')
 
@@ -18,19 +18,19 @@ log = logging.getLogger(__name__)
 
 
 def workdir(given: str) -> Path:
-    """The workdir; ValueError if it cannot be written to, or something else has a name it needs."""
+    """Returns the workdir; raises ValueError if it is not writable or a name in it is taken."""
     folder = paths.writable_folder(given, f'--workdir={given}')
     for names, wrong, kind in ((FOLDERS, 'is_file', 'folder'), (FILES, 'is_dir', 'file')):
         for path in (folder / name for name in names):
             if getattr(path, wrong)():
                 raise ValueError(
-                    f'{path} is no {kind}, and the run needs a {kind} of this name; move it away.'
+                    f'{path} is not a {kind}, but the run needs a {kind} of this name; move it.'
                 )
     return folder
 
 
 def training(config, plan, mesh) -> str:
-    """The memory that a train step needs; ValueError if the devices are too small for it."""
+    """Describes the memory of a train step; raises ValueError if the devices are too small."""
     t = config.train
     needed = memory.of_training(
         plan.model, mesh, t.batch_size, ema=t.ema_decay > 0, accumulation=t.accumulation
@@ -39,7 +39,7 @@ def training(config, plan, mesh) -> str:
 
 
 def batches(config, mesh, source) -> None:
-    """ValueError unless the batches of training can be split and read as the config says."""
+    """Raises ValueError unless training batches can be sharded and read as the config says."""
     t = config.train
     sharding.check(mesh, t.batch_size, 'train.batch_size', t.accumulation)
     rows = len(sharding.local_rows(mesh, t.batch_size))
@@ -47,7 +47,7 @@ def batches(config, mesh, source) -> None:
 
 
 def sample_set(config, plan, mesh, folder: Path, always: bool = False) -> str:
-    """The memory that config.sample needs; ValueError if it, or the disk, is too small for it."""
+    """Describes the memory of sampling; raises ValueError if memory or disk are too small."""
     s, model = config.sample, plan.model
     if not always and ('frechet' not in config.evaluate.metrics or config.evaluate.frechet.samples):
         return ''
@@ -59,7 +59,7 @@ def sample_set(config, plan, mesh, folder: Path, always: bool = False) -> str:
 
 
 def _check_disk(folder: Path, size: int, what: str) -> None:
-    """ValueError if so many bytes are more than the whole file system of a folder holds."""
+    """Raises ValueError if `size` bytes exceed the whole file system of a folder."""
     if paths.in_bucket(folder):
         return
     folder = folder.absolute()
@@ -67,31 +67,31 @@ def _check_disk(folder: Path, size: int, what: str) -> None:
     total = shutil.disk_usage(there).total
     if size > total:
         raise ValueError(
-            f'{what} need {size / 1e9:,.0f} GB, and the file system of {there} has '
+            f'{what} need {size / 1e9:,.0f} GB, but the file system of {there} has '
             f'{total / 1e9:,.0f} GB; choose fewer.'
         )
 
 
 def scoring(config, plan, mesh, source) -> str:
-    """The memory that likelihoods of a set need; ValueError if the devices are too small for it."""
+    """Describes the memory of likelihoods; raises ValueError if the devices are too small."""
     batch_size = min(config.evaluate.batch_size, len(source))
     needed = memory.of_scoring(plan.model, mesh, batch_size)
     return memory.check(needed, plan.model, mesh, f'scoring (evaluate.batch_size {batch_size})')
 
 
 def same_run(checkpoints: Checkpoints, config, schedule, classes, name: str) -> None:
-    """Says what is not as it was in a run that goes on; ValueError where it cannot go on so."""
+    """Logs what changed in a resumed run; raises ValueError if it cannot resume with that."""
     about, latest = checkpoints.about(), checkpoints.latest()
     there, here = about['config'].get('train', {}).get('ema_decay'), config.train.ema_decay
     if there is not None and (there > 0) != (here > 0):
         raise ValueError(
-            f'{checkpoints.folder} holds a checkpoint with train.ema_decay {there}, this config '
-            f'has {here}; an average can be neither begun nor dropped on the way.'
+            f'{checkpoints.folder} has a checkpoint with train.ema_decay {there}, but this config '
+            f'has {here}; averaging cannot be turned on or off in a resumed run.'
         )
     if latest > schedule.total_steps:
         raise ValueError(
-            f'train.epochs {config.train.epochs:g} are {schedule.total_steps} steps, and '
-            f'{checkpoints.folder} holds a checkpoint at step {latest}; give more epochs than '
+            f'train.epochs {config.train.epochs:g} is {schedule.total_steps} steps, but '
+            f'{checkpoints.folder} has a checkpoint at step {latest}; set more epochs than '
             f'{latest / schedule.steps_per_epoch:g}, or another --workdir.'
         )
     if config.model.num_classes:
@@ -102,7 +102,7 @@ def same_run(checkpoints: Checkpoints, config, schedule, classes, name: str) -> 
     if before != name:
         told += f'training set {name} instead of {before}'
     if told:
-        log.warning('not as in the checkpoint at step %d: %s', latest, told)
+        log.warning('changed since the checkpoint at step %d: %s', latest, told)
 
 
 def set_name(source) -> str:

@@ -1,4 +1,4 @@
-"""What --mode=evaluate does: scores by name, and a file with all it takes to repeat them."""
+"""Implements --mode=evaluate: computes scores and writes a file with all they depend on."""
 
 import itertools
 import json
@@ -26,15 +26,16 @@ log = logging.getLogger(__name__)
 
 
 def prepare(subject: Subject) -> Callable:
-    """Checks what config.evaluate.metrics need, and returns the work: see `work` inside."""
+    """Checks the scores in config.evaluate.metrics, and returns the work; see `work` inside."""
     jobs = {name: SCORES[name].prepare(subject) for name in subject.config.evaluate.metrics}
 
     def work(variables, origin: dict, draw_samples: Callable) -> dict:
-        """Prints the scores and writes evaluation.json, whose content it returns.
+        """Prints the scores, writes evaluation.json and returns its contents.
 
         Args:
-          origin: where the variables come from, as JSON values, with a 'name'.
-          draw_samples: of nothing, gives the config's samples as (source, summary).
+          origin: the origin of the variables, as JSON values, with a 'name'.
+          draw_samples: function without arguments that returns the config's samples as (source,
+            summary).
         """
         scores = {}
         for name, job in jobs.items():
@@ -51,7 +52,7 @@ def prepare(subject: Subject) -> Callable:
 
 
 def about(subject: Subject) -> dict:
-    """All it takes to repeat an evaluation beside the checkpoint, as JSON values."""
+    """Returns everything except the checkpoint that an evaluation depends on, as JSON values."""
     devices = subject.mesh.devices.ravel()
     data = {'images': len(subject.test)} | subject.test.about
     caution = kinds.mismatch(subject.config.data.expects, data.get('kind'))
@@ -69,12 +70,12 @@ def about(subject: Subject) -> dict:
 
 
 def write(workdir: Path, report: dict) -> dict:
-    """Writes evaluation.json, to which the scores there that are not scored again are added.
+    """Writes evaluation.json, and keeps earlier scores that were not computed again.
 
-    If others are, or the file there is damaged, it keeps its content under a name of its own.
+    If scores are replaced, or the old file is damaged, the old file is kept under another name.
 
     Returns:
-      what the file holds.
+      the contents of the file.
     """
     path = workdir / FILE
     report = json.loads(json.dumps(report, default=_plain))
@@ -86,8 +87,8 @@ def write(workdir: Path, report: dict) -> dict:
         for name, result in before['scores'].items() if name in scores
     )
     if replaced and path.exists():
-        # A copy: if anything fails here, evaluation.json is still there. One is enough, however
-        # often it fails.
+        # Copy it, so that evaluation.json still exists if anything fails here. One copy is enough
+        # for repeated failures.
         content = path.read_bytes()
         names = (workdir / f'evaluation.{k}.json' for k in itertools.count())
         free = (
@@ -101,7 +102,7 @@ def write(workdir: Path, report: dict) -> dict:
 
 
 def _with_earlier(report: dict, before: dict) -> dict:
-    """The report with the scores that only an earlier one has, which say where they are from."""
+    """Adds the scores that only the earlier report has, with their origin."""
     context = {name: value for name, value in before.items() if name != 'scores'}
     found = {name: {'from': context} | result for name, result in before['scores'].items()}
     found |= report['scores']
@@ -109,7 +110,7 @@ def _with_earlier(report: dict, before: dict) -> dict:
 
 
 def read(workdir) -> dict | None:
-    """What evaluation.json holds; None if it is missing or is not what evaluation writes."""
+    """Reads evaluation.json; returns None if it is missing or has wrong contents."""
     path = paths.of(workdir) / FILE
     try:
         found = json_files.read(path, _SHAPE)
@@ -117,19 +118,19 @@ def read(workdir) -> dict | None:
         return found
     except FileNotFoundError:
         return None
-    # Whatever the rows of a score meet in a file that was not sealed.
+    # An unsealed file may have any contents, so formatting a score may raise anything.
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        log.warning('%s is damaged and ignored: %s', path, error)
+        log.warning('%s is damaged; ignoring it: %s', path, error)
         return None
 
 
 def _plain(value):
-    """numpy's numbers as JSON has them."""
+    """Converts NumPy numbers to JSON values."""
     return value.item() if isinstance(value, np.generic) else str(value)
 
 
 def table(report: dict) -> list[str]:
-    """Lines of two columns, from a report as `write` takes it."""
+    """Formats a report in two columns."""
     data = report['data']
     rows = [('checkpoint', report['checkpoint']['name']), ('test set', _set_name(data))]
     if 'kind' in data:
@@ -143,7 +144,7 @@ def table(report: dict) -> list[str]:
 
 
 def score_rows(name: str, result: dict) -> list[tuple[str, str]]:
-    """The rows of one score, the last of which says so if it is from an earlier evaluation."""
+    """Returns the rows of one score; the last row names the checkpoint of an earlier score."""
     rows = SCORES[name].rows(result)
     if 'from' in result:
         rows.append(('scored earlier', f'with {result["from"]["checkpoint"]["name"]}'))

@@ -1,13 +1,13 @@
 """Reads the `.pth` file of `torch.save(model.state_dict(), path)` without torch.
 
-Since PyTorch 1.6 such a file is a zip archive of stored (never compressed) entries:
+Since PyTorch 1.6, such a file is a zip archive of stored (never compressed) entries:
 `<name>/data.pkl`, a protocol-2 pickle that describes the tensors, and `<name>/data/<key>`, the raw
-numbers of one storage each. Before, it was a row of five pickles (a magic number, the version of
-the protocol, facts about the machine, the description of the tensors, the list of storage keys)
-and then for each key the count of its numbers, 8 bytes, and the numbers; nothing there reveals
-that a number was damaged. Source: the "Serialization semantics" note of the PyTorch documentation.
+numbers of one storage. Earlier files are a sequence of five pickles (a magic number, the protocol
+version, properties of the machine, the description of the tensors, the list of storage keys),
+followed for each key by the count of its numbers (8 bytes) and the numbers. They have no checksums.
+Source: the "Serialization semantics" note of the PyTorch documentation.
 
-`torch_pickle` follows the pickles without unpickling them: nothing that they name is run.
+`torch_pickle` interprets the pickles without unpickling them, so no code in them is executed.
 """
 
 import collections
@@ -25,7 +25,7 @@ import numpy as np
 from tarflow_jax import wrong_files
 from tarflow_jax.torch_pickle import TRUST, Tensor, interpret, short, state_dict
 
-# Room for 25,000 tensors. A hostile pickle costs up to 2 seconds and 100 MB of memory a MiB.
+# Enough for 25,000 tensors. A hostile pickle costs up to 2 seconds and 100 MB of memory per MiB.
 _MAX_PICKLE_BYTES = 4 * 2**20
 
 # The first two pickles of the format before PyTorch 1.6: its magic number and version 1001.
@@ -33,10 +33,10 @@ _LEGACY_START = b'\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.'
 
 
 def read_torch_file(path) -> dict[str, np.ndarray]:
-    """Tensors of a state dict that `torch.save` wrote, by name, in the order of the file.
+    """Reads the tensors of a state dict written by `torch.save`, by name, in file order.
 
-    Safe on hostile files: nothing that the file names is imported or called, and memory is bounded
-    by a few times the file's size plus 0.5 GB.
+    It is safe for hostile files: it imports and calls nothing that the file names, and uses at most
+    a few times the file's size plus 0.5 GB of memory.
 
     Args:
       path: a file in the zip format, the default of `torch.save` since PyTorch 1.6, or in the
@@ -45,21 +45,21 @@ def read_torch_file(path) -> dict[str, np.ndarray]:
       Read-only arrays with the shape and dtype of each tensor (bfloat16 as `ml_dtypes.bfloat16`).
       Tensors that share a storage share memory.
     Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if the file is damaged, is in neither format, or holds anything but a dict of
-        dense tensors with string keys.
+      FileNotFoundError: if the file does not exist.
+      ValueError: if the file is damaged, is in neither format, or is not a dict of dense tensors
+        with string keys.
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f'{path} does not exist; give the path of a .pth checkpoint.')
+        raise FileNotFoundError(f'{path} does not exist; pass the path of a .pth checkpoint.')
     if not path.is_file():
-        raise ValueError(f'{path} is not a file; give the path of a .pth checkpoint.')
+        raise ValueError(f'{path} is not a file; pass the path of a .pth checkpoint.')
     with path.open('rb') as file:
         start = file.read(len(_LEGACY_START))
         if not start.startswith((b'PK', _LEGACY_START)):
-            start = f'starts with {start[:4]!r} and not as a file of torch.save does'
+            start = f'starts with {start[:4]!r}, unlike a file of torch.save'
             what = wrong_files.described(path) or start
-            raise ValueError(f'{path} {what}; give a .pth file that torch.save wrote.')
+            raise ValueError(f'{path} {what}; pass a .pth file that torch.save wrote.')
         try:
             legacy = start == _LEGACY_START
             contents = _read_legacy(file, path.stat().st_size) if legacy else _read_zip(path)
@@ -69,7 +69,7 @@ def read_torch_file(path) -> dict[str, np.ndarray]:
             }
         except _NoPickle as error:
             what = wrong_files.described(path) or f': {error}'
-            raise ValueError(f'{path} {what}; give a .pth file that torch.save wrote.') from None
+            raise ValueError(f'{path} {what}; pass a .pth file that torch.save wrote.') from None
         except ValueError as error:
             raise ValueError(f'{path}: {error}.') from None
 
@@ -89,11 +89,11 @@ def _damage_of(what: str) -> Iterator[None]:
     try:
         yield
     except _ZIP_ERRORS as error:
-        raise ValueError(f'{what} is truncated or damaged ({error}), copy the file again') from None
+        raise ValueError(f'{what} is truncated or damaged ({error}); copy the file again') from None
 
 
 class _Contents(NamedTuple):
-    """A file: its tensors, the bytes of those storages that are there, and what to call them."""
+    """A file: its tensors, the bytes of its storages, and a function that names a storage."""
 
     state: dict[str, Tensor]
     storages: dict[str, bytes]
@@ -113,7 +113,7 @@ def _read_zip(path: Path) -> _Contents:
         pickle_size = entries['data.pkl'].file_size
         if pickle_size > _MAX_PICKLE_BYTES:
             raise ValueError(
-                f'data.pkl has {pickle_size} bytes where a state dict needs at most '
+                f'data.pkl has {pickle_size} bytes, but a state dict needs at most '
                 f'{_MAX_PICKLE_BYTES}; {TRUST}'
             )
         order = read('byteorder').strip() if 'byteorder' in entries else b'little'
@@ -129,7 +129,7 @@ def _read_zip(path: Path) -> _Contents:
 
 
 def _entries(archive: zipfile.ZipFile, file_size: int) -> dict[str, zipfile.ZipInfo]:
-    """The entries in the archive's one folder by their names there; ValueError if it has others."""
+    """Returns the entries in the archive's only folder by name; raises ValueError for others."""
     entries = archive.infolist()
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
@@ -137,18 +137,18 @@ def _entries(archive: zipfile.ZipFile, file_size: int) -> dict[str, zipfile.ZipI
                 f'the zip entry {entry.filename[:100]!r} is compressed, which torch.save never '
                 'does; use the file as torch.save wrote it'
             )
-    # With stored entries this bounds all that can be read, overlapping entries included.
+    # For stored entries, this bounds everything that can be read, even if entries overlap.
     total = sum(entry.file_size for entry in entries)
     if total > file_size:
         raise ValueError(f'the zip entries claim {total} bytes in a file of {file_size}; {TRUST}')
     names = [entry.filename for entry in entries]
     if len(set(names)) != len(names):
         twice = collections.Counter(names).most_common(1)[0][0]
-        raise ValueError(f'the zip archive holds {twice[:100]!r} twice; {TRUST}')
+        raise ValueError(f'the zip archive has {twice[:100]!r} twice; {TRUST}')
     pickles = [name for name in names if name.endswith('/data.pkl') and name.count('/') == 1]
     if len(pickles) != 1:
         raise (ValueError if pickles else _NoPickle)(
-            f'the zip archive holds {len(pickles)} entries <name>/data.pkl instead of one'
+            f'the zip archive has {len(pickles)} entries <name>/data.pkl instead of one'
         )
     folder = pickles[0].removesuffix('data.pkl')
     return {
@@ -158,7 +158,7 @@ def _entries(archive: zipfile.ZipFile, file_size: int) -> dict[str, zipfile.ZipI
 
 
 def _read_legacy(file: BinaryIO, file_size: int) -> _Contents:
-    """A file in the format before PyTorch 1.6."""
+    """Reads a file in the format before PyTorch 1.6."""
     file.seek(len(_LEGACY_START))
     pickles = io.BytesIO(file.read(_MAX_PICKLE_BYTES))
     machine = interpret(pickles)
@@ -177,7 +177,7 @@ def _read_legacy(file: BinaryIO, file_size: int) -> _Contents:
     for key in keys:
         if key in contents.storages or key not in needed:
             raise ValueError(
-                f'its storage keys hold {short(key)} twice or without a tensor of it; {TRUST}'
+                f'its storage keys have {short(key)} twice or without a tensor; {TRUST}'
             )
         numel, size = needed[key].numel, needed[key].numel * needed[key].dtype.itemsize
         end = position + 8 + size
@@ -190,7 +190,7 @@ def _read_legacy(file: BinaryIO, file_size: int) -> _Contents:
         count = int.from_bytes(file.read(8), 'little', signed=True)
         if count != numel:
             raise ValueError(
-                f'{contents.name(key)} holds {count} numbers where its tensors need {numel}; copy '
+                f'{contents.name(key)} has {count} numbers, but its tensors need {numel}; copy '
                 'the file again'
             )
         contents.storages[key] = file.read(size)
@@ -199,7 +199,7 @@ def _read_legacy(file: BinaryIO, file_size: int) -> _Contents:
 
 
 def _array(label: str, tensor: Tensor, contents: _Contents) -> np.ndarray:
-    """The tensor as a read-only view of its storage; every index is checked beforehand."""
+    """Returns the tensor as a read-only view of its storage, after checking every index."""
     (key, dtype, numel), offset, size, stride = tensor
     data = contents.storages.get(key)
     if data is None:
@@ -210,11 +210,11 @@ def _array(label: str, tensor: Tensor, contents: _Contents) -> np.ndarray:
             f'{contents.name(key)} has {len(data)} bytes; copy the file again'
         )
     if 0 in size:
-        # numpy refuses shapes whose product without the zeros overflows.
+        # NumPy rejects shapes whose product without zeros overflows.
         if math.prod(max(n, 1) for n in size) >= 2**31:
             raise ValueError(f'{label} is empty but claims the size {size}; {TRUST}')
         return np.zeros(size, dtype)
-    # The stride of an axis of length 1 is never used and can be anything.
+    # The stride of an axis of length 1 is unused and can have any value.
     stride = tuple(step if n > 1 else 0 for n, step in zip(size, stride))
     last = offset + sum((n - 1) * step for n, step in zip(size, stride))
     if last >= numel:
@@ -222,7 +222,7 @@ def _array(label: str, tensor: Tensor, contents: _Contents) -> np.ndarray:
             f'{label} (size {size}, stride {stride}, offset {offset}) reaches element {last} of a '
             f'storage of {numel}; {TRUST}'
         )
-    # Steps of 0 could claim an array of any size; torch.save keeps those of an expanded tensor.
+    # Strides of 0 could claim any size; torch.save keeps those of an expanded tensor.
     if math.prod(size) > numel:
         raise ValueError(
             f'{label} (size {size}, stride {stride}) has more elements than its storage '

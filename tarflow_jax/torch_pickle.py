@@ -1,9 +1,9 @@
-"""Follows the pickle of a torch state dict without unpickling it.
+"""Interprets the pickle of a torch state dict without unpickling it.
 
-A pickle is a program, and `pickle.Unpickler` runs it: even one that may import nothing can be made
-to exhaust the memory (a memo index of four bytes) or the C stack (a deeply nested dict key). So
-the pickle is never unpickled. `interpret` follows the few opcodes that a state dict needs, in
-plain Python, and has no means of calling or importing what the file names.
+A pickle is a program that `pickle.Unpickler` executes. Even without imports, it can exhaust the
+memory (by a memo index of four bytes) or the C stack (by a deeply nested dict key). So the pickle
+is never unpickled. `interpret` implements the few opcodes that a state dict needs, in plain Python,
+and cannot call or import anything that the file names.
 Source: `pickletools`, and the "Serialization semantics" note of the PyTorch documentation.
 """
 
@@ -35,7 +35,7 @@ _NEW: dict[str, Callable[[], Any]] = {
     'NONE': lambda: None, 'NEWTRUE': lambda: True, 'NEWFALSE': lambda: False,
     'EMPTY_TUPLE': tuple, 'EMPTY_LIST': list, 'EMPTY_DICT': dict,
 }
-# Opcodes that take so many items from the stack; None takes all above the mark.
+# Opcodes and how many items they pop from the stack; None pops all above the mark.
 _COLLECT = {
     'TUPLE': None, 'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3,
     'APPEND': 1, 'APPENDS': None, 'SETITEM': 2, 'SETITEMS': None,
@@ -70,14 +70,14 @@ def _opcodes(data: bytes | BinaryIO) -> Iterator[tuple[str, Any]]:
             yield opcode.name, argument
     except ValueError as error:
         reason = str(error)[:200]
-        raise ValueError(f'its pickle is damaged ({reason}), copy the file again') from None
+        raise ValueError(f'its pickle is damaged ({reason}); copy the file again') from None
 
 
 def interpret(data: bytes | BinaryIO) -> Any:
-    """What the pickle describes, made of dicts, lists, tuples, scalars and `Tensor`s.
+    """Returns the object in the pickle, made of dicts, lists, tuples, scalars and `Tensor`s.
 
     Args:
-      data: the pickle. A stream is left behind the end of the pickle.
+      data: the pickle. A stream is read up to the end of the pickle.
     Raises:
       ValueError: if the pickle is damaged or uses more than a state dict needs.
     """
@@ -89,13 +89,13 @@ def interpret(data: bytes | BinaryIO) -> Any:
 
 def _follow(data: bytes | BinaryIO) -> Any:
     stack: list = []
-    below: list[list] = []  # the stacks put aside at each mark
+    below: list[list] = []  # the stacks saved at each mark
     memo: dict[int, Any] = {}
     for name, argument in _opcodes(data):
         if name in _PUSH_ARGUMENT:
-            # No torch number exceeds int64; larger ones would overflow numpy.
+            # No torch number exceeds int64; larger numbers would overflow NumPy.
             if type(argument) is int and not -(2**63) <= argument < 2**63:
-                raise ValueError(f'its pickle holds a number beyond 64 bits; {TRUST}')
+                raise ValueError(f'its pickle has a number beyond 64 bits; {TRUST}')
             stack.append(argument)
         elif name in _NEW:
             stack.append(_NEW[name]())
@@ -124,7 +124,7 @@ def _follow(data: bytes | BinaryIO) -> Any:
             arguments, function = stack.pop(), stack.pop()
             stack.append(_reduce(function, arguments))
         elif name == 'BUILD':
-            # Attributes of the OrderedDict (torch keeps version numbers there): not needed.
+            # Attributes of the OrderedDict (version numbers of torch) are not needed.
             stack.pop()
             if type(stack[-1]) is not dict:
                 raise ValueError(f'its pickle sets attributes of a {_kind(stack[-1])}; {TRUST}')
@@ -143,7 +143,7 @@ def _kind(value: Any) -> str:
 
 
 def _add(target: Any, items: list, opcode: str) -> None:
-    """Follows APPEND(S) and SETITEM(S)."""
+    """Implements APPEND(S) and SETITEM(S)."""
     if opcode.startswith('APPEND'):
         if type(target) is not list:
             raise ValueError(f'its pickle appends to a {_kind(target)}; {TRUST}')
@@ -152,9 +152,9 @@ def _add(target: Any, items: list, opcode: str) -> None:
     if type(target) is not dict or len(items) % 2:
         raise ValueError(f'its pickle sets items of a {_kind(target)}; {TRUST}')
     for key, value in zip(items[::2], items[1::2]):
-        # Only these: the hash of a nested tuple recurses on the C stack without limit.
+        # Other keys are rejected: hashing a nested tuple recurses on the C stack without limit.
         if type(key) not in (str, int):
-            raise ValueError(f'its pickle holds a dict key of type {_kind(key)}; {TRUST}')
+            raise ValueError(f'its pickle has a dict key of type {_kind(key)}; {TRUST}')
         if key in target:
             raise ValueError(f'its pickle sets the dict key {short(key)} twice; {TRUST}')
         target[key] = value
@@ -168,7 +168,7 @@ def _global(name: str) -> _Global:
     if name in STORAGES or name in (_ORDERED_DICT, _TENSOR, _PARAMETER):
         return _Global(name)
     raise ValueError(
-        f'its pickle names {short(name)}, which no state dict needs and which was not run; '
+        f'its pickle names {short(name)}, which no state dict needs and which was not executed; '
         f'{TRUST}'
     )
 
@@ -179,25 +179,25 @@ def _is_size(value: Any) -> bool:
 
 def _storage(reference: Any) -> Storage:
     match reference:
-        # The last item, a view into the storage, is of the format before PyTorch 1.6 and unused.
+        # The last item, a view into the storage, exists only before PyTorch 1.6 and is unused.
         case (
             ('storage', _Global(name), str(key), str(), int(numel))
             | ('storage', _Global(name), str(key), str(), int(numel), None)
         ):
             if name in STORAGES and _is_size(numel):
                 return Storage(key, STORAGES[name], numel)
-    raise ValueError(f'its pickle holds a malformed reference to a storage; {TRUST}')
+    raise ValueError(f'its pickle has a malformed reference to a storage; {TRUST}')
 
 
 def _reduce(function: Any, arguments: Any) -> Any:
-    """The result of the few functions that a state dict calls, by their names alone."""
+    """Evaluates the few functions that a state dict calls, recognised by name."""
     match function, arguments:
         case _Global(name), () if name == _ORDERED_DICT:
             return {}
         case _Global(name), (Tensor() as tensor, bool(), _) if name == _PARAMETER:
             return tensor
         case _Global(name), (Storage() as s, offset, tuple(size), tuple(stride), _, _, *flags):
-            # Flags, such as a pending negation, change what the numbers mean: none is supported.
+            # Flags, such as a pending negation, change the numbers; none is supported.
             plain = name == _TENSOR and not any(flags)
             numbers = all(_is_size(n) for n in (offset, *size, *stride))
             if plain and numbers and len(size) == len(stride) <= 32:
@@ -209,21 +209,21 @@ def _reduce(function: Any, arguments: Any) -> Any:
 
 
 def state_dict(state: Any) -> dict[str, Tensor]:
-    """The interpreted state, if it is a dict of tensors with string keys; else ValueError."""
+    """Returns the state if it is a dict of tensors with string keys; else raises ValueError."""
     if type(state) is not dict:
         raise ValueError(
-            f'it holds a {_kind(state)} instead of a dict of tensors; save the state dict with '
+            f'it is a {_kind(state)}, not a dict of tensors; save the state dict with '
             'torch.save(model.state_dict(), path)'
         )
     for name, tensor in state.items():
         if type(name) is not str:
-            raise ValueError(f'it holds the key {name!r}, which is not a string; {TRUST}')
+            raise ValueError(f'it has the key {name!r}, which is not a string; {TRUST}')
         if type(tensor) is not Tensor:
             inner = [key for key, value in state.items() if _is_state_dict(value)]
             chosen = f'torch.load(path)[{short(inner[0])}]' if inner else 'model.state_dict()'
             raise ValueError(
-                f'its key {short(name)} holds a {_kind(tensor)} instead of a tensor, as in a '
-                'checkpoint of a whole training run; save the state dict alone with '
+                f'its key {short(name)} is a {_kind(tensor)}, not a tensor, as in a '
+                'checkpoint of a whole training run; save only the state dict with '
                 f'torch.save({chosen}, new_path)'
             )
     return state

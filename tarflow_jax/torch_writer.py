@@ -1,7 +1,7 @@
 """Writes the `.pth` file of `torch.save(state_dict, path)` without torch; see `torch_file`.
 
-The format is described there. Of the pickle's opcodes a state dict of dense tensors needs a dozen,
-and none of the memo.
+`torch_file` describes the format. A state dict of dense tensors needs a dozen pickle opcodes and no
+memo.
 """
 
 import struct
@@ -13,7 +13,7 @@ import numpy as np
 from tarflow_jax import files, paths
 from tarflow_jax.torch_pickle import STORAGES
 
-# Of each dtype, by its name: 'torch', 'FloatStorage'.
+# Storage type of each dtype, by name: 'torch', 'FloatStorage'.
 _STORAGES = {dtype.name: name.split('.') for name, dtype in STORAGES.items()}
 
 _PROTOCOL_2 = b'\x80\x02'
@@ -26,15 +26,14 @@ _FALSE = b'\x89'
 
 
 def write_torch_file(path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays as an OrderedDict of tensors, each with a storage of its own.
+    """Writes arrays as an OrderedDict of tensors, each with its own storage.
 
-    `torch.load(path, weights_only=True)` gives them back, and so does
-    `torch_file.read_torch_file`. The file appears complete or not at all; one that is there is
-    replaced. Equal arrays make equal files.
+    `torch.load(path, weights_only=True)` and `torch_file.read_torch_file` read them back. The file
+    is written atomically and replaces an existing one. Equal arrays give equal files.
 
     Raises:
       FileNotFoundError: if the folder of `path` does not exist.
-      ValueError: for an array of a dtype that torch has no storage for.
+      ValueError: if torch has no storage for the dtype of an array.
     """
     path = paths.of(path)
     if not paths.can_hold_files(path.parent):
@@ -43,8 +42,8 @@ def write_torch_file(path, arrays: Mapping[str, np.ndarray]) -> None:
     for name, array in arrays.items():
         if array.dtype.name not in _STORAGES:
             raise ValueError(
-                f'{name} is {array.dtype}, which is written for no torch tensor; cast it to one '
-                f'of {", ".join(_STORAGES)}.'
+                f'{name} is {array.dtype}, which cannot be written as a torch tensor; cast it to '
+                f'one of {", ".join(_STORAGES)}.'
             )
     with files.replacing(path) as file, zipfile.ZipFile(file, 'w') as archive:
 
@@ -64,7 +63,7 @@ def _state_dict(arrays: dict[str, np.ndarray]) -> bytes:
 
 
 def _tensor(key: str, array: np.ndarray) -> bytes:
-    """_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)."""
+    """Encodes _rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)."""
     kind = _global(*_STORAGES[array.dtype.name])
     place = [_text('storage'), kind, _text(key), _text('cpu'), _integer(array.size)]
     stride = [int(np.prod(array.shape[axis + 1 :], dtype=np.int64)) for axis in range(array.ndim)]

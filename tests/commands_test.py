@@ -138,7 +138,7 @@ def press_ctrl_c(*_, **__):
 
 @pytest.mark.parametrize('mode, where, name, says', [
     ('train', loop, 'jitted_train_step', 'goes on from the newest'),
-    ('sample', bulk, 'noise_of_examples', 'goes on from there'),
+    ('sample', bulk, 'noise_of_examples', 'run the same command again to resume'),
     ('evaluate', bits_per_dim, 'over_set', 'starts the scores again'),
     ('convert', official, '_rearrange', 'starts again'),
     ('evaluate', configs, 'source', 'stopped before anything was done'),
@@ -208,7 +208,7 @@ def test_an_official_checkpoint_meets_classes_in_another_order(tmp_path, capfd):
     fields, workdir = set_of_classes(tmp_path / 'set', names), tmp_path / 'run'
     given = [*flags(workdir, **fields), '--mode=convert']
     assert call(*given, f'--input={OFFICIAL}') == 0
-    assert 'put into the order of the set' in capfd.readouterr().err
+    assert 'reordered its class tables' in capfd.readouterr().err
     model = configs.plan(main._parse(['main', *given]).config).model
     wanted = official.load_official(OFFICIAL, model)['params']['block_1']['class_embedding']
     with Checkpoints(workdir, model) as checkpoints:
@@ -282,7 +282,7 @@ def test_samples_by_a_schedule(trained, images, tmp_path, capfd):
     longer = flags(workdir, images, sample__method='auto', sample__count=9, sample__batch_size=8)
     before = schedule.read_bytes()
     assert call(*longer, '--mode=sample') == 0
-    assert f'drawn by the schedule {schedule}' in capfd.readouterr().err
+    assert f'sampling with the schedule {schedule}' in capfd.readouterr().err
     assert schedule.read_bytes() == before
     assert call(*flags(workdir, images, sample__count=9), '--mode=sample') == 0
     [sequential] = set(samples_in(workdir)) - {folder}

@@ -173,7 +173,7 @@ def test_classes_in_another_order(workdir, command, prepared, tmp_path, capfd):
     other = renamed(prepared, tmp_path / 'other', ['dog', 'cat'])
     given = [flag for flag in given if not flag.startswith('--config.data.path')] + other
     assert call(*given, '--mode=evaluate') == 0
-    assert 'put into the order of the set' in capfd.readouterr().err
+    assert 'reordered its class tables' in capfd.readouterr().err
     found = json.loads((workdir / 'evaluation.json').read_text())
     assert found['checkpoint'] == wanted['checkpoint'] | {
         'class_order': 'changed to that of the set'
@@ -182,7 +182,7 @@ def test_classes_in_another_order(workdir, command, prepared, tmp_path, capfd):
     assert sum(accuracy) == pytest.approx(1)
     # What is trained on goes on with its own classes alone.
     assert call(*given, '--config.train.epochs=2') == 2
-    assert 'in another order than the set of data.path' in capfd.readouterr().err
+    assert 'in another order than the dataset of data.path' in capfd.readouterr().err
     fish = renamed(prepared, tmp_path / 'fish', ['cat', 'fish'])
     assert call(*given[:-1], *fish, '--mode=evaluate') == 2
     assert "('dog' is only among the first, 'fish' among" in capfd.readouterr().err
@@ -194,9 +194,9 @@ def test_a_set_that_the_result_is_not_for(workdir, command, capfd):
     assert call(*given, '--mode=evaluate') == 0
     printed = capfd.readouterr()
     for text in (printed.err, printed.out):
-        assert 'do not compare their numbers' in text
+        assert 'do not compare the two' in text
     data = json.loads((workdir / 'evaluation.json').read_text())['data']
-    assert data['kind'] == 'photographs/torchvision' and 'this set holds' in data['caution']
+    assert data['kind'] == 'photographs/torchvision' and 'this dataset has' in data['caution']
 
 
 def test_a_config_without_noise_levels_is_refused(workdir, command, capfd):

@@ -94,14 +94,14 @@ def resumed(monkeypatch, capfd, *given) -> str:
 
 def test_settings_that_changed_are_said(trained, images, tmp_path, monkeypatch, capfd):
     workdir = shutil.copytree(trained, tmp_path / 'run')
-    assert 'not as in the checkpoint' not in resumed(
+    assert 'changed since the checkpoint' not in resumed(
         monkeypatch, capfd, *flags(workdir, images, train__log_every=5, sample__count=3)
     )
     said = resumed(monkeypatch, capfd, *flags(
         workdir, images, seed=7, train__batch_size=8, train__noise_std=0.2, train__b2=0.9,
         train__peak_learning_rate=0.01, data__flip=True, train__epochs=3.0,
     ))
-    [line] = [line for line in said.splitlines() if 'not as in the checkpoint at step 12' in line]
+    [line] = [line for line in said.splitlines() if 'changed since the checkpoint at step 12' in line]
     for words in (
         'seed 7 instead of 0', 'train.batch_size 8 instead of 16', 'data.flip True instead of',
         'train.noise_std 0.2 instead of 0.1', 'train.b2 0.9 instead of 0.95',

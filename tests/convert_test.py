@@ -202,7 +202,7 @@ def test_names_of_classes_are_kept(tmp_path):
     assert convert.class_names(path) is None
     assert convert.class_names(PARITY / 'cond_gray' / 'model.pth') is None
     safetensors.numpy.save_file({}, path, {'class_names': '["n1", 2]'})
-    assert 'no list of names' in refusal(convert.class_names, path)
+    assert 'not a list of names' in refusal(convert.class_names, path)
 
 
 @pytest.mark.parametrize('fields, name', [
@@ -385,7 +385,7 @@ def test_checkpoints_of_the_other_kind_of_flow(tmp_path, case, holds, suffix):
         convert.save_official(variables, model, path)
     other = model.clone(noise_conditioned=not model.noise_conditioned)
     text = refusal(convert.load_official, path, other)
-    assert text.startswith(f'{path} {holds}, and in a config train.noise to ')
+    assert text.startswith(f'{path} {holds}, and in a config set train.noise to ')
 
 
 def test_head_dim_is_recorded(tmp_path):
@@ -450,7 +450,7 @@ def test_files_that_cannot_be_read(tmp_path):
     whole = path.read_bytes()
     for data in (b'', b'PK\x03\x04', b'\xff' * 100, whole[:1000], whole[:-1]):
         path.write_bytes(data)
-        found = 'is damaged or no safetensors file'
+        found = 'is damaged or not a safetensors file'
         assert found in refusal(convert.load_official, path, small())
     other = tmp_path / 'a.ckpt'
     other.write_bytes(whole)

@@ -37,7 +37,7 @@ def test_devices_that_are_not_there(monkeypatch, problem, says):
     with pytest.raises(ValueError) as error:
         asks(monkeypatch, problem)
     assert str(error.value).startswith('JAX_PLATFORMS=tpu: JAX ') and says in str(error.value)
-    assert str(error.value).endswith('set JAX_PLATFORMS=cpu, or unset it to take what there is.')
+    assert str(error.value).endswith('set JAX_PLATFORMS=cpu, or unset it to use the available devices.')
 
 
 def test_devices_that_are_taken(monkeypatch, capfd, tmp_path):
@@ -70,7 +70,7 @@ def test_doubles(monkeypatch, capfd, tmp_path):
     for mode in ('train', 'report', 'convert'):
         assert call(QUICKSTART, f'--workdir={tmp_path}', f'--mode={mode}') == 2
         [line] = capfd.readouterr().err.splitlines()
-        assert line.endswith('JAX_ENABLE_X64 is set, and this program computes in float32 and bfloat16; unset it.')
+        assert line.endswith('JAX_ENABLE_X64 is set, but this program computes in float32 and bfloat16; unset it.')
 
 
 @pytest.mark.slow

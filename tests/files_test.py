@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Writes files and folders atomically."""
 
 import os
 import socket

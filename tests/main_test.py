@@ -323,7 +323,7 @@ def test_workdir_that_is_a_file(refused, images, tmp_path, below):
 def test_workdir_that_cannot_be_written(refused, images, tmp_path, monkeypatch):
     # Not by permissions: they mean nothing to root, as whom tests often run in containers.
     monkeypatch.setattr(os, 'access', lambda path, mode: path != tmp_path)
-    refused(flags(tmp_path / 'run', images), f'{tmp_path} cannot be written to')
+    refused(flags(tmp_path / 'run', images), f'{tmp_path} is not writable')
 
 
 @pytest.mark.parametrize('mode', ['sample', 'evaluate', 'convert'])

@@ -38,19 +38,19 @@ def test_what_a_path_means(here, given, wanted):
 
 
 @pytest.mark.parametrize('given, kind, reason', [
-    ('gs:/abc/r', 'any', 'buckets are written gs://BUCKET/FOLDER'),
-    ('s3://abc/r', 'any', 'is neither a path on a disk nor in a bucket of Google Cloud Storage'),
-    ('file:///r', 'any', 'is neither a path on a disk nor'),
+    ('gs:/abc/r', 'any', 'write buckets as gs://BUCKET/FOLDER'),
+    ('s3://abc/r', 'any', 'is neither a path on disk nor in a bucket of Google Cloud Storage'),
+    ('file:///r', 'any', 'is neither a path on disk nor'),
     ('gs://', 'any', "names the bucket ''; names of buckets have at least 3 characters"),
     ('gs:///r', 'any', "names the bucket ''"),
     ('gs://Ab/r', 'any', "names the bucket 'Ab'"),
     ('gs://abc/r*', 'any', "has the character '*'"),
     ('gs://abc/r\n', 'any', r"has the character '\n'"),
     ('~nobody-of-this-name/x', 'any', "no user is called 'nobody-of-this-name'"),
-    ('file', 'folder', 'is not a folder, but a file; give a folder.'),
-    ('file/', 'folder', 'is not a folder, but a file; give a folder.'),
-    ('.', 'file', 'is not a file, but a folder; give a file.'),
-    ('x\0y', 'any', 'holds a null character'),
+    ('file', 'folder', 'is a file, not a folder; pass a folder.'),
+    ('file/', 'folder', 'is a file, not a folder; pass a folder.'),
+    ('.', 'file', 'is a folder, not a file; pass a file.'),
+    ('x\0y', 'any', 'has a null character'),
 ])
 def test_what_is_no_path(here, given, kind, reason):
     with pytest.raises(ValueError) as error:
@@ -88,7 +88,7 @@ def test_a_bucket_that_cannot_be_written(bucket, monkeypatch):
 
 def test_a_file_where_a_folder_of_a_bucket_is_meant(bucket):
     files.write_text(bucket, 'x')
-    with pytest.raises(ValueError, match='^--workdir is not a folder, but a file; give a folder.$'):
+    with pytest.raises(ValueError, match='^--workdir is a file, not a folder; pass a folder.$'):
         paths.reach(bucket, '--workdir', write=True)
 
 

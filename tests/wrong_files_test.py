@@ -42,7 +42,7 @@ CASES = {
     'png': (b'\x89PNG\r\n' + bytes(20), 'is an image', 'data.prepare'),
     'tar': (tar(), 'a tar archive', 'data.prepare'),
     'pointer': (b'version https://git-lfs.github.com/spec/v1\n', 'Git LFS', 'git lfs pull'),
-    'page': (b'<!DOCTYPE html><html>', 'a web page', 'fetch the file again'),
+    'page': (b'<!DOCTYPE html><html>', 'a web page', 'download the file again'),
 }
 
 
@@ -56,7 +56,7 @@ def test_files_in_the_place_of_a_checkpoint(tmp_path, name):
             load_official(path, MODEL)
         for word in (str(path), *words):
             assert word in str(error.value)
-    with pytest.raises(ValueError, match='give a .pth file that torch.save wrote'):
+    with pytest.raises(ValueError, match='pass a .pth file that torch.save wrote'):
         read_torch_file(path)
 
 
@@ -73,7 +73,7 @@ def test_folders(tmp_path):
     assert wrong_files.described(tmp_path) is None
     (tmp_path / 'run' / 'checkpoints').mkdir(parents=True)
     for folder in ('run', 'run/checkpoints'):
-        with pytest.raises(ValueError, match=f'the folder of a run; give --workdir={tmp_path}/run;'):
+        with pytest.raises(ValueError, match=f'the folder of a run; pass --workdir={tmp_path}/run;'):
             load_official(tmp_path / folder, MODEL)
     (tmp_path / 'manifest.json').write_text('{}')
     assert f'data.path={tmp_path}' in wrong_files.described(tmp_path)

@@ -1,1 +1,1 @@
-"""What a TPU slice will do with a program, found without one: compiled, counted, timed."""
+"""Predicts what a program costs on a TPU slice, without one: compiles it, counts, and times it."""

@@ -1,37 +1,37 @@
 """Published figures of Google's TPU chips, and the compiler's out-of-memory message.
 
 Sources: the tables at docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x. They give the
-interconnect's bandwidth per chip as the sum of both directions (v4: as 2400 Gbit/s one way, six
-links of 50 GB/s); `ici_bandwidth` is one direction, which the tables' all-reduce bandwidth of a
-pod confirms (v5e: 256 chips x 200 GB/s = 51.2 TB/s). The datacenter network's they give per chip
-(v5p: 50 Gbit/s, v6e and TPU7x: 100) or pod (v5e: 6.4 Tbit/s for 256 chips); that of v4 is not
-published, and taken to be v5p's.
+interconnect bandwidth per chip as the sum of both directions (for v4 one direction, 2400 Gbit/s,
+six links of 50 GB/s). `ici_bandwidth` is one direction; the tables' all-reduce bandwidth of a pod
+confirms it (v5e: 256 chips x 200 GB/s = 51.2 TB/s). The bandwidth of the datacenter network is per
+chip (v5p: 50 Gbit/s, v6e and TPU7x: 100) or per pod (v5e: 6.4 Tbit/s for 256 chips). That of v4 is
+not published; it is assumed to equal v5p's.
 """
 
 import dataclasses
 import itertools
 import re
 
-# What a collective waits at every hop beside the transfer: a guess of the right order, unpublished.
+# Latency of a collective per hop. It is not published; this guess has the right order of magnitude.
 HOP_SECONDS = 1e-6
 GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip, or the part of it that JAX has as a device: all figures are of such a part.
+    """The figures of a chip, or of the part of a chip that is one JAX device.
 
     Args:
       bf16_flops: peak FLOP/s.
-      hbm_bytes: capacity.
-      usable_hbm_bytes: what the TPU compiler lets a program use, from its own error message.
-      hbm_bandwidth: bytes/s.
-      ici_bandwidth: bytes/s that it can send to its neighbours over all its ports together.
-      torus_axes: dimensions of the interconnect; every axis has two ports.
-      wrap: an axis of the slice closes to a ring where its length is a multiple of this.
-      clock: cycles/s in which the compiler estimates, from the peak and the size of the MXUs.
-      dcn_bandwidth: bytes/s that it can send over the datacenter network, to other slices.
-      devices: that JAX has of each chip.
+      hbm_bytes: HBM capacity.
+      usable_hbm_bytes: HBM that the TPU compiler lets a program use, from its error message.
+      hbm_bandwidth: HBM bandwidth, bytes/s.
+      ici_bandwidth: bytes/s that it sends to its neighbours over all ports together.
+      torus_axes: dimensions of the interconnect; each axis has two ports.
+      wrap: an axis of the slice forms a ring if its length is a multiple of this.
+      clock: cycles/s of the compiler's estimates, derived from the peak and the size of the MXUs.
+      dcn_bandwidth: bytes/s that it sends over the datacenter network, to other slices.
+      devices: number of JAX devices per chip.
     """
 
     name: str
@@ -54,18 +54,18 @@ CHIPS = {
         Chip('v5e', 197e12, 16 * GIB, 15.75 * GIB, 819e9, 200e9, 2, 16, 1.5e9, 3.125e9),
         Chip('v5p', 459e12, 95 * GIB, 95.74 * GIB, 2765e9, 600e9, 3, 4, 1.75e9, 6.25e9),
         Chip('v6e', 918e12, 32 * GIB, 31.25 * GIB, 1638e9, 400e9, 2, 16, 1.75e9, 12.5e9),
-        # Two TensorCores, each a device with half of the chip's HBM.
+        # Two TensorCores; each is a device with half of the chip's HBM.
         Chip('tpu7x', 1153.5e12, 96 * GIB, 94.75 * GIB, 3690e9, 300e9, 3, 4, 2.2e9, 6.25e9, 2),
     )
 }
 
-# Measured over predicted seconds of a step, lowest and highest: of the published runs on each chip
-# that benchmarks/published_steps.py compiles.
+# Lowest and highest ratio of measured to predicted step time, for the published runs on each chip
+# in benchmarks/published_steps.py.
 MEASURED = {'v5e': (1.07, 1.17), 'v5p': (0.96, 0.96)}
 
 
 def measured_range(chip: str) -> tuple[tuple[float, float], tuple[str, ...]]:
-    """The range of MEASURED for a chip, and the chips it is from: all, for one without runs."""
+    """Returns the range in MEASURED for a chip and its chips; all chips if it has no runs."""
     chips = (chip,) if chip in MEASURED else tuple(MEASURED)
     lows, highs = zip(*(MEASURED[name] for name in chips))
     return (min(lows), max(highs)), chips
@@ -79,9 +79,9 @@ _MESSAGES = (
 
 
 def out_of_memory(message: str) -> tuple[int, int] | None:
-    """The bytes of HBM that a program needs and that there are, from RESOURCE_EXHAUSTED errors.
+    """Returns the needed and available bytes of HBM in a RESOURCE_EXHAUSTED error.
 
-    None if the compiler's message is about other things.
+    Returns None if the compiler's message is about anything else.
     """
     for pattern in _MESSAGES:
         if found := pattern.search(message):
@@ -96,13 +96,13 @@ def _bytes(number: str, unit: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Chips joined in a box, on which a program runs.
+    """A box of chips that runs a program.
 
     Args:
-      shape: chips along each axis, such as (16, 16); trailing axes of 1 may be left out.
-      coordinates: where each partition of the program sits, in the order of the mesh's devices
-        (`device.coords`); left out, partitions run through the box with the last axis fastest.
-      slices: like this one, joined by the datacenter network, each of which runs the program.
+      shape: number of chips along each axis, such as (16, 16); trailing axes of 1 may be left out.
+      coordinates: coordinates of each partition of the program, in the order of the mesh's devices
+        (`device.coords`). By default partitions are in row-major order.
+      slices: number of equal slices, joined by the datacenter network, that run the program.
     """
 
     chip: Chip
@@ -112,11 +112,11 @@ class Slice:
 
     @property
     def places(self) -> tuple[tuple[int, ...], ...]:
-        """The coordinates of every partition."""
+        """Returns the coordinates of every partition."""
         return self.coordinates or tuple(itertools.product(*map(range, self.shape)))
 
     def _axes(self, groups: tuple[tuple[int, ...], ...]) -> dict[int, int]:
-        """The axes along which a group reaches, each with the number of places on it."""
+        """Returns the axes that a group spans, each with the number of positions on it."""
         places = self.places
         reach = [
             {axis: len(set(along)) for axis, along in enumerate(zip(*(places[i] for i in group)))}
@@ -126,23 +126,24 @@ class Slice:
         return {axis: size for axis, size in widest.items() if size > 1}
 
     def _bandwidth(self, axis: int) -> float:
-        """Bytes/s that a chip sends along one axis: both its ports, or half in an open line."""
+        """Returns the bytes/s that a chip sends along an axis: with both ports, or half if open."""
         ring = self.shape[axis] % self.chip.wrap == 0
         return self.chip.ici_bandwidth / self.chip.torus_axes * (1.0 if ring else 0.5)
 
     def collective_seconds(
         self, kind: str, num_bytes: float, groups: tuple[tuple[int, ...], ...]
     ) -> float:
-        """Time of one collective by itself, the interconnect idle otherwise.
+        """Returns the time of one collective on an otherwise idle interconnect.
 
-        Rings along the axes that a group spans, all of them at once, each chip using both ports of
-        those axes: an all-reduce sends 2 (n-1)/n of its bytes, an all-gather or reduce-scatter
-        (n-1)/n of the full array. An all-to-all is bound by the middle of its longest axis. A
-        permutation sends all its bytes through one port; that its routes may cross is left out.
+        The model uses rings along all axes of a group at once; each chip uses both ports of these
+        axes. An all-reduce sends 2 (n-1)/n of its bytes, an all-gather or reduce-scatter (n-1)/n of
+        the full array. The middle of its longest axis limits an all-to-all. A permutation sends all
+        its bytes through one port; the model ignores that routes may cross.
 
         Args:
-          num_bytes: of one device: the array reduced or permuted, or the full (gathered) array.
-          groups: of devices; for a permutation (source, target) pairs.
+          num_bytes: bytes per device of the reduced or permuted array, or of the full (gathered)
+            array.
+          groups: groups of devices; for a permutation (source, target) pairs.
         """
         axes = self._axes(groups)
         size = max(len(set(group)) for group in groups)
@@ -162,11 +163,11 @@ class Slice:
         return seconds + hops * HOP_SECONDS
 
     def dcn_seconds(self, kind: str, num_bytes: float) -> float:
-        """Time of an exchange between the slices by itself: every chip sends its part in a ring.
+        """Returns the time of an exchange between slices; every chip sends its part in a ring.
 
         Args:
-          num_bytes: of one device: what it gives into an all-reduce or reduce-scatter, into an
-            all-gather, or sends to one other.
+          num_bytes: bytes per device: the input of an all-reduce, reduce-scatter or all-gather, or
+            what it sends to one other device.
         """
         others = self.slices - 1
         share = {'all-reduce': 2 * others / self.slices, 'reduce-scatter': others / self.slices}

@@ -1,6 +1,6 @@
-"""What one run of a compiled TPU program costs a device: FLOPs, HBM bytes, collectives, seconds.
+"""Computes the cost of a compiled TPU program per device: FLOPs, HBM bytes, collectives, seconds.
 
-Counted from the optimized, scheduled HLO text, every loop's body times its trip count.
+The costs come from the optimized, scheduled HLO text. A loop's body counts once per iteration.
 """
 
 import collections
@@ -11,18 +11,19 @@ from tarflow_jax.ahead_of_time import hlo
 from tarflow_jax.ahead_of_time.chips import Chip, Slice
 from tarflow_jax.ahead_of_time.counting import FREE, Counter, KernelCost, Work
 
-QUEUES = ('hbm', 'ici', 'dcn')  # copies in HBM, the chips' interconnect, the datacenter network
+QUEUES = ('hbm', 'ici', 'dcn')  # HBM copies, the interconnect, the datacenter network
 
-# how often a loop runs, from the `while` and the count found in the program (None: not found)
+# The trip count of a loop, from the `while` and the count found in the program (None if not found).
 TripCount = Callable[[hlo.Instruction, int | None], int]
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """An instruction in the schedule: how often it runs, its work, and its time, each time.
+    """An instruction in the schedule: how often it runs, and its work and time per run.
 
     Args:
-      seconds: that it holds up the program, `waited` among them for a network.
+      seconds: time that it adds to the program; it includes `waited`, the time waiting for a
+        network.
     """
 
     instruction: hlo.Instruction
@@ -35,14 +36,15 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """One run of a program on one device.
+    """The costs of one run of a program on one device.
 
     Args:
-      lines: every instruction that costs something, in the order of the schedule.
-      chip: that it runs on.
-      predicted_seconds: walking the schedule, each instruction at the roofline.
-      compiler_seconds: the same walk, each instruction at the compiler's own estimate if that is
-        more: it knows the vector unit and the padding of the MXU, which the roofline does not.
+      lines: every instruction with a cost, in the order of the schedule.
+      chip: the chip it runs on.
+      predicted_seconds: time of the schedule, with each instruction at the roofline.
+      compiler_seconds: time of the schedule, with each instruction at the larger of the roofline
+        and the compiler's estimate. The compiler knows the vector unit and the padding of the MXU;
+        the roofline does not.
     """
 
     lines: tuple[Line, ...]
@@ -51,7 +53,7 @@ class Costs:
     compiler_seconds: float
 
     def total(self, field: str) -> float:
-        """Sum over the run of a field of Work: 'flops', 'mxu_flops', 'hbm_bytes', ..."""
+        """Sums a field of Work over the run: 'flops', 'mxu_flops', 'hbm_bytes', ..."""
         return sum(line.times * getattr(line.work, field) for line in self.lines)
 
     @property
@@ -68,7 +70,7 @@ class Costs:
 
     @property
     def dcn_seconds(self) -> float:
-        """Of the datacenter network between slices."""
+        """The busy time of the datacenter network between slices."""
         return self._network_seconds('dcn')
 
     def _network_seconds(self, network: str) -> float:
@@ -77,12 +79,12 @@ class Costs:
 
     @property
     def exposed_seconds(self) -> float:
-        """Of the networks, what the program waits for."""
+        """The time that the program waits for networks."""
         return sum(line.times * line.waited for line in self.lines)
 
     @property
     def dcn_exposed_seconds(self) -> float:
-        """Of those, what it waits for other slices."""
+        """The time that the program waits for other slices."""
         return sum(
             line.times * line.waited for line in self.lines
             if line.instruction.opcode in ('send-done', 'recv-done')
@@ -93,7 +95,7 @@ class Costs:
         return tuple(line for line in self.lines if line.work.collective)
 
     def by_kind(self) -> dict[str, tuple[int, int]]:
-        """Collectives by kind: how many per run, and their bytes (see Collective)."""
+        """Returns collectives by kind: their number per run and their bytes (see Collective)."""
         table = {}
         for line in self.collectives:
             moved = line.work.collective
@@ -102,12 +104,12 @@ class Costs:
         return table
 
     def largest_moved(self) -> Line | None:
-        """The collective with the largest single array; None without collectives."""
+        """Returns the collective with the largest single array; None without collectives."""
         size = lambda line: line.work.collective.largest.bytes  # noqa: E731
         return max(self.collectives, key=size, default=None)
 
     def uncounted_kernels(self) -> dict[str, int]:
-        """Kernels whose flops nobody told, with how often they run; their bytes are counted."""
+        """Returns kernels without a known FLOP count, and how often each runs. Bytes do count."""
         names = collections.Counter()
         for line in self.lines:
             if line.work.uncounted:
@@ -122,16 +124,17 @@ def analyse(
     trip_count: TripCount | None = None,
     kernel_cost: KernelCost | None = None,
 ) -> Costs:
-    """The costs of a program, from the text of its optimized, scheduled HLO.
+    """Computes the costs of a program from the text of its optimized, scheduled HLO.
 
     Raises:
-      ValueError: at a loop of unknown length, unless `trip_count` gives one; if the slice is too
-        small for the program.
+      ValueError: if a loop has an unknown trip count and `trip_count` gives none, or if the slice
+        is too small for the program.
     """
     module = hlo.parse(text)
     if module.num_devices > len(where.places):
         raise ValueError(
-            f'The program is for {module.num_devices} devices, the slice has {len(where.places)}.'
+            f'The program needs {module.num_devices} devices, but the slice has '
+            f'{len(where.places)}.'
         )
     counter = Counter(module, where, kernel_cost)
     walks = [_Walk(counter, trip_count or _known, estimates) for estimates in (False, True)]
@@ -141,7 +144,7 @@ def analyse(
 
 
 def joined(parts: list[tuple[int, Costs]]) -> Costs:
-    """The costs of programs that run one after another, each so many times."""
+    """Returns the total costs of programs that run one after another, each `count` times."""
     return Costs(
         tuple(
             dataclasses.replace(line, times=times * line.times)
@@ -156,17 +159,17 @@ def joined(parts: list[tuple[int, Costs]]) -> Costs:
 def _known(loop: hlo.Instruction, count: int | None) -> int:
     if count is None:
         raise ValueError(
-            f'How often {loop.name} ({loop.op_name}) runs cannot be told from the program; '
-            'trip_count must say.'
+            f'The trip count of {loop.name} ({loop.op_name}) is unknown; pass trip_count.'
         )
     return count
 
 
 @dataclasses.dataclass
 class _Clock:
-    """Time, and the queues that work beside the core: copies in HBM, and the two networks.
+    """The time, and the queues that work in parallel to the core: HBM copies and two networks.
 
-    Queues are in seconds of work, served in order. Copies get what the core leaves of the HBM.
+    Queues hold seconds of work and are served in order. Copies get the HBM bandwidth that the core
+    does not use.
     """
 
     seconds: float = 0.0
@@ -175,7 +178,7 @@ class _Clock:
     busy: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(QUEUES, 0.0))
 
     def advance(self, seconds: float, **uses: float) -> None:
-        """Lets time pass, of which the core itself uses so much of the queues' time."""
+        """Advances the time; `uses` is the time for which the core itself occupies a queue."""
         self.seconds += seconds
         for queue in QUEUES:
             used = uses.get(queue, 0.0)
@@ -197,7 +200,7 @@ class _Clock:
 
 @dataclasses.dataclass(frozen=True)
 class _Walk:
-    """Runs through the schedule. `compiler` adds the compiler's estimates to the roofline."""
+    """Walks the schedule. With `compiler`, uses the compiler's estimates too."""
 
     counter: Counter
     trip_count: TripCount
@@ -206,7 +209,7 @@ class _Walk:
     def run(
         self, computation: hlo.Computation, times: int, known: dict[int, int]
     ) -> tuple[_Clock, list[Line]]:
-        """One run of a computation that runs `times` in all; `known` as in hlo.trip_count."""
+        """Walks a computation that runs `times` in total; `known` is as in hlo.trip_count."""
         clock, lines, marks = _Clock(), [], {}
         module = self.counter.module
         for i in computation.instructions:
@@ -254,7 +257,7 @@ class _Walk:
 
 
 def _op_name(computation: hlo.Computation, i: hlo.Instruction) -> str:
-    """Its own op_name or that of what it copies."""
+    """Returns the op_name of an instruction, or of the array that it copies."""
     while not i.op_name and i.operands:
         i = computation.by_name[i.operands[0]]
     return i.op_name

@@ -1,9 +1,8 @@
-"""What single instructions of a TPU program do: FLOPs, bytes, collectives.
+"""Counts the FLOPs, bytes and collectives of single instructions of a TPU program.
 
-Bytes follow XLA's own HloCostAnalysis (a fusion that reads an array only in slices reads the
-slices; one that updates a slice in place touches the slice), except that only HBM counts, not
-VMEM, that an asynchronous copy counts once and not at its start and end both, and that padding
-counts.
+Bytes follow XLA's HloCostAnalysis: a fusion that reads only slices of an array counts the slices,
+and one that updates a slice in place counts the slice. Three things differ: only HBM counts, not
+VMEM; an asynchronous copy counts once, not at both its start and end; and padding counts.
 """
 
 import dataclasses
@@ -29,7 +28,7 @@ _FREE_TARGETS = ('ConcatBitcast', 'AllocateBuffer', 'AssumeGatherIndicesInBound'
 _SLICES = ('slice', 'dynamic-slice', 'gather')
 _SAME_ELEMENTS = ('bitcast', 'reshape', 'transpose', 'convert', 'copy')
 
-# (flops, flops with MXU padding, HBM bytes) of a Pallas kernel call; None for what it says itself.
+# (flops, flops with MXU padding, HBM bytes) of a Pallas kernel call; None for its own estimate.
 KernelCost = Callable[[hlo.Instruction], tuple[float, float, float] | None]
 
 
@@ -38,12 +37,12 @@ class Collective:
     """One collective.
 
     Args:
-      num_bytes: of one device: the arrays reduced, exchanged or permuted; of an all-gather the
-        gathered, of a reduce-scatter the unscattered ones.
-      groups: of devices by partition number; of a permutation (source, target) pairs.
-      largest: the largest array among those that it takes in or gives out.
-      seconds: by itself, on an idle network.
-      network: 'ici', or 'dcn' for one between slices.
+      num_bytes: bytes per device of the reduced, exchanged or permuted arrays; for an all-gather
+        the gathered arrays, for a reduce-scatter the unscattered ones.
+      groups: groups of devices by partition number; for a permutation (source, target) pairs.
+      largest: the largest of its operands and results.
+      seconds: its time on an idle network.
+      network: 'ici', or 'dcn' between slices.
     """
 
     kind: str
@@ -56,14 +55,15 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one instruction does each time.
+    """The work of one run of an instruction.
 
     Args:
-      flops: of matrix products and convolutions, 2 per multiply-add, and of kernels that tell.
-      mxu_flops: the same times the passes that the MXU takes: a float32 product with precision
-        'highest' takes 6, with 'high' 3.
-      hbm_bytes: read and written.
-      compiler_seconds: the compiler's own estimate; 0 where it gives none.
+      flops: FLOPs of matrix products and convolutions (2 per multiply-add), and of kernels with an
+        estimate.
+      mxu_flops: FLOPs times MXU passes: a float32 product with precision 'highest' takes 6 passes,
+        with 'high' 3.
+      hbm_bytes: bytes read and written.
+      compiler_seconds: the compiler's own estimate; 0 if it has none.
     """
 
     flops: float = 0.0
@@ -98,10 +98,10 @@ class Counter:
         return Work(flops, mxu_flops, hbm_bytes, seconds, collective, uncounted)
 
     def role(self, i: hlo.Instruction) -> str | None:
-        """'start' or 'done' of something asynchronous, 'step' of a collective amid other work.
+        """Returns 'start' or 'done' for an asynchronous operation, 'step' inside other work.
 
-        TPU programs start and finish some collectives in fusions, and carry them on in fusions that
-        mostly compute; all of these contain the same collective, marked with a chain_id.
+        TPU programs start and finish some collectives in fusions, and continue them in fusions that
+        mostly compute. All of these contain the same collective, marked by a chain_id.
         """
         if i.opcode.endswith(('-start', '-done')):
             return i.opcode.rpartition('-')[2]
@@ -117,9 +117,9 @@ class Counter:
         return 'step' if any(_is_piece(j) for j in inside) else None
 
     def started(self, computation: hlo.Computation, done: hlo.Instruction) -> str:
-        """The name of the instruction that started what `done` waits for."""
+        """Returns the name of the instruction that started the operation `done` waits for."""
         i = computation.by_name[done.operands[0]]
-        if i.opcode == 'recv':  # of what is sent at the same rendezvous
+        if i.opcode == 'recv':  # it receives what is sent at the same rendezvous
             met = _between_slices(i, 'recv')
             i = next((j for j in computation.instructions if met and _between_slices(j) == met), i)
         while self.role(i) != 'start' and i.operands:  # `recv` has no start: the loop ends there
@@ -130,7 +130,7 @@ class Counter:
                     callee = self.module.computations[source.computations()[0]]
                     handed_on = callee.root.operands[int(i.attribute('index'))]
                     operand, i = int(callee.by_name[handed_on].inside), source
-                elif source.opcode == 'while':  # carried around a loop that does not wait for it
+                elif source.opcode == 'while':  # passes through a loop that does not wait for it
                     begin = computation.by_name[source.operands[0]]
                     if begin.opcode == 'tuple':
                         operand, i = int(i.attribute('index')), begin
@@ -140,7 +140,7 @@ class Counter:
     # FLOPs
 
     def _flops(self, computation: hlo.Computation, i: hlo.Instruction) -> tuple[float, float]:
-        """Multiply-adds times 2, and that times MXU passes, of an instruction and its callees."""
+        """Returns the FLOPs of an instruction and its callees, and FLOPs times MXU passes."""
         if i.opcode in ('dot', 'convolution'):
             operands = [computation.by_name[name].arrays[0] for name in i.operands]
             flops = (_dot_flops if i.opcode == 'dot' else _convolution_flops)(i, *operands)
@@ -153,7 +153,7 @@ class Counter:
         return flops, mxu_flops
 
     def _inside(self, i: hlo.Instruction) -> Iterator[tuple[hlo.Computation, hlo.Instruction]]:
-        """The instructions of the computations that an instruction calls."""
+        """Yields the instructions of the computations that an instruction calls."""
         for name in i.computations():
             callee = self.module.computations[name]
             for inner in callee.instructions:
@@ -162,7 +162,7 @@ class Counter:
     # Bytes
 
     def moved(self, computation: hlo.Computation, i: hlo.Instruction) -> list[tuple[int, float]]:
-        """What an instruction reads and writes: (memory space, bytes) each."""
+        """Returns (memory space, bytes) of everything that an instruction reads and writes."""
         role = self.role(i)
         free = any(f'"{target}"' in i.attributes for target in _FREE_TARGETS)
         if free or i.opcode in FREE or role == 'done':
@@ -187,7 +187,7 @@ class Counter:
             roots = [inner.root.name]
             if inner.root.opcode == 'tuple':
                 roots = inner.root.operands
-            if role == 'start':  # its first result is its operand, handed on
+            if role == 'start':  # its first result is its operand
                 writes = writes[1:]
             elif len(roots) == len(writes):
                 written = [_written(inner, root) for root in roots]
@@ -199,7 +199,7 @@ class Counter:
         return reads + writes
 
     def _touched(self, computation: hlo.Computation, name: str) -> float | None:
-        """Bytes of a fusion's parameter that the fusion reads; None for all."""
+        """Returns the bytes that a fusion reads of a parameter; None for all."""
         total = 0.0
         if computation.by_name[name].is_root:
             return None
@@ -231,7 +231,7 @@ class Counter:
     # Collectives
 
     def _collective(self, computation: hlo.Computation, i: hlo.Instruction) -> Collective | None:
-        """The collective that an instruction is, or that its fusion contains."""
+        """Returns the collective of an instruction, or the one that its fusion contains."""
         opcode = i.opcode.removesuffix('-start')
         if _between_slices(i):
             sent = computation.by_name[i.operands[0]].arrays[0]
@@ -256,7 +256,7 @@ class Counter:
 
 
 def _scatters(computation: hlo.Computation, name: str) -> bool:
-    """Whether a fused all-reduce is only used in slices."""
+    """Returns whether only slices of a fused all-reduce are used."""
     users = computation.users[name]
     return bool(users) and all(
         user.opcode == 'dynamic-slice'
@@ -267,7 +267,7 @@ def _scatters(computation: hlo.Computation, name: str) -> bool:
 
 
 def _between_slices(i: hlo.Instruction, opcode: str = 'send') -> str | None:
-    """The rendezvous of what goes between slices through the host; None for anything else."""
+    """Returns the rendezvous of a transfer between slices through the host; None otherwise."""
     if i.opcode != opcode or '_xla_megascale_transfer_type' not in i.attributes:
         return None
     return _attribute_of_slices(i, '_host_transfer_rendezvous')
@@ -279,7 +279,7 @@ def _attribute_of_slices(i: hlo.Instruction, name: str) -> str:
 
 
 def _is_piece(i: hlo.Instruction) -> bool:
-    """Whether it is one of the fused pieces of an asynchronous collective."""
+    """Returns whether it is one of the fused pieces of an asynchronous collective."""
     return i.opcode in COLLECTIVES and 'chain_id=' in i.attributes
 
 
@@ -289,11 +289,11 @@ def _done(computation: hlo.Computation, start: hlo.Instruction) -> hlo.Instructi
             return user
         if user.opcode.endswith('-update'):
             return _done(computation, user)
-    raise ValueError(f'{start.name} is never waited for.')
+    raise ValueError(f'No instruction waits for {start.name}.')
 
 
 def _written(computation: hlo.Computation, name: str) -> float | None:
-    """Bytes that a fusion's result writes if it updates a slice in place; None for all."""
+    """Returns the bytes a fusion writes if it updates a slice in place; None for all."""
     i = computation.by_name[name]
     while i.opcode == 'bitcast':
         i = computation.by_name[i.operands[0]]
@@ -305,7 +305,7 @@ def _written(computation: hlo.Computation, name: str) -> float | None:
 
 
 def _cost_estimate(kernel: hlo.Instruction) -> tuple[float, float, float] | None:
-    """What `pallas_call(cost_estimate=...)` left in the program."""
+    """Returns the `cost_estimate` of a `pallas_call`, as stored in the program."""
     estimate = kernel.backend_config.get('custom_call_config', {}).get('cost_estimate')
     if not estimate:
         return None
@@ -314,7 +314,7 @@ def _cost_estimate(kernel: hlo.Instruction) -> tuple[float, float, float] | None
 
 
 def _passes(i: hlo.Instruction, dtypes: list[str]) -> int:
-    """How often the MXU, which multiplies bfloat16, goes over the operands."""
+    """Returns the number of passes over the operands on the MXU, which multiplies bfloat16."""
     algorithm = i.attribute('algorithm') or ''
     if found := re.search(r'_x(\d)$', algorithm):
         return int(found.group(1))
@@ -323,7 +323,7 @@ def _passes(i: hlo.Instruction, dtypes: list[str]) -> int:
         return 1
     precision = re.findall(r'\w+', i.attribute('operand_precision') or '')
     if 'highest' in precision or algorithm == 'dot_f32_f32_f32':
-        return 6 if wide == 2 else 3  # float32 is a sum of three bfloat16, low products left out
+        return 6 if wide == 2 else 3  # float32 is a sum of three bfloat16; low products are dropped
     return (3 if wide == 2 else 2) if 'high' in precision else 1
 
 
@@ -333,8 +333,10 @@ def _dot_flops(dot: hlo.Instruction, left: hlo.Array, right: hlo.Array) -> float
 
 
 def _convolution_flops(i: hlo.Instruction, image: hlo.Array, kernel: hlo.Array) -> float:
-    """Multiply-adds with the image, not with its padding, as XLA counts: matrix products appear on
-    TPU as convolutions whose window is mostly padding."""
+    """Counts multiply-adds with the image but not with its padding, as XLA does.
+
+    On TPU, matrix products appear as convolutions whose window is mostly padding.
+    """
     of_image, of_kernel, of_result = re.split('_|->', i.attribute('dim_labels'))
     window = dict(re.findall(r'(\w+)=([\dx_\-]+)', i.attribute('window') or ''))
     pairs = 1
@@ -345,7 +347,7 @@ def _convolution_flops(i: hlo.Instruction, image: hlo.Array, kernel: hlo.Array) 
         ]
         settings = {'stride': 1, 'pad': 0, 'lhs_dilate': 1, 'rhs_dilate': 1}
         for key in settings.keys() & window.keys():
-            # Of padding, 'low_high', the low end.
+            # The low end of the padding, 'low_high'.
             settings[key] = int(window[key].split('x')[int(axis)].split('_')[0])
         pairs *= _window_pairs(*sizes, **settings)
     batch = image.dims[of_image.index('b')] // int(i.attribute('batch_group_count') or 1)
@@ -357,6 +359,6 @@ def _convolution_flops(i: hlo.Instruction, image: hlo.Array, kernel: hlo.Array) 
 def _window_pairs(
     size: int, out: int, width: int, *, stride: int, pad: int, lhs_dilate: int, rhs_dilate: int
 ) -> int:
-    """(output, kernel) positions along one axis that meet an element of the image."""
+    """Counts (output, kernel) positions along one axis that meet an element of the image."""
     at = np.arange(out)[:, None] * stride - pad + np.arange(width) * rhs_dilate
     return int(((at >= 0) & (at < size * lhs_dilate) & (at % lhs_dilate == 0)).sum())

@@ -1,8 +1,8 @@
-"""Reads the text of an optimized, scheduled XLA program (`compiled.as_text()`).
+"""Parses the text of an optimized, scheduled XLA program (`compiled.as_text()`).
 
-Only what a cost model needs: computations, instructions in schedule order, array shapes with their
-TPU tiles and memory spaces, how often loops run, and who takes part in a collective. Unlike
-`compiled.cost_analysis()`, which counts a loop's body once, this keeps the loops apart.
+It reads what a cost model needs: computations, instructions in schedule order, array shapes with
+TPU tiles and memory spaces, trip counts of loops, and the device groups of collectives. Unlike
+`compiled.cost_analysis()`, which counts a loop's body once, it keeps loops separate.
 """
 
 import dataclasses
@@ -32,9 +32,9 @@ class Array:
     """One array of a shape: element type, dimensions, memory space and bytes.
 
     Args:
-      bytes: of the values alone.
-      padded_bytes: with the padding of the layout's first tile, which is what really moves:
-        bf16[8, 12] in tiles of (8, 128) fills 8 x 128.
+      bytes: bytes of the values.
+      padded_bytes: bytes including the padding of the layout's first tile, which are the bytes
+        actually moved: bf16[8, 12] in tiles of (8, 128) fills 8 x 128.
     """
 
     dtype: str
@@ -46,30 +46,30 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line: its arrays (a tuple's flattened), operand names, and the attributes as text."""
+    """One line: its arrays (tuples flattened), operand names, and the attributes as text."""
 
     name: str
     opcode: str
     arrays: tuple[Array, ...]
     operands: tuple[str, ...]
-    inside: str  # between the operation's parentheses: a constant's value, a parameter's number
+    inside: str  # text in the operation's parentheses: a constant's value, a parameter's number
     attributes: str
     is_root: bool
 
     def attribute(self, name: str) -> str | None:
-        """The value of `name=value`: up to the matching brace, or to the next comma."""
+        """Returns the value of `name=value`, up to the matching brace or the next comma."""
         found = re.search(rf'(?:^|[ ,]){re.escape(name)}=', self.attributes)
         return _value(self.attributes, found.end()) if found else None
 
     @functools.cached_property
     def op_name(self) -> str:
-        """Where in the JAX program this comes from, such as 'jit(f)/block_0/dot_general'; or ''."""
+        """Returns its place in the JAX program, such as 'jit(f)/block_0/dot_general', or ''."""
         found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
         return found.group(1) if found else ''
 
     @functools.cached_property
     def backend_config(self) -> dict:
-        """What the compiler noted beside the instruction; {} where that is nothing or no JSON."""
+        """Returns the compiler's JSON notes on the instruction; {} if there are none."""
         at = self.attributes.find('backend_config={')
         if at < 0:
             return {}
@@ -79,7 +79,7 @@ class Instruction:
             return {}
 
     def computations(self) -> tuple[str, ...]:
-        """Names of the computations it calls, in the order printed."""
+        """Returns the names of the computations it calls, in printed order."""
         found = _COMPUTATION.findall(self.attributes)
         return tuple(name.strip(' %') for part in found for name in part.strip('{}').split(','))
 
@@ -122,9 +122,9 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """The module that `compiled.as_text()` printed. Raises ValueError if it has no ENTRY."""
+    """Parses the module in `compiled.as_text()`. Raises ValueError if it has no ENTRY."""
     computations, entry, name, lines = {}, None, None, []
-    # A kernel's metadata may have lines of its own, which are a part of its instruction's.
+    # A kernel's metadata may span several lines, which belong to its instruction.
     for line in re.sub(r'\n(?=\"|\}\})', ' ', text).splitlines():
         if name is None:
             header = None if line.startswith((' ', 'HloModule')) else _HEADER.match(line)
@@ -137,7 +137,7 @@ def parse(text: str) -> Module:
         elif instruction := _instruction(line):
             lines.append(instruction)
     if entry not in computations:
-        raise ValueError('This is no HLO text: it has no complete ENTRY computation.')
+        raise ValueError('This is not HLO text: it has no complete ENTRY computation.')
     header = text[: text.find('\n')]
     counts = re.findall(r'\b(?:num_partitions|replica_count)=(\d+)', header)
     return Module(computations, entry, math.prod(int(n) for n in counts))
@@ -168,7 +168,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _value(text: str, at: int) -> str:
-    """A bracketed value from `at` to its closing bracket, or a plain one up to a comma or space."""
+    """Returns a bracketed value from `at`, or a plain value up to a comma or space."""
     if text[at : at + 1] not in tuple('({['):
         return re.compile(r'[^, ]*').match(text, at).group()
     depth = 0
@@ -181,7 +181,7 @@ def _value(text: str, at: int) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def arrays(shape: str) -> tuple[Array, ...]:
-    """The arrays of a printed shape, tuples flattened: 'f32[8,128]{1,0:T(8,128)S(1)}'."""
+    """Parses the arrays of a printed shape, flattening tuples: 'f32[8,128]{1,0:T(8,128)S(1)}'."""
     return tuple(_array(*found) for found in _ARRAY.findall(re.sub(r'/\*.*?\*/', '', shape)))
 
 
@@ -206,17 +206,17 @@ def _array(dtype: str, dims: str, layout: str) -> Array:
     )
 
 
-# Who takes part in a collective.
+# The devices of a collective.
 
 _IOTA = re.compile(r'\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?')
 _MESH = re.compile(r"mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{('[^}]*)\}")
 
 
 def groups(collective: Instruction, num_devices: int) -> tuple[tuple[int, ...], ...]:
-    """The device groups of a collective, or (source, target) pairs of a permutation.
+    """Returns the device groups of a collective, or (source, target) pairs of a permutation.
 
-    Reads all forms in which XLA prints them: `{{0,1},{2,3}}`, `{}` for all devices, `[2,8]<=[16]`
-    and `[8,2]<=[2,8]T(1,0)`, and `mesh['x'=2,'y'=8], device_ids=([2,8]T(1,0)) {'x'}`.
+    It reads all forms that XLA prints: `{{0,1},{2,3}}`, `{}` for all devices, `[2,8]<=[16]`,
+    `[8,2]<=[2,8]T(1,0)`, and `mesh['x'=2,'y'=8], device_ids=([2,8]T(1,0)) {'x'}`.
     """
     text = collective.attributes
     found = re.search(r'\b(?:replica_groups|source_target_pairs)=', text)
@@ -233,7 +233,7 @@ def groups(collective: Instruction, num_devices: int) -> tuple[tuple[int, ...], 
 
 
 def _mesh_groups(mesh: str, device_ids: str | None, axes: str) -> tuple[tuple[int, ...], ...]:
-    """Groups along the named axes; `'x':(2)4` is x's part of size 4 below a major part of 2."""
+    """Returns groups along the named axes; `'x':(2)4` is x's minor part of 4, major part 2."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", mesh)}
     ids = np.arange(math.prod(sizes.values()))
     if device_ids:
@@ -247,7 +247,7 @@ def _mesh_groups(mesh: str, device_ids: str | None, axes: str) -> tuple[tuple[in
         digit = dict(zip(sizes, coordinates))[name] // minor % size
         outside[name] = outside[name] - digit * minor
         inside.append(digit)
-    # Devices with the same coordinates outside the named axes form a group, in order inside it.
+    # Devices with equal coordinates outside the named axes form a group, in order.
     order = np.lexsort([*inside[::-1], *list(outside.values())[::-1]])
     width = math.prod(int(digit.max()) + 1 for digit in inside)
     return tuple(map(tuple, ids.reshape(-1)[order].reshape(-1, width).tolist()))
@@ -262,7 +262,7 @@ def _numbers(text: str) -> list[int]:
     return [int(n) for n in text.split(',')]
 
 
-# How often a loop runs.
+# Trip counts of loops.
 
 Scalar = tuple[int | None, int]  # (i, k) is element i of the loop's state plus k; (None, k) is k
 
@@ -270,22 +270,22 @@ Scalar = tuple[int | None, int]  # (i, k) is element i of the loop's state plus 
 def trip_count(
     module: Module, computation: Computation, loop: Instruction, known: dict[int, int]
 ) -> tuple[int | None, dict[int, int]]:
-    """How often a `while` runs, and which elements of its state are known constants.
+    """Returns the trip count of a `while`, and the elements of its state that are known constants.
 
-    From `known_trip_count` where XLA noted it; otherwise from the condition, if that compares an
-    element of the state, to which the body adds a constant, with another constant.
+    It uses `known_trip_count` if XLA provides it. Otherwise it uses the condition, if that compares
+    an element of the state, to which the body adds a constant, with another constant.
 
     Args:
-      computation: the one that holds the loop.
-      known: elements of that computation's own parameter that are constant integers.
+      computation: the computation that contains the loop.
+      known: constant integer elements of that computation's own parameter.
     Returns:
-      the count, None if it cannot be told; and the constants among the loop's state in its body.
+      the count, or None if it is unknown; and the constants in the loop's state.
     """
     body, condition = (
         module.computations[loop.attribute(part).strip('%')] for part in ('body', 'condition')
     )
     after = [_scalar(module, body, name) for name in body.root.operands]
-    # Elements that begin with a known number, to which the body adds a constant: (begin, added).
+    # Elements with a known initial value, to which the body adds a constant: (initial, added).
     moves = {}
     for i, (name, later) in enumerate(zip(_elements(computation, loop), after)):
         first = _scalar(module, computation, name)
@@ -299,7 +299,7 @@ def trip_count(
     if test is None:
         return None, fixed
     left, direction, right = test
-    moves[None] = (0, 0)  # of a constant
+    moves[None] = (0, 0)  # for constants
     if left[0] not in moves or right[0] not in moves:
         return None, fixed
     (begin, added), (bound, raised) = moves[left[0]], moves[right[0]]
@@ -307,7 +307,7 @@ def trip_count(
 
 
 def _count(distance: int, step: int, direction: str) -> int | None:
-    """How often a test passes before it fails, its sides `distance` apart and nearing by `step`."""
+    """Counts how often a test passes if its sides start `distance` apart and approach by `step`."""
     if direction in ('GT', 'GE'):
         distance, step = -distance, -step
     if direction == 'NE':
@@ -323,7 +323,7 @@ def _elements(computation: Computation, loop: Instruction) -> Sequence[str]:
 
 
 def _comparison(module: Module, condition: Computation) -> tuple[Scalar, str, Scalar] | None:
-    """The condition's test as (left, direction, right), also in a fusion; None for any other."""
+    """Returns the condition's test as (left, direction, right), also in a fusion; else None."""
     inner, arguments = condition, None
     if inner.root.opcode == 'fusion':
         arguments = [_scalar(module, condition, name) for name in inner.root.operands]
@@ -337,7 +337,7 @@ def _comparison(module: Module, condition: Computation) -> tuple[Scalar, str, Sc
 def _scalar(
     module: Module, computation: Computation, name: str, arguments: list | None = None
 ) -> Scalar | None:
-    """An integer as element of the loop's state plus a constant; `arguments` are a fusion's."""
+    """Returns an integer as a loop-state element plus a constant; `arguments` are a fusion's."""
     here = functools.partial(_scalar, module, computation, arguments=arguments)
     i = computation.by_name.get(name)
     if i is None:

@@ -1,4 +1,4 @@
-"""The programs that training, evaluation and sampling run, lowered for devices not at hand."""
+"""Lowers the programs of training, evaluation and sampling for devices that are not present."""
 
 import dataclasses
 import math
@@ -26,8 +26,8 @@ class Program:
     """One compiled program of a step.
 
     Args:
-      lower: gives the `jax.stages.Lowered`.
-      times: that it runs in a step.
+      lower: returns the `jax.stages.Lowered`.
+      times: how often it runs in a step.
     """
 
     name: str
@@ -37,13 +37,13 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What runs again and again: a train step, the evaluation of a batch, a batch of samples.
+    """A repeated step: a train step, the evaluation of a batch, or a batch of samples.
 
     Args:
-      batch_size: over all devices.
-      model_flops: over all devices, recomputation not counted.
-      resident: the arrays, abstract, that stay on the devices all the time.
-      cache_bytes: of the key/value caches over all devices.
+      batch_size: batch size over all devices.
+      model_flops: FLOPs over all devices, without recomputation.
+      resident: abstract arrays that stay on the devices all the time.
+      cache_bytes: bytes of the key/value caches over all devices.
     """
 
     programs: tuple[Program, ...]
@@ -54,7 +54,7 @@ class Step:
 
 
 def train(config, plan, mesh) -> Step:
-    """A train step on config.train.batch_size images."""
+    """Returns a train step on config.train.batch_size images."""
     batch_size = config.train.batch_size
     sharding.check(mesh, batch_size, 'train.batch_size', config.train.accumulation)
     optimizer = configs.optimizer(config, lambda k: 1e-4)
@@ -68,7 +68,7 @@ def train(config, plan, mesh) -> Step:
 
 
 def evaluate(config, plan, mesh) -> Step:
-    """The likelihood of config.evaluate.batch_size images, in float32."""
+    """Returns the float32 likelihood of config.evaluate.batch_size images."""
     batch_size = config.evaluate.batch_size
     sharding.check(mesh, batch_size, 'evaluate.batch_size')
     variables = _variables(plan, mesh)
@@ -78,12 +78,12 @@ def evaluate(config, plan, mesh) -> Step:
         plan.model.clone(dtype=jnp.float32), variables, _batch(plan, mesh, batch_size), keys,
         plan.recipe.scored_noise_std,
     ))
-    flops = batch_size * model_flops(plan.model) / 3  # of a train step, forward is a third
+    flops = batch_size * model_flops(plan.model) / 3  # forward is a third of a train step
     return Step((program,), batch_size, flops, variables)
 
 
 def sample(config, plan, mesh) -> Step:
-    """config.sample.batch_size images with the config's guidance and denoising."""
+    """Returns the sampling of config.sample.batch_size images with guidance and denoising."""
     model, batch_size, guidance = plan.model, config.sample.batch_size, plan.guidance
     sharding.check(mesh, batch_size, 'sample.batch_size')
     variables = _variables(plan, mesh)
@@ -100,7 +100,7 @@ def sample(config, plan, mesh) -> Step:
         jax.eval_shape(lambda b=b: guidance_params(model, b, guidance))
         for b in range(len(model.layers_per_block))
     ]
-    # Blocks of the same depth that are guided, or not, are one program.
+    # Blocks with the same depth and the same guidance share a program.
     kinds = [(depth, g.branches) for depth, g in zip(model.layers_per_block, guided_by)]
 
     def block(index: int) -> Callable:
@@ -158,12 +158,13 @@ def _variables(plan, mesh) -> dict:
 
 
 def splash_cost(call: hlo.Instruction) -> tuple[float, float, float] | None:
-    """FLOPs, FLOPs with the MXU's padding, and HBM bytes of a splash attention kernel.
+    """Returns FLOPs, FLOPs with MXU padding, and HBM bytes of a splash attention kernel.
 
-    The kernel leaves out the tiles above the diagonal. Its matrix products have head_dim as a
-    contracted or as the last axis, of which the MXU takes 128 at once.
+    The kernel skips tiles above the diagonal. Its matrix products have head_dim as the contracted
+    or last axis, which the MXU processes in units of 128.
     """
-    # Products (the backward kernel makes dq too), and which result is [B, H, T, K], without B if 1.
+    # Number of products (the backward kernel also computes dq), and the index of the result
+    # [B, H, T, K] (without B if it is 1).
     known = {'fwd': (2, -2), 'dkv': (5, -1)}
     found = [how for name, how in known.items() if f'splash_mha_{name}' in call.op_name]
     if not found:

@@ -1,4 +1,4 @@
-"""A step compiled for a TPU slice on a machine without one: whether it fits, how long it takes."""
+"""Compiles a step for a TPU slice on any machine, and reports memory and time."""
 
 import logging
 import time
@@ -19,10 +19,10 @@ log = logging.getLogger(__name__)
 
 
 def planned(config, topology: Topology, program: str):
-    """What compile_for compiles: the plan on its mesh, the mesh, and the step. Compiles nothing.
+    """Returns the plan on its mesh, the mesh and the step for compile_for; compiles nothing.
 
     Raises:
-      ValueError: if the config and the slice do not fit together.
+      ValueError: if the config does not fit the slice.
     """
     mesh = configs.named('mesh', sharding.make_mesh, **config.mesh, devices=topology.devices)
     plan = configs.plan(config)
@@ -32,30 +32,30 @@ def planned(config, topology: Topology, program: str):
 
 
 def _check_size(model, topology: Topology, program: str) -> None:
-    """ValueError if all chips together cannot hold the flow, for which XLA would take minutes."""
+    """Raises ValueError if the flow exceeds the memory of all chips; XLA would take minutes."""
     needed = 4 * memory.parameter_count(model) * (4 if program == 'train' else 1)
     there = topology.chips * CHIPS[topology.chip].hbm_bytes
     if needed > there:
         raise ValueError(
             f'a flow of {memory.parameter_count(model):,} parameters (model.width '
             f'{model.width}, {sum(model.layers_per_block)} layers) needs at least '
-            f'{memory.in_gib(needed)} for --program={program}, and all chips of {topology.name} '
+            f'{memory.in_gib(needed)} for --program={program}, but all chips of {topology.name} '
             f'together have {memory.in_gib(int(there))}; choose a smaller flow or more chips.'
         )
 
 
 def compile_for(config, topology: Topology, program: str, save_to: Path | None = None) -> dict:
-    """Compiles a step of the config for the topology and says what it costs.
+    """Compiles a step of the config for the topology and reports its cost.
 
     Args:
-      config: as `tarflow_jax.config.default` makes; `mesh` and the batch size are for the slice.
+      config: a config of `tarflow_jax.config.default`, with `mesh` and batch size for the slice.
       program: one of programs.PROGRAMS.
       save_to: folder for the text of the compiled programs.
     Returns:
-      JSON values; sizes in bytes, times in seconds, both per device (of TPU7x, half a chip) and
+      JSON values; sizes in bytes and times in seconds, per device (for TPU7x, half a chip) and
         step; see README.
     Raises:
-      ValueError: as `planned`.
+      ValueError: as for `planned`.
     """
     plan, mesh, step = planned(config, topology, program)
     chip, devices = CHIPS[topology.chip], len(topology.devices)
@@ -109,7 +109,7 @@ def compile_for(config, topology: Topology, program: str, save_to: Path | None =
 
 
 def _size(tree, sharded: bool = True) -> int:
-    """Bytes of one device's part of the arrays, or of them all."""
+    """Returns the bytes of the arrays: one device's part, or in total."""
     shape = lambda x: x.sharding.shard_shape(x.shape) if sharded else x.shape  # noqa: E731
     return sum(
         jax.ShapeDtypeStruct(shape(x), x.dtype).size * x.dtype.itemsize
@@ -118,7 +118,7 @@ def _size(tree, sharded: bool = True) -> int:
 
 
 def _memory(step, memory, chip) -> dict:
-    """HBM by kind, of the largest of the programs while the resident arrays stay."""
+    """Returns HBM use by kind, for the largest program together with the resident arrays."""
     kinds = [
         {
             'arguments': max(m.argument_size_in_bytes, _size(step.resident)),
@@ -164,13 +164,13 @@ def _time(costs: cost.Costs, model_flops: float) -> dict:
 
 
 def smallest_change(config, topology: Topology, program: str) -> dict | None:
-    """The first of some changes with which the step fits, tried one after another.
+    """Returns the first of several changes with which the step fits.
 
-    Less is kept for the backward pass, then the state is split over more chips, then the batch is
-    made smaller.
+    It first saves less for the backward pass, then shards the state over more chips, then reduces
+    the batch size.
 
     Returns:
-      the row of `compile_for`, with 'change'; None if nothing helped.
+      the row of `compile_for`, with 'change'; None if no change helps.
     """
     for change in _changes(config, topology, program):
         changed = config.copy_and_resolve_references()
@@ -178,7 +178,7 @@ def smallest_change(config, topology: Topology, program: str) -> dict | None:
         text = ' '.join(f'--config.{field}={value}' for field, value in change.items())
         try:
             row = compile_for(changed, topology, program)
-        except ValueError:  # sizes that do not divide
+        except ValueError:  # sizes that are not divisible
             continue
         log.info('%s with %s: %s', topology.name, text, 'fits' if row['fits'] else 'does not fit')
         if row['fits']:
@@ -204,7 +204,7 @@ def _changes(config, topology: Topology, program: str):
 
 
 def lines(row: dict) -> list[str]:
-    """What a person reads of one row."""
+    """Returns the printed lines of one row."""
     gib = lambda size: f'{size / GIB:.2f} GiB'  # noqa: E731
     each = 'chip' if row['devices'] == row['chips'] else 'device, of which a chip has two'
     mesh = ' x '.join(f'{axis} {size}' for axis, size in row['mesh'].items() if size > 1) or 'one'
@@ -221,14 +221,14 @@ def lines(row: dict) -> list[str]:
     verdict = 'fits' if row['fits'] else 'DOES NOT FIT'
     found += [f'  HBM          {verdict}: {gib(row["hbm_total_bytes"])} {limit} ({kinds})']
     if row['cache_bytes']:
-        found += [f'  KV cache     {gib(row["cache_bytes"])} per chip, among the temporaries']
+        found += [f'  KV cache     {gib(row["cache_bytes"])} per chip, part of the temporaries']
     found += [
         f'  compute      {row["compute_seconds"]:.4f} s: {row["flops"] / 1e12:.1f} TFLOP, '
-        f'{row["model_flops"] / 1e12:.1f} of them the model\'s',
+        f'{row["model_flops"] / 1e12:.1f} of them for the model',
         f'  memory       {row["memory_seconds"]:.4f} s: {row["hbm_traffic_bytes"] / 1e9:.1f} GB, '
-        f'{row["attention_traffic_share"]:.0%} of them for attention',
+        f'{row["attention_traffic_share"]:.0%} of it for attention',
         f'  interconnect {row["interconnect_seconds"]:.4f} s, of which '
-        f'{row["exposed_interconnect_seconds"]:.4f} s are waited for',
+        f'{row["exposed_interconnect_seconds"]:.4f} s exposed',
     ]
     found += [
         f'    {kind:18} {value["count"]:6d} x, {value["bytes"] / 1e6:10.1f} MB'
@@ -238,7 +238,7 @@ def lines(row: dict) -> list[str]:
         found += [
             f'  datacenter   {row["dcn_seconds"]:.4f} s between slices at '
             f'{row["dcn_bandwidth"] * 8e-9:.0f} Gbit/s per {each.split(",")[0]}, of which '
-            f'{row["exposed_dcn_seconds"]:.4f} s are waited for'
+            f'{row["exposed_dcn_seconds"]:.4f} s exposed'
         ]
     if row['uncounted_kernels']:
         found += [f'  not counted  kernels {", ".join(row["uncounted_kernels"])}']
@@ -246,8 +246,8 @@ def lines(row: dict) -> list[str]:
         f'  step         {row["predicted_step_seconds"]:.4f} s predicted, '
         f'{row["predicted_mfu"]:.1%} of the peak '
         f'(compiler\'s estimate {row["compiler_step_seconds"]:.4f} s)',
-        '  measured     {:.4f} to {:.4f} s, if it is as far off as for published steps on {}: '
-        '{:.2f} to {:.2f} times'.format(
+        '  measured     {:.4f} to {:.4f} s, if the prediction is as accurate as for published '
+        'steps on {}: {:.2f} to {:.2f} times'.format(
             *measured_seconds(row), ', '.join(row['measured_on']), *row['measured_over_predicted']
         ),
         f'  compiled in  {row["compile_seconds"]:.1f} s',
@@ -261,7 +261,7 @@ def lines(row: dict) -> list[str]:
 
 
 def measured_seconds(row: dict) -> tuple[float, float]:
-    """The range in which a measured step would be, were it as far off as published ones."""
+    """Returns the expected range of the measured step, from the errors for published steps."""
     low, high = row['measured_over_predicted']
     return low * row['predicted_step_seconds'], high * row['predicted_step_seconds']
 
@@ -282,12 +282,12 @@ COLUMNS = (
 
 
 def table(rows: list[dict]) -> list[str]:
-    """One line per topology under one of headings."""
+    """Returns a line of headings and one line per topology."""
 
     def cell(row, value) -> str:
         try:
             return value(row)
-        except (KeyError, TypeError):  # of a step that does not fit there is no time
+        except (KeyError, TypeError):  # a step that does not fit has no time
             return '-'
 
     head = '  '.join(f'{name:>{width}}' for name, width, _ in COLUMNS)

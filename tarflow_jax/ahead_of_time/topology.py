@@ -1,4 +1,4 @@
-"""Slices of TPUs by name, described by the TPU compiler on a machine that has none."""
+"""Slices of TPUs by name, described by the TPU compiler on a machine without TPUs."""
 
 import dataclasses
 import math
@@ -16,8 +16,8 @@ class Topology:
     """A slice of TPU chips, or several of the same kind joined by the datacenter network.
 
     Args:
-      name: such as 'v5e:16x16', 'v4:4x4x4' or '2*v5e:16x16' for two slices.
-      devices: to build a mesh of, as `jax.devices()` would give them there.
+      name: a name such as 'v5e:16x16', 'v4:4x4x4' or '2*v5e:16x16' for two slices.
+      devices: devices for a mesh, as `jax.devices()` would return them on the slice.
     """
 
     name: str
@@ -31,10 +31,10 @@ class Topology:
         return self.slices * math.prod(self.shape)
 
     def where(self, mesh) -> Slice:
-        """The place of every partition of a program for this mesh of its devices.
+        """Returns the coordinates of every partition of a program for a mesh of its devices.
 
-        A program for several slices is one for each of them: its collectives stay inside, and what
-        goes between slices it sends and receives.
+        With several slices, each slice runs its own program. Collectives stay within a slice; sends
+        and receives connect the slices.
         """
         axes, devices = len(self.shape), mesh.devices.flat[: mesh.size // self.slices]
         places = tuple(tuple(device.coords[:axes]) for device in devices)
@@ -42,34 +42,36 @@ class Topology:
 
 
 def check(name: str) -> tuple[str, tuple[int, ...], int]:
-    """Chip, shape and number of slices that a name stands for; ValueError if it is none."""
+    """Parses a name into chip, shape and number of slices; raises ValueError if it cannot."""
     found = re.fullmatch(r'(?:(\d+)\*)?(\w+):(\d+(?:x\d+)*)', name)
     if not found or found[2] not in CHIPS:
         raise ValueError(
-            f'--topology {name!r} is none of {", ".join(CHIPS)} with a shape, such as v5e:16x16, '
-            'v4:4x4x4, or 2*v5e:16x16 for two slices.'
+            f'--topology {name!r} must be one of {", ".join(CHIPS)} with a shape, such as '
+            'v5e:16x16, v4:4x4x4, or 2*v5e:16x16 for two slices.'
         )
     chip, shape = found[2], tuple(map(int, found[3].split('x')))
     axes = CHIPS[chip].torus_axes
     if len(shape) != axes:
         example = 'x'.join(['4'] * axes)
-        raise ValueError(f'--topology {name!r}: slices of {chip} have {axes} axes, as {example}.')
+        raise ValueError(
+            f'--topology {name!r}: slices of {chip} have {axes} axes, such as {example}.'
+        )
     return chip, shape, int(found[1] or 1)
 
 
 def describe(name: str) -> Topology:
-    """The topology of this name, from the TPU compiler (libtpu).
+    """Returns the topology of this name, from the TPU compiler (libtpu).
 
     Raises:
-      ValueError: if there is no such topology, or libtpu is not installed.
+      ValueError: if the topology does not exist, or libtpu is not installed.
     """
     chip, shape, slices = check(name)
     os.environ |= {
-        # Nobody is to be asked which TPU this is: it is none. (JAX has asked at its import.)
+        # Skip the query for the TPU of this machine, which has none. (JAX queried at its import.)
         'TPU_SKIP_MDS_QUERY': '1',
         'TPU_ACCELERATOR_TYPE': f'{chip}-{CHIPS[chip].devices}',
         'TPU_WORKER_HOSTNAMES': 'localhost',
-        'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # no chip that two processes could fight over
+        'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # there is no chip to compete for
     }
     jax.config.update('jax_platforms', 'cpu')
     try:
@@ -80,12 +82,12 @@ def describe(name: str) -> Topology:
         ) from None
     more = {'num_slices': slices} if slices > 1 else {}
     if chip == 'v4':
-        more['chip_config_name'] = 'megacore'  # one device per chip, as JAX has it on a real v4
+        more['chip_config_name'] = 'megacore'  # one device per chip, as on a real v4
     text = 'x'.join(map(str, shape))
     try:
         found = topologies.get_topology_desc(
             platform='tpu', topology_name=f'{chip}:{text}', **more
         )
-    except Exception as error:  # whatever the plugin raises
+    except Exception as error:  # the plugin may raise anything
         raise ValueError(f'--topology {name!r} is unknown to the TPU compiler: {error}') from error
     return Topology(name, chip, shape, slices, tuple(found.devices))

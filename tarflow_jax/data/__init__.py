@@ -1,1 +1,1 @@
-"""Where images come from: sources, and the pipeline that turns them into batches."""
+"""Sources of images, and the pipeline that turns them into batches."""

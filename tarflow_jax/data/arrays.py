@@ -1,6 +1,6 @@
-"""Arrays of .npz files: their names, sizes and checksums are compared before they are believed.
+"""Reads arrays from .npz files, after checking their names, sizes and checksums.
 
-NumPy takes room for whatever a header claims, and a memory map goes round the checksum of the zip.
+NumPy allocates whatever size a header claims, and a memory map bypasses the checksum of the zip.
 """
 
 import contextlib
@@ -18,28 +18,29 @@ _CHUNK_BYTES = 2**20
 
 
 def members(path: str | Path) -> dict[str, zip_files.Member]:
-    """The arrays of an .npz by their names, without reading them.
+    """Lists the arrays of an .npz by name, without reading them.
 
     Raises:
-        ValueError: it is no zip, or damaged; says what is wrong, not where, as all here.
+        ValueError: the file is not a zip, or is damaged. As in this whole module, the message
+            gives the reason without the path.
     """
     found: dict[str, zip_files.Member] = {}
     with open(path, 'rb') as file:
         for member in list(zip_files.members(file)):
             name = member.name.removesuffix('.npy')
             if name in found:
-                raise ValueError(f'it holds {name[:60]!r} twice')
+                raise ValueError(f'it contains {name[:60]!r} twice')
             if zip_files.name_at(file, member.offset) != member.name:
-                raise ValueError(f'its directory and the file there differ in the name {name!r}')
+                raise ValueError(f'its directory and its member disagree on the name {name!r}')
             found[name] = member
     return found
 
 
 def read(path: str | Path, member: zip_files.Member) -> np.ndarray:
-    """An array, read-only; its checksum is compared.
+    """Reads an array as read-only and checks its checksum.
 
     Raises:
-        ValueError: it is damaged, a decompression bomb, or holds objects.
+        ValueError: it is damaged, is a decompression bomb, or contains objects.
     """
     with _named(member.name):
         if member.why_not:
@@ -56,10 +57,10 @@ def read(path: str | Path, member: zip_files.Member) -> np.ndarray:
 
 
 def mapped(path: str | Path, member: zip_files.Member) -> np.ndarray:
-    """An array that stays in the file, unless it is compressed; its checksum is compared.
+    """Memory-maps an array, or reads it if it is compressed; checks its checksum.
 
     Raises:
-        ValueError: as `read`.
+        ValueError: as for `read`.
     """
     if member.packed.method != zip_files.STORED or member.why_not:
         return read(path, member)
@@ -77,7 +78,7 @@ def mapped(path: str | Path, member: zip_files.Member) -> np.ndarray:
         while left and (chunk := file.read(min(left, _CHUNK_BYTES))):
             checksum, left = zlib.crc32(chunk, checksum), left - len(chunk)
         if left or checksum != member.packed.crc:
-            raise ValueError('is damaged: it has another checksum than the zip says')
+            raise ValueError('is damaged: its checksum differs from that in the zip')
     if not math.prod(shape):
         return np.zeros(shape, dtype)
     return np.memmap(path, dtype, 'r', place, shape, order)
@@ -94,10 +95,10 @@ def _named(name: str) -> Iterator[None]:
 
 
 def header(stream) -> tuple[tuple[int, ...], str, np.dtype]:
-    """The shape, order ('C' or 'F') and type of a .npy; leaves the stream at its first number.
+    """Reads the shape, order ('C' or 'F') and dtype of a .npy, up to its first number.
 
     Raises:
-        ValueError: it is damaged, or of objects.
+        ValueError: it is damaged, or contains objects.
     """
     try:
         version = np.lib.format.read_magic(stream)
@@ -106,13 +107,13 @@ def header(stream) -> tuple[tuple[int, ...], str, np.dtype]:
         }[version]
         shape, fortran, dtype = read_header(stream)
     except KeyError:
-        raise ValueError(f'it holds an array of the version {version}') from None
+        raise ValueError(f'it has the unknown .npy version {version}') from None
     except ValueError:
         raise
     except Exception as error:  # numpy parses the header as Python
-        raise ValueError(f'it holds a damaged header ({type(error).__name__})') from None
+        raise ValueError(f'it has a damaged header ({type(error).__name__})') from None
     if any(type(n) is not int or n < 0 for n in shape) or not dtype.itemsize:
-        raise ValueError(f'it holds an array {dtype} {list(shape)}')
+        raise ValueError(f'it contains an array {dtype} {list(shape)}')
     if dtype.hasobject:
-        raise ValueError('it holds objects, which are not loaded')
+        raise ValueError('it contains Python objects, which are not loaded')
     return shape, 'F' if fortran else 'C', dtype

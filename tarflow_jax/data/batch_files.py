@@ -1,7 +1,7 @@
-"""The downsampled ImageNet as the ImageNet site serves it: train_data_batch_1 and so on.
+"""Reads the downsampled ImageNet of the ImageNet site: train_data_batch_1 and so on.
 
-Each is a pickle of a dict: `data`, uint8 [N, 3*S*S], the channels one after another; `labels`, a
-list of 1 to 1000; often `mean`. Or it is a .npz of the same arrays, in its zip or unpacked.
+Each file is a pickle of a dict, or a .npz of the same arrays (unpacked or in its zip): `data`,
+uint8 [N, 3*S*S], one channel after another; `labels`, numbers from 1 to 1000; often `mean`.
 """
 
 import math
@@ -24,13 +24,13 @@ _ZIP_NAME = re.compile(r'(imagenet\d+_(?:train|val))(?:_part[12])?(?:_npz)?\.zip
 
 
 class Batch(NamedTuple):
-    """Images of one file, still in the file, and their labels, from 0."""
+    """The images of one file, read on demand, and their labels, counted from 0."""
 
     pixel_Nx3xSxS: np.ndarray
     label_N: np.ndarray
 
     def images(self, start: int, stop: int) -> np.ndarray:
-        """uint8 [stop - start, S, S, 3], in memory."""
+        """Reads the images [start, stop) into memory: uint8 [stop - start, S, S, 3]."""
         return np.ascontiguousarray(self.pixel_Nx3xSxS[start:stop].transpose(0, 2, 3, 1))
 
     @property
@@ -40,20 +40,20 @@ class Batch(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where one batch is."""
+    """The location of one batch."""
 
     name: str  # without .npz
-    path: Path  # the pickle, the .npz, or the zip that holds it
+    path: Path  # the pickle, the .npz, or the zip that contains it
     size: int
     member: zip_files.Member | None = None  # the .npz in the zip
 
 
 def recognise(source: Path, wanted: Wanted) -> Originals | None:
-    """The batches in a folder or zip; None if there are none.
+    """Recognises the batches in a folder or zip; returns None if there are none.
 
     Raises:
         FileNotFoundError: some of the ten training files are missing.
-        ValueError: a file is damaged, they do not fit each other, or are of another size.
+        ValueError: a file is damaged, or the files disagree with each other or with --size.
     """
     found = find(source)
     if not found:
@@ -70,14 +70,14 @@ def recognise(source: Path, wanted: Wanted) -> Originals | None:
     odd = next((path for path in sides if sides[path] != own), None)
     if odd:
         raise ValueError(
-            f'{odd} holds images of size {sides[odd]}, other files of {own}; keep only one of the '
-            'sets in the folder.'
+            f'{odd} has images of size {sides[odd]}, other files of {own}; keep only one of the '
+            'datasets in the folder.'
         )
     if wanted.size not in (None, (own, own)):
         asked = sizes.text(wanted.size)
         raise ValueError(
-            f'--size is {asked}, but {source} holds images of size {own}, resized by the ImageNet '
-            f'site; leave --size away, or fetch the files of size {asked}.'
+            f'--size is {asked}, but {source} has images of size {own}, resized by the ImageNet '
+            f'site; leave out --size, or download the files of size {asked}.'
         )
     folder = source if source.is_dir() else source.parent
     return Originals(
@@ -88,13 +88,13 @@ def recognise(source: Path, wanted: Wanted) -> Originals | None:
 
 
 def find(source: Path) -> dict[str, list[Place]]:
-    """The batches of each split in a folder or a zip; empty if there are none.
+    """Finds the batches of each split in a folder or a zip; returns {} if there are none.
 
-    Of `Imagenet64_train_part1_npz.zip` and its second part each stands for both.
+    Either of `Imagenet64_train_part1_npz.zip` and `..._part2_npz.zip` stands for both.
 
     Raises:
         FileNotFoundError: some of the ten training files are there, but not all.
-        ValueError: a zip is damaged, or holds pickles.
+        ValueError: a zip is damaged, or contains pickles.
     """
     if source.is_dir():
         there = _in_folder(source)
@@ -137,13 +137,13 @@ def _in_zips(paths: list[Path]) -> dict[str, Place]:
                 members = list(zip_files.members(file))
             except ValueError as error:
                 raise ValueError(
-                    f'{path} is no zip, truncated or damaged ({error}); fetch it again.'
+                    f'{path} is damaged or not a zip ({error}); download it again.'
                 ) from error
         for member in members:
             name = os.path.basename(member.name)
             if name in (*TRAIN_NAMES, VALIDATION_NAME):
                 raise ValueError(
-                    f'{path} holds the pickle {member.name}; unpack it and give the folder.'
+                    f'{path} contains the pickle {member.name}; unpack the zip and pass the folder.'
                 )
             name = name.removesuffix('.npz')
             if name in (*TRAIN_NAMES, VALIDATION_NAME):
@@ -159,8 +159,8 @@ def _open(place: Place) -> 'Batch | _Npz':
     except Exception as error:  # NumPy raises nearly anything for a damaged header
         inside = f' ({place.member.name})' if place.member else ''
         raise ValueError(
-            f'{place.path}{inside} is truncated, damaged or no file of the ImageNet site: {error}; '
-            'fetch it again.'
+            f'{place.path}{inside} is damaged or not a file of the ImageNet site: {error}; '
+            'download it again.'
         ) from error
     return _Npz(batch.side, _labels(batch.labels, place.path), batch.images)
 
@@ -172,10 +172,13 @@ class _Npz(NamedTuple):
 
 
 def class_names(folder: Path) -> list[str]:
-    """The WordNet ids from map_clsloc.txt (lines of `n02119789 1 kit_fox`); '1' to '1000' without.
+    """Reads the WordNet ids from map_clsloc.txt (lines such as `n02119789 1 kit_fox`).
+
+    Returns:
+        The names in the order of the labels; '1' to '1000' if there is no such file.
 
     Raises:
-        ValueError: the file does not name the classes 1 to 1000, each once.
+        ValueError: the file does not name each of the classes 1 to 1000 once.
     """
     path = folder / CLASS_NAMES_FILE
     if not path.is_file():
@@ -187,43 +190,43 @@ def class_names(folder: Path) -> list[str]:
         names = {}
     if sorted(names) != list(range(1, NUM_CLASSES + 1)) or len(set(names.values())) < NUM_CLASSES:
         raise ValueError(
-            f'{path} does not name the classes 1 to {NUM_CLASSES}, each once; fetch it again, or '
-            'take it away to go without names.'
+            f'{path} does not name each of the classes 1 to {NUM_CLASSES} once; download it again, '
+            'or remove it to prepare without names.'
         )
     return [names[k] for k in range(1, NUM_CLASSES + 1)]
 
 
 def read_batch(path: Path) -> Batch:
-    """Opens one file; the pixels stay in it until they are asked for.
+    """Opens one file; pixels are read on demand.
 
     Raises:
-        ValueError: the file is truncated or damaged, holds something else, or its images and
-            labels do not fit each other.
+        ValueError: the file is damaged, has other contents, or has unequal numbers of images and
+            labels.
     """
     try:
         content = safe_pickle.read_file(path)
     except Exception as error:  # a damaged pickle may raise anything
         raise ValueError(
-            f'{path} is truncated, damaged or no file of the ImageNet site ({error}); fetch it '
+            f'{path} is damaged or not a file of the ImageNet site ({error}); download it '
             'again.'
         ) from error
     if not isinstance(content, dict) or not {'data', 'labels'} <= content.keys():
-        raise ValueError(f'{path} holds no dict with data and labels; fetch it again.')
+        raise ValueError(f'{path} has no dict with data and labels; download it again.')
     data, labels = content['data'], content['labels']
     pixels = data.array() if isinstance(data, safe_pickle.Array) else np.zeros(0)
     label_N = _labels(labels, path)
     if pixels.dtype != np.uint8 or pixels.ndim != 2:
-        raise ValueError(f'{path} holds data other than uint8 [N, 3*S*S]; fetch it again.')
+        raise ValueError(f'{path} has data other than uint8 [N, 3*S*S]; download it again.')
     count, width = pixels.shape
     size = math.isqrt(width // 3)
     if width != 3 * size * size or size == 0:
         raise ValueError(
-            f'{path} holds rows of {width} numbers, which is no square colour image (12288 is '
-            '64x64x3); fetch it again.'
+            f'{path} has rows of {width} numbers, which is not a square colour image (12288 is '
+            '64x64x3); download it again.'
         )
     if len(label_N) != count or count == 0:
         raise ValueError(
-            f'{path} holds {count} images and {len(label_N)} labels; fetch it again.'
+            f'{path} has {count} images but {len(label_N)} labels; download it again.'
         )
     return Batch(pixels.reshape(count, 3, size, size), label_N)
 
@@ -234,10 +237,10 @@ def _labels(labels: Any, path: Path) -> np.ndarray:
         isinstance(values, list) and all(type(label) is int for label in values)
     )
     if not whole:
-        raise ValueError(f'{path} holds labels that are no list of whole numbers; fetch it again.')
+        raise ValueError(f'{path} has labels that are not whole numbers; download it again.')
     wrong = [label for label in values if not 1 <= label <= NUM_CLASSES]
     if wrong:
         raise ValueError(
-            f'{path} holds the label {wrong[0]}, not of 1 to {NUM_CLASSES}; fetch it again.'
+            f'{path} has the label {wrong[0]}, outside 1 to {NUM_CLASSES}; download it again.'
         )
     return np.asarray(values, np.int32) - 1

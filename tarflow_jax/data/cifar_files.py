@@ -1,6 +1,6 @@
-"""CIFAR-10 and CIFAR-100 as their site serves them: for Python, as plain bytes, or for MATLAB.
+"""Reads CIFAR-10 and CIFAR-100 from the archives of their site: Python, binary or MATLAB.
 
-Of CIFAR-100 the 100 fine labels are taken. Source: https://www.cs.toronto.edu/~kriz/cifar.html.
+CIFAR-100 uses the 100 fine labels. Source: https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from tarflow_jax.data.splits import Originals, Wanted, arrays_in_memory, chosen
 
 _SIDE = 32
 _PIXELS = 3 * _SIDE * _SIDE
-_MAX_FILE_BYTES = 2**28  # the largest has 156 MB
-_MAX_BYTES = 2**30  # of an archive, unpacked; a real one has 0.2 GB
+_MAX_FILE_BYTES = 2**28  # the largest real file has 156 MB
+_MAX_BYTES = 2**30  # limit for an unpacked archive; a real one has 0.2 GB
 
 
 class _Layout(NamedTuple):
@@ -31,7 +31,7 @@ class _Layout(NamedTuple):
 
 
 def recognise(source: Path, wanted: Wanted) -> Originals | None:
-    """A CIFAR archive, its folder, or a folder with that; None if it is none.
+    """Recognises a CIFAR archive, its unpacked folder, or the parent of that; else returns None.
 
     Raises:
         FileNotFoundError: files of a split are missing.
@@ -52,7 +52,7 @@ def recognise(source: Path, wanted: Wanted) -> Originals | None:
     if not splits or layout.names not in contents:
         raise FileNotFoundError(
             f'{source} lacks {layout.names if splits else " and ".join(layout.train)} of CIFAR-'
-            f'{layout.classes}; fetch it again.'
+            f'{layout.classes}; download it again.'
         )
     arrays = {
         split: (f'{layout.folder}/{split}', *_together(source, layout, contents, names))
@@ -85,8 +85,8 @@ def _of(source: Path, name: str, read: Callable[[], Any]) -> Any:
     except Exception as error:  # a damaged pickle may raise anything
         place = source / name if source.is_dir() else f'{source} ({name})'
         raise ValueError(
-            f'{place} is truncated, damaged or no file of CIFAR '
-            f'({str(error)[:200] or type(error).__name__}); fetch it again.'
+            f'{place} is damaged or not a CIFAR file '
+            f'({str(error)[:200] or type(error).__name__}); download it again.'
         ) from error
 
 
@@ -94,20 +94,20 @@ def _checked(pixels: Any, labels: Any, classes: int) -> tuple[np.ndarray, np.nda
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 2 or (
         pixels.shape[1] != _PIXELS or not len(pixels)
     ):
-        raise ValueError(f'it holds data other than uint8 [N, {_PIXELS}]')
+        raise ValueError(f'it has data other than uint8 [N, {_PIXELS}]')
     label_N = np.asarray(labels)
     if label_N.dtype.kind not in 'iu' or label_N.size != len(pixels):
-        raise ValueError(f'it holds {len(pixels)} images and not as many labels')
+        raise ValueError(f'it has {len(pixels)} images but another number of labels')
     label_N = label_N.reshape(-1)
     if label_N.min() < 0 or label_N.max() >= classes:
-        raise ValueError(f'it holds a label that is not of 0 to {classes - 1}')
+        raise ValueError(f'it has a label outside 0 to {classes - 1}')
     return pixels, label_N.astype(np.int32)
 
 
 def _class_names(names: Any, classes: int) -> list[str]:
     names = [name.strip() if isinstance(name, str) else None for name in names]
     if len(names) != classes or None in names or len(set(names)) != classes:
-        raise ValueError(f'it does not hold the names of {classes} classes')
+        raise ValueError(f'it does not have the names of {classes} classes')
     return names
 
 
@@ -117,7 +117,7 @@ def _class_names(names: Any, classes: int) -> list[str]:
 def _pickled(data: bytes) -> dict[str, Any]:
     found = safe_pickle.read(data)
     if not isinstance(found, dict):
-        raise ValueError('it holds no dict')
+        raise ValueError('it is not a dict')
     return {
         (key.decode('latin1') if isinstance(key, bytes) else key): value
         for key, value in found.items()
@@ -139,9 +139,9 @@ def _pickled_names(data: bytes) -> list[str]:
 
 
 def _read_binary(data: bytes, classes: int) -> tuple[Any, Any]:
-    head = 1 if classes == 10 else 2  # of CIFAR-100 the coarse label comes first
+    head = 1 if classes == 10 else 2  # in CIFAR-100 the coarse label comes first
     if not data or len(data) % (head + _PIXELS):
-        raise ValueError(f'it has {len(data)} bytes, no multiple of {head + _PIXELS}')
+        raise ValueError(f'it has {len(data)} bytes, not a multiple of {head + _PIXELS}')
     rows = np.frombuffer(data, np.uint8).reshape(-1, head + _PIXELS)
     return rows[:, head:], rows[:, head - 1]
 
@@ -193,12 +193,12 @@ def _in_folder(folder: Path) -> tuple[_Layout, dict[str, Callable[[], bytes]]] |
 
 def _read_file(path: Path) -> bytes:
     if path.stat().st_size > _MAX_FILE_BYTES:
-        raise ValueError(f'it has {path.stat().st_size} bytes, more than a file of CIFAR')
+        raise ValueError(f'it has {path.stat().st_size} bytes, more than any CIFAR file')
     return path.read_bytes()
 
 
 def _in_archive(path: Path) -> tuple[_Layout, dict[str, Callable[[], bytes]]] | None:
-    """The files of an archive whose members lie in one of the folders."""
+    """Reads the files of an archive whose members are in one of the known folders."""
     found: list[_Layout] = []
     contents: dict[str, Callable[[], bytes]] = {}
 
@@ -218,9 +218,9 @@ def _in_archive(path: Path) -> tuple[_Layout, dict[str, Callable[[], bytes]]] | 
     except ValueError as error:
         if not found:
             return None
-        raise ValueError(f'{path} is truncated or damaged ({error}); fetch it again.') from error
+        raise ValueError(f'{path} is truncated or damaged ({error}); download it again.') from error
     return (found[0], contents) if found else None
 
 
 class _Other(Exception):
-    """The archive is none of CIFAR."""
+    """The archive is not one of CIFAR's."""

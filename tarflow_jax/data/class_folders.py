@@ -1,4 +1,4 @@
-"""Folders or archives of CLASS/IMAGE, also below folders of splits, and ImageNet in its layouts."""
+"""Finds images in CLASS/IMAGE folders or archives, in split folders, and in ImageNet's layouts."""
 
 from pathlib import Path
 
@@ -7,29 +7,30 @@ from tarflow_jax.data.listing import File, Listing
 from tarflow_jax.data.splits import Group, Pictures, Wanted, chosen, set_name, split_of_folder
 
 DOWNSAMPLED = 'downsampled_imagenet/{0}x{0}'
-_KAGGLE = ('ILSVRC/Data/CLS-LOC', 'Data/CLS-LOC')  # where the images are
+_KAGGLE = ('ILSVRC/Data/CLS-LOC', 'Data/CLS-LOC')  # the folder of the images
 _PARENTS_WITH_LABELS = 4
 
-# A file or an empty folder, as the parts of its name.
+# A file or an empty folder, as a tuple of the parts of its name.
 _Placed = list[tuple[list[str], File | None]]
 
 
 def images_folder(source: Path) -> Path:
-    """The folder of the images in what Kaggle serves; the source itself elsewhere."""
+    """Returns the image folder of Kaggle's layout; for other layouts, the source itself."""
     return next((source / name for name in _KAGGLE if (source / name).is_dir()), source)
 
 
 def find(source: Path, listing: Listing, wanted: Wanted) -> Pictures:
-    """Finds out which images are of which split and class.
+    """Finds the split and class of each image.
 
     Args:
         source: the folder or archive.
-        listing: what is in it, or in its `images_folder`.
-        wanted: what the command line asks for.
+        listing: the files in it, or in its `images_folder`.
+        wanted: the options of the command line.
 
     Raises:
-        FileNotFoundError: the labels given are not there.
-        ValueError: two folders are one split, only some splits have classes, or labels are missing.
+        FileNotFoundError: the file of labels does not exist.
+        ValueError: two folders are the same split, only some splits have classes, or labels are
+            missing.
     """
     placed: _Placed = [(file.name.split('/'), file) for file in listing.files]
     placed += [(folder.split('/'), None) for folder in sorted(listing.folders)]
@@ -43,8 +44,8 @@ def find(source: Path, listing: Listing, wanted: Wanted) -> Pictures:
             split, _ = split_of_folder(name)
             if split in found:
                 raise ValueError(
-                    f'{source} holds {found[split][0]} and {name}, two names of one split; take '
-                    'one of them away.'
+                    f'{source} has {found[split][0]} and {name}, two names for one split; remove '
+                    'one of them.'
                 )
             inside = [(parts[1:], file) for parts, file in placed if parts[0] == name and parts[1:]]
             found[split] = name, _unwrapped(inside, splits=True)
@@ -62,7 +63,7 @@ def find(source: Path, listing: Listing, wanted: Wanted) -> Pictures:
 
 
 def _below_kaggle(placed: _Placed) -> _Placed:
-    """Only what is below ILSVRC/Data/CLS-LOC, where there is such a folder, as in Kaggle's zip."""
+    """Keeps only the files below ILSVRC/Data/CLS-LOC if it exists, as in Kaggle's zip."""
     for name in _KAGGLE:
         top = name.split('/')
         below = [(parts[len(top):], file) for parts, file in placed if parts[:len(top)] == top]
@@ -73,10 +74,10 @@ def _below_kaggle(placed: _Placed) -> _Placed:
 
 
 def _unwrapped(placed: _Placed, splits: bool = False) -> _Placed:
-    """Without the folders that hold all the rest, such as afhq/ around afhq/train/cat/1.jpg.
+    """Strips outer folders that contain everything, such as afhq/ in afhq/train/cat/1.jpg.
 
-    A folder around nothing but files is a class, and kept, unless it is named like a split and
-    `splits` lets these go too. Files may lie beside folders of splits, as a README does.
+    A folder that contains only files is a class and is kept, unless it is named like a split and
+    `splits` is True. Split folders may have other files next to them, such as a README.
     """
     while True:
         files = [parts for parts, file in placed if file]
@@ -99,30 +100,30 @@ def _outside(placed: _Placed, names: list[str]) -> list[tuple[str, str]]:
             counts[parts[0]] = counts.get(parts[0], 0) + 1
             whole[parts[0]] = file.name
     return [
-        (whole[top], 'lies outside the splits and was left out') if count == 1 else
-        (top, f'lies outside the splits, and its {count} files were left out')
+        (whole[top], 'is outside the splits and was left out') if count == 1 else
+        (top, f'is outside the splits, and its {count} files were left out')
         for top, count in counts.items()
     ]
 
 
 def _own_size(source: Path, names: list[str], wanted: Wanted) -> tuple[int, int] | None:
-    """The size that names such as train_64x64 give."""
+    """Returns the size in names such as train_64x64."""
     found = {side for _, side in filter(None, map(split_of_folder, names))} - {None}
     if len(found) > 1:
-        raise ValueError(f'{source} holds the sizes {sorted(found)}; prepare one of them.')
+        raise ValueError(f'{source} has the sizes {sorted(found)}; prepare one of them.')
     if not found:
         return None
     size = sizes.parse(found.pop())
     if wanted.size not in (None, size):
         raise ValueError(
-            f'--size is {sizes.text(wanted.size)}, but {source} holds images of size '
-            f'{sizes.text(size)}, resized before; leave --size away.'
+            f'--size is {sizes.text(wanted.size)}, but {source} has images already resized to '
+            f'{sizes.text(size)}; leave out --size.'
         )
     return size
 
 
 def _classes(source: Path, found: dict[str | None, _Placed], wanted: Wanted):
-    """The images of each split with their classes; the sorted classes; what there is to know."""
+    """Returns each split's images with their classes, the sorted classes, and notes."""
     flat = {
         split for split, placed in found.items()
         if not any(file is None or len(parts) > 1 for parts, file in placed)
@@ -136,14 +137,14 @@ def _classes(source: Path, found: dict[str | None, _Placed], wanted: Wanted):
         del found['test']
         flat.remove('test')
         notes.append((
-            'test', 'has no classes, which the other splits have, and was left out; prepare it '
-            'with --split=test in a folder of its own'
+            'test', 'has no classes, but the other splits have, so it was left out; prepare it '
+            'with --split=test in its own --out'
         ))
     if flat and len(found) > len(flat) and labels is None:
         raise ValueError(
-            f'the split {next(iter(flat))} of {source} has no class folders and others have; sort '
-            'its images into the folders of their classes, name a file of labels with --labels, or '
-            'prepare it in a folder of its own.'
+            f'the split {next(iter(flat))} of {source} has no class folders, but others have; sort '
+            'its images into class folders, give a file of labels with --labels, or prepare it in '
+            'its own --out.'
         )
     groups, classes = {}, set(labels.classes) if labels else set()
     for split, placed in found.items():
@@ -156,7 +157,7 @@ def _classes(source: Path, found: dict[str | None, _Placed], wanted: Wanted):
         groups[split] = Group(
             [file for parts, file in placed if file and len(parts) > 1],
             [parts[0] for parts, file in placed if file and len(parts) > 1],
-            tuple((file.name, 'lies in no class folder and was left out')
+            tuple((file.name, 'is not in a class folder and was left out')
                   for parts, file in placed if file and len(parts) == 1),
         )
         classes |= {parts[0] for parts, file in placed if file is None or len(parts) > 1}
@@ -164,11 +165,11 @@ def _classes(source: Path, found: dict[str | None, _Placed], wanted: Wanted):
 
 
 def _labels(source: Path, names: list[str], wanted: Wanted) -> imagenet_labels.Labels | None:
-    """The labels of files that lie in no class folders."""
+    """Returns the labels of files that are not in class folders."""
     if wanted.labels is not None and not names:
         raise ValueError(
-            f'--labels is {wanted.labels}, but all images of {source} lie in folders of their '
-            'classes; leave --labels away.'
+            f'--labels is {wanted.labels}, but all images of {source} are in class folders; '
+            'leave out --labels.'
         )
     if wanted.labels is None and not imagenet_labels.is_flat(
         name.rpartition('/')[2] for name in names
@@ -184,7 +185,7 @@ def _labelled(placed: _Placed, labels: imagenet_labels.Labels) -> Group:
     missing = next((stem for stem in stems if stem not in labels.class_of), None)
     if missing is not None:
         raise ValueError(
-            f'{labels.path} has no label for {missing}; give the labels of these images as '
-            '--labels, or take the image away.'
+            f'{labels.path} has no label for {missing}; pass the labels of these images as '
+            '--labels, or remove the image.'
         )
     return Group(files, [labels.class_of[stem] for stem in stems])

@@ -1,37 +1,37 @@
-"""Three ways to make photographs one size, each as the suite that it is named after does it."""
+"""Three rules to resize and crop photographs, each as in the software it is named after."""
 
 from PIL import Image
 
 RULES = ('torchvision', 'edm', 'adm')
-MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow itself speaks of a decompression bomb
+MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # Pillow's own limit for a decompression bomb
 
 
 class BadImage(Exception):
-    """Why a file makes no image."""
+    """The reason why a file cannot be used as an image."""
 
 
 def resize_and_crop(image: Image.Image, size: tuple[int, int],
                     rule: str = 'torchvision') -> Image.Image:
-    """Makes the image `size`, (H, W), which is square unless the rule is torchvision's.
+    """Resizes and crops an image to `size`, (H, W), which must be square for 'edm' and 'adm'.
 
-    - torchvision: resizes the image until it covers `size`, and crops the middle. Keeps the aspect:
-      one side becomes that of `size`, and the other is rounded down and at least that of `size`.
-      Bilinear and antialiased, in uint8. For squares this equals torchvision's Resize(size) and
-      CenterCrop(size), down to half pixels of the offset, which round to even.
-    - edm: crops the middle square and resizes it with a Lanczos filter (the center-crop of
+    - torchvision: resizes the image to cover `size`, keeping its aspect ratio, and crops the
+      centre. The filter is bilinear and antialiased, in uint8. One side becomes that of `size`; the
+      other is rounded down. For squares this equals torchvision's Resize(size) and
+      CenterCrop(size), including half-pixel offsets, which round to even.
+    - edm: crops the central square and resizes it with a Lanczos filter (the center-crop of
       dataset_tool.py in NVlabs/edm).
-    - adm: halves the image with a box filter while its short side is at least twice as long as
-      wanted, resizes the short side with a bicubic filter, and crops the middle (center_crop_arr in
+    - adm: halves the image with a box filter while its short side is at least twice `size`,
+      resizes the short side with a bicubic filter, and crops the centre (center_crop_arr in
       openai/guided-diffusion).
 
     Raises:
-        BadImage: the image is so long that it would have too many pixels.
+        BadImage: the resized image would have too many pixels, because it is extremely long.
     """
     return {'torchvision': _torchvision, 'edm': _edm, 'adm': _adm}[rule](image, size)
 
 
 def describe(size: tuple[int, int], rule: str) -> str:
-    """What the rule does, in words for the manifest."""
+    """Describes the rule in words, for the manifest."""
     height, width = size
     if rule == 'edm':
         return f'the middle square cut out, then resized to {height}x{width}, Lanczos (Pillow)'
@@ -88,5 +88,5 @@ def _resized(image: Image.Image, size: tuple[int, int], how: Image.Resampling) -
         return image
     if size[0] * size[1] > MAX_PIXELS:
         width, height = image.size
-        raise BadImage(f'is {width}x{height}, too long for its other side')
+        raise BadImage(f'is {width}x{height}, which is too elongated')
     return image.resize(size, how)

@@ -1,5 +1,6 @@
-"""Zips and folders as the dataset_tool.py of StyleGAN and EDM writes them: 00000/img00000000.png,
-all of one size, and dataset.json with a number for each.
+"""Reads zips and folders written by the dataset_tool.py of StyleGAN and EDM.
+
+They have images of one size, such as 00000/img00000000.png, and dataset.json with their labels.
 """
 
 import json
@@ -14,14 +15,14 @@ from tarflow_jax.data.splits import Group, Pictures
 INDEX = 'dataset.json'
 _NAME = re.compile(r'(?:.*/)?\d{5}/img\d{8}\.\w+')
 _MAX_INDEX_BYTES = 2**29
-_LOOKED_AT = 8  # images, for their size, until one is unharmed
+_LOOKED_AT = 8  # tries at most this many images to find the size
 
 
 def find(listing: Listing, rotate: bool = False) -> Pictures | None:
-    """The images of such a set; None if it is none.
+    """Finds the images of such a dataset; returns None for any other source.
 
     Raises:
-        ValueError: dataset.json is damaged, or its labels do not fit the images.
+        ValueError: dataset.json is damaged, or its labels do not match the images.
     """
     index = next(
         (file for file in listing.files
@@ -49,8 +50,8 @@ def find(listing: Listing, rotate: bool = False) -> Pictures | None:
     for file, label in zip(files, labels):
         if type(label) is not int or not 0 <= label < 10**6:
             raise ValueError(
-                f'{index.path} gives {file.name} the label {label!r} in {INDEX}, which is no whole '
-                'number from 0; write it again with one number for each image.'
+                f'{index.path} gives {file.name} the label {label!r} in {INDEX}, which is not a '
+                'whole number, 0 or more; write it again with one number for each image.'
             )
     return _pictures(files, labels, rotate)
 
@@ -65,11 +66,11 @@ def _pictures(files: list[File], labels: list[int] | None, rotate: bool) -> Pict
 
 def _read(index: File) -> object:
     if index.size > _MAX_INDEX_BYTES:
-        raise ValueError(f'{index.path} holds {INDEX} of {index.size} bytes; correct it.')
+        raise ValueError(f'{index.path} has a {INDEX} of {index.size} bytes; correct it.')
     try:
         return json.loads(listings.read(index))
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f'{index.path} holds a damaged {INDEX} ({type(error).__name__}: {error}); write it '
+            f'{index.path} has a damaged {INDEX} ({type(error).__name__}: {error}); write it '
             'again.'
         ) from error

@@ -1,4 +1,4 @@
-"""Folders of IDX files, as MNIST has them."""
+"""Recognises folders of IDX files in the layout of MNIST."""
 
 from pathlib import Path
 
@@ -7,11 +7,11 @@ from tarflow_jax.data.splits import Originals, Wanted, arrays_in_memory, chosen,
 
 
 def recognise(source: Path, wanted: Wanted) -> Originals | None:
-    """The IDX files in a folder; None if there are none.
+    """Recognises the IDX files in a folder; returns None if there are none.
 
     Raises:
         FileNotFoundError: a file of labels is missing.
-        ValueError: a file is damaged, or the images are of several shapes.
+        ValueError: a file is damaged, or the images have several shapes.
     """
     if not source.is_dir():
         return None
@@ -25,11 +25,13 @@ def recognise(source: Path, wanted: Wanted) -> Originals | None:
     opened = {split: sources.idx_folder(source, split) for split in found}
     shapes = {split.image_NxHxWxC.shape[1:] for split in opened.values()}
     if len(shapes) > 1:
-        raise ValueError(f'{source} holds images of the shapes {sorted(shapes)}; prepare one set.')
+        raise ValueError(
+            f'{source} has images of the shapes {sorted(shapes)}; prepare one dataset at a time.'
+        )
     (height, width, channels), = shapes
     if channels not in (1, 3):
         raise ValueError(
-            f'{source} holds images [{height},{width},{channels}]; they must have 1 or 3 channels.'
+            f'{source} has images [{height},{width},{channels}]; they must have 1 or 3 channels.'
         )
     splits = {
         split: (f'{found[split]}-images', arrays.image_NxHxWxC, arrays.label_N)

@@ -1,6 +1,6 @@
-"""Image files to PNG files of one size.
+"""Converts image files to PNG files of one size.
 
-What runs here runs in many processes: it imports little and returns only bytes and words.
+This module runs in many worker processes, so it imports little and returns only bytes and text.
 """
 
 import functools
@@ -16,38 +16,38 @@ from tarflow_jax.data.cropping import BadImage, resize_and_crop
 from tarflow_jax.data.listing import UNREADABLE, File
 from tarflow_jax.data.png import SIGNATURE, write_png
 
-# Formats of photographs. Pillow knows more, some of which start other programs.
+# Pillow supports more formats, but some of them start other programs.
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'AVIF', 'JPEG2000', 'BMP', 'GIF', 'TIFF', 'PPM')
-# By preference, where a sample has several.
+# In order of preference, for samples with several files.
 SUFFIXES = (
     'jpg', 'jpeg', 'png', 'webp', 'avif', 'jp2', 'bmp', 'gif', 'tif', 'tiff', 'ppm', 'pgm', 'tga',
 )
 MAX_FILE_BYTES = 2**30
-TGA_SUFFIXES = ('.tga', '.vda', '.icb', '.vst')  # TGA has no signature: only a name tells
-# Pillow would load its formats at first use, which may be in a thread, while others import.
+TGA_SUFFIXES = ('.tga', '.vda', '.icb', '.vst')  # TGA has no signature, so its name must tell
+# Pillow would otherwise load its formats at first use, possibly in a thread while others import.
 Image.init()
 
 
 ROTATED = (
-    'has an EXIF rotation, which was not applied, as torchvision does not; --rotate applies it'
+    'has an EXIF rotation that was not applied, as in torchvision; use --rotate to apply it'
 )
 TRANSPARENT = (
-    'is transparent in places, whose hidden colours were taken; --background=white paints them over'
+    'has transparent pixels, whose hidden colours were kept; use --background=white to fill them'
 )
-COUNTED = (ROTATED, TRANSPARENT)  # notes that all images of a set may have
+COUNTED = (ROTATED, TRANSPARENT)  # notes that every image of a dataset may have
 _GREY = ('1', 'L', 'LA', 'I', 'I;16', 'I;16B', 'I;16L')  # modes of Pillow
 _ORIENTATION = 0x0112
 
 
 class Form(NamedTuple):
-    """What is made of image files.
+    """The form to convert image files to.
 
     Args:
         size: (H, W).
-        exact: refuse images of any other size rather than resize them.
-        crop: the rule to resize and crop by, see `cropping`.
-        rotate: turn images as EXIF says.
-        background: the colour behind what is transparent; None takes the hidden colours.
+        exact: whether to reject images of any other size instead of resizing them.
+        crop: the rule for resizing and cropping, see `cropping`.
+        rotate: whether to apply the EXIF orientation.
+        background: the colour for transparent pixels; None keeps their hidden colours.
         channels: 1 or 3.
     """
 
@@ -60,7 +60,7 @@ class Form(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A PNG file, or the reason why there is none; notes are worth knowing either way."""
+    """A PNG file or the reason why there is none, and notes about the image."""
 
     png: bytes | None
     reason: str = ''
@@ -68,10 +68,10 @@ class Encoded(NamedTuple):
 
 
 def encode_files(files: list[File], form: Form) -> list[Encoded]:
-    """Reads image files and makes PNG files [H,W,C] of them.
+    """Reads image files and converts them to PNG files [H,W,C].
 
     Raises:
-        OSError: a file that was there cannot be read any more, or has changed.
+        OSError: a file has become unreadable, or has changed.
     """
     return [
         _encode(functools.partial(_read, file), _formats(file.name), form)
@@ -80,7 +80,7 @@ def encode_files(files: list[File], form: Form) -> list[Encoded]:
 
 
 def encode_contents(contents: list[bytes], form: Form) -> list[Encoded]:
-    """The same of image files that are in memory; an empty one has no image."""
+    """Converts image files in memory like `encode_files`; empty bytes mean no image."""
     return [
         _encode(functools.partial(_checked, content), FORMATS, form)
         for content in contents
@@ -89,7 +89,7 @@ def encode_contents(contents: list[bytes], form: Form) -> list[Encoded]:
 
 def encode_array(image_NxHxWxC: Iterable[np.ndarray], size: tuple[int, int],
                  crop: str = 'torchvision') -> list[Encoded]:
-    """PNG files of uint8 images with 1 or 3 channels, resized and cropped to `size`, (H, W)."""
+    """Converts uint8 images with 1 or 3 channels to PNG files, resized and cropped to (H, W)."""
     encoded = []
     for image_HxWxC in image_NxHxWxC:
         if image_HxWxC.shape[:2] != size:
@@ -101,12 +101,12 @@ def encode_array(image_NxHxWxC: Iterable[np.ndarray], size: tuple[int, int],
 
 
 def all_grey(files: Iterable[File]) -> bool:
-    """Whether all image files that can be opened are grey; stops at the first that is not."""
+    """Returns whether all readable image files are grey; stops at the first that is not."""
     return _all_grey((functools.partial(_read, file), _formats(file.name)) for file in files)
 
 
 def all_grey_contents(contents: Iterable[bytes]) -> bool:
-    """The same of files that are in memory."""
+    """Does the same as `all_grey` for files in memory."""
     return _all_grey((functools.partial(_checked, content), FORMATS) for content in contents)
 
 
@@ -118,13 +118,13 @@ def _all_grey(images: Iterable[tuple[Callable[[], bytes], tuple[str, ...]]]) -> 
                 if image.mode not in _GREY:
                     return False
                 found = True
-        except Exception:  # what is damaged is skipped later; an image may raise nearly anything
+        except Exception:  # Pillow raises nearly anything; damaged images are skipped later
             continue
     return found
 
 
 def size_of(file: File, rotate: bool = False) -> tuple[int, int] | None:
-    """Height and width of an image file; None if it cannot be used."""
+    """Returns (height, width) of an image file; None if it cannot be used."""
     try:
         image, _ = _load(_read(file), _formats(file.name), Form((1, 1), rotate=rotate))
     except BadImage:
@@ -133,7 +133,7 @@ def size_of(file: File, rotate: bool = False) -> tuple[int, int] | None:
 
 
 def size_of_content(content: bytes, rotate: bool = False) -> tuple[int, int] | None:
-    """The same of one in memory."""
+    """Returns (height, width) of an image file in memory; None if it cannot be used."""
     try:
         image, _ = _load(_checked(content), FORMATS, Form((1, 1), rotate=rotate))
     except BadImage:
@@ -147,7 +147,7 @@ def _formats(name: str) -> tuple[str, ...]:
 
 def _encode(read: Callable[[], bytes], formats: tuple[str, ...], form: Form) -> Encoded:
     wanted_height, wanted_width = form.size
-    wanted = f'{wanted_width}x{wanted_height}'  # Pillow's order, as that of the image beside it
+    wanted = f'{wanted_width}x{wanted_height}'  # Pillow's order, like the other size in the message
     if wanted_height != wanted_width:
         wanted += ' (width x height)'
     try:
@@ -165,11 +165,11 @@ def _encode(read: Callable[[], bytes], formats: tuple[str, ...], form: Form) -> 
 
 def _read(file: File) -> bytes:
     if file.size == UNREADABLE:
-        raise BadImage('is a link to nothing, or no regular file')
+        raise BadImage('is a broken link or not a regular file')
     if file.size == 0:
         raise BadImage('is empty')
     if file.size > MAX_FILE_BYTES:
-        raise BadImage(f'has {file.size} bytes, more than an image has')
+        raise BadImage(f'has {file.size} bytes, too many for an image')
     try:
         return listing.read(file)
     except PermissionError as error:
@@ -187,7 +187,7 @@ def _checked(content: bytes) -> bytes:
 def _load(
     data: bytes, formats: tuple[str, ...], form: Form
 ) -> tuple[Image.Image, list[str]]:
-    """The image in the mode of the form's channels, at its own size; what there is to know."""
+    """Decodes an image with the channels of `form`, at its own size; returns it with notes."""
     notes = []
     mode = 'L' if form.channels == 1 else 'RGB'
     try:
@@ -199,7 +199,7 @@ def _load(
                 else:
                     notes.append(ROTATED)
             if image.has_transparency_data:
-                # As torchvision does, whose conversion leaves out the transparency.
+                # As in torchvision, whose conversion ignores transparency.
                 transparent = image.convert('RGBA')
                 if transparent.getextrema()[3][0] < 255:
                     if form.background is None:
@@ -209,25 +209,25 @@ def _load(
                         image = Image.alpha_composite(below, transparent)
             deep = data.startswith(SIGNATURE) and data[24] == 16
             if image.mode.startswith('I;16') or (deep and image.mode == 'I'):
-                # Pillow's own conversion would clip at 255.
+                # Pillow's own conversion would clip values at 255.
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 deep = True
             elif image.mode in ('I', 'F'):
-                raise BadImage(f'has pixels of {image.mode}, 32 bits, of unknown scale')
+                raise BadImage(f'has 32-bit pixels ({image.mode}) of unknown scale')
             if deep:
-                notes.append('has 16 bits per channel, of which the upper 8 were taken')
+                notes.append('has 16 bits per channel, of which the upper 8 were kept')
             if image.mode == 'CMYK':
                 notes.append('is CMYK and was converted to RGB')
             return image.convert(mode), notes
     except BadImage:
         raise
-    except Exception as error:  # Pillow raises nearly anything on damaged files
+    except Exception as error:  # Pillow raises nearly anything for damaged files
         raise BadImage(_reason(error)) from error
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        return 'is no image, or of none of the formats ' + ', '.join((*FORMATS, 'TGA'))
+        return 'is not an image in any of the formats ' + ', '.join((*FORMATS, 'TGA'))
     if isinstance(error, Image.DecompressionBombError):
         return f'is a decompression bomb: {error}'
     return f'is damaged: {str(error) or type(error).__name__}'.partition('\n')[0]

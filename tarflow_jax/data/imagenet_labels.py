@@ -1,5 +1,6 @@
-"""The classes of ImageNet's validation images, which lie in one folder: from the development kit
-(ILSVRC2012_devkit_t12) or from Kaggle's LOC_val_solution.csv.
+"""Reads the classes of ImageNet's validation images, which are all in one folder.
+
+The labels are in the development kit (ILSVRC2012_devkit_t12) or in Kaggle's LOC_val_solution.csv.
 """
 
 import csv
@@ -22,7 +23,7 @@ _MAX_BYTES = 2**26
 
 
 class Labels(NamedTuple):
-    """The class of each image by the stem of its name, and all classes in order."""
+    """The class of each image by the stem of its file name, and all classes in order."""
 
     path: Path
     class_of: dict[str, str]
@@ -30,21 +31,21 @@ class Labels(NamedTuple):
 
 
 def is_flat(names: Iterable[str]) -> bool:
-    """Whether all names are those of ImageNet's validation images."""
+    """Returns whether all names are those of ImageNet's validation images."""
     return all(_NAME.match(name) for name in names)
 
 
 def find(folders: Iterable[Path], given: str | None) -> Labels | None:
-    """Reads the labels that are given, or lie in one of the folders; None if there are none.
+    """Reads the given file of labels, or one in the folders; returns None if there is none.
 
     Raises:
-        FileNotFoundError: the file given, or one that it needs, is not there.
-        ValueError: a file is damaged or of none of the kinds that are read.
+        FileNotFoundError: the given file, or a file that it needs, does not exist.
+        ValueError: a file is damaged or of an unknown kind.
     """
     if given is not None:
         path = Path(given)
         if not path.is_file():
-            raise FileNotFoundError(f'{path} is not there; correct --labels.')
+            raise FileNotFoundError(f'{path} does not exist; correct --labels.')
         return read(path)
     kits = (f'{_KIT}/data/{TRUTH}', f'data/{TRUTH}', TRUTH, f'{_KIT}.tar.gz')
     for folder in folders:
@@ -55,11 +56,11 @@ def find(folders: Iterable[Path], given: str | None) -> Labels | None:
 
 
 def read(path: Path) -> Labels:
-    """Reads LOC_val_solution.csv, the ground truth beside its meta.mat, or the kit's tar.gz.
+    """Reads LOC_val_solution.csv, the kit's ground truth with its meta.mat, or the kit's tar.gz.
 
     Raises:
         FileNotFoundError: meta.mat is missing.
-        ValueError: a file is damaged or of none of these kinds.
+        ValueError: a file is damaged or of another kind.
     """
     try:
         if path.suffix == '.csv':
@@ -85,10 +86,10 @@ def read(path: Path) -> Labels:
                 raise ValueError(f'it lacks {TRUTH} or {_META}')
             return Labels(path, *_truth(found[TRUTH], found[_META]))
     except ValueError as error:  # UnicodeDecodeError is one
-        raise ValueError(f'{path} is damaged or no file of ImageNet: {error}; fetch it again.'
+        raise ValueError(f'{path} is damaged or not a file of ImageNet: {error}; download it again.'
                          ) from error
     raise ValueError(
-        f'{path} holds no labels that are read; give {SOLUTION}, {TRUTH} or {_KIT}.tar.gz.'
+        f'{path} is not a known file of labels; pass {SOLUTION}, {TRUTH} or {_KIT}.tar.gz.'
     )
 
 
@@ -129,7 +130,7 @@ def _truth(truth: bytes, meta: bytes) -> tuple[dict[str, str], list[str]]:
     numbers = truth.decode('ascii').split()
     wrong = next((n for n in numbers if not n.isdecimal() or not 1 <= int(n) <= _CLASSES), None)
     if wrong is not None or not numbers:
-        raise ValueError(f'{wrong!r} is no number from 1 to {_CLASSES}')
+        raise ValueError(f'{wrong!r} is not a number from 1 to {_CLASSES}')
     class_of = {
         f'ILSVRC2012_val_{k:08d}': name_of[int(number)] for k, number in enumerate(numbers, 1)
     }

@@ -1,7 +1,7 @@
-"""Kinds of sets of images: numbers measured on two kinds cannot be compared.
+"""Kinds of image datasets; scores on two different kinds cannot be compared.
 
-A kind is a word, such as 'imagenet_resized'. That of photographs goes on with the rule that they
-were cropped by: 'photographs/torchvision'.
+A kind is a word, such as 'imagenet_resized'. For photographs, the crop rule follows:
+'photographs/torchvision'.
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ NAMES = {
     DOWNSAMPLED: 'the older downsampled ImageNet (van den Oord et al.)',
     CIFAR10: 'CIFAR-10',
     IDX: 'IDX files',
-    FILES: 'image files as they are',
+    FILES: 'unchanged image files',
     EMBEDDED: 'the embedded images',
     SAMPLES: 'samples of a flow',
 }
-# Their labels are numbers in the files, the same for everyone who reads these.
+# Their labels are numbers in the files, so they are the same for everyone.
 NUMBERED = (IDX, CIFAR10, EMBEDDED)
 CIFAR10_CLASSES = [
     'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck',
@@ -34,10 +34,10 @@ _TFDS = (BOX_RESIZED, DOWNSAMPLED, CIFAR10)
 
 
 def of_set(manifest: dict[str, Any]) -> str | None:
-    """The kind of a prepared set without its crop rule; None if it is unknown.
+    """Returns the kind of a prepared dataset without its crop rule; None if it is unknown.
 
     Args:
-        manifest: says how the images were made; it need not name the kind.
+        manifest: describes how the images were made; it may lack the kind.
     """
     how, image = manifest.get('preprocessing', ''), manifest.get('image', {})
     if manifest.get('classes') == CIFAR10_CLASSES:
@@ -57,9 +57,9 @@ def of_set(manifest: dict[str, Any]) -> str | None:
 
 
 def of_manifest(manifest: dict[str, Any]) -> str | None:
-    """The kind that a manifest names, with the crop rule of photographs.
+    """Returns the kind in a manifest, with the crop rule for photographs.
 
-    They were cropped by torchvision's before manifests named a rule.
+    Manifests without a crop rule are older; their photographs have torchvision's.
     """
     kind = manifest['kind']
     crop = manifest['image'].get('crop', 'torchvision')
@@ -67,11 +67,11 @@ def of_manifest(manifest: dict[str, Any]) -> str | None:
 
 
 def class_names(manifest: dict[str, Any]) -> list[str] | None:
-    """Names of a prepared set's classes by label; None without, or where they are only numbers."""
+    """Returns a prepared dataset's class names by label; None if it has none or only numbers."""
     names = manifest['classes']
     if names is None or names != _numbers(manifest):
         return names
-    # Folders may be called so, and are numbered in the order of their names.
+    # Class folders may have numbers as names, and are sorted by name.
     return names if manifest['kind'] == PHOTOGRAPHS and names == sorted(names) else None
 
 
@@ -82,18 +82,18 @@ def _numbers(manifest: dict[str, Any]) -> list[str]:
 
 
 def of_tfds(name: str) -> str | None:
-    """The kind of a TFDS set such as 'imagenet_resized/64x64'; None if it is unknown."""
+    """Returns the kind of a TFDS dataset such as 'imagenet_resized/64x64'; None if unknown."""
     plain = name.partition('/')[0].partition(':')[0]
     return plain if plain in _TFDS else None
 
 
 def plain(kind: str | None) -> str | None:
-    """The kind without its crop rule."""
+    """Returns the kind without its crop rule."""
     return kind and kind.partition('/')[0]
 
 
 def described(kind: str | None) -> str:
-    """The kind in words."""
+    """Describes the kind in words."""
     if kind is None:
         return 'images of an unknown kind'
     kind, _, crop = kind.partition('/')
@@ -102,16 +102,16 @@ def described(kind: str | None) -> str:
 
 
 def mismatch(expected: Sequence[str], kind: str | None) -> str | None:
-    """One sentence where a config states its result for other kinds; else None.
+    """Returns a warning if a config states its result for other kinds; else None.
 
     Args:
-        expected: kinds, with or without a crop rule; empty states no result.
-        kind: of the set at hand.
+        expected: kinds, with or without a crop rule; empty if the config states no result.
+        kind: the kind of the current dataset.
     """
     if not expected or kind in expected or plain(kind) in expected:
         return None
     stated = ' or '.join(map(described, expected))
     return (
-        f'the result that this config states is for {stated}, and this set holds '
-        f'{described(kind)}: do not compare their numbers'
+        f'the result stated in this config is for {stated}, but this dataset has '
+        f'{described(kind)}: do not compare the two'
     )

@@ -1,7 +1,7 @@
-"""What lies in a folder, a tar or a zip: the place of every file, without reading any of them.
+"""Lists the files of a folder, tar or zip with their locations, without reading them.
 
-A tar counts as a folder, also one inside a folder or, as in ImageNet's, inside a tar. So does a
-zip, alone or in a folder of zips.
+A tar counts as a folder, even inside a folder or (as in ImageNet's) inside another tar. A zip
+counts as a folder too, alone or in a folder of zips.
 """
 
 import errno
@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 from tarflow_jax.data import tar_files, zip_files
 
-UNREADABLE = -1  # in place of a size
+UNREADABLE = -1  # a value of File.size
 _COMPRESSED = {
     b'\x1f\x8b': 'gzip', b'BZh': 'bzip2', b'\xfd7zXZ': 'xz', b'\x28\xb5\x2f\xfd': 'zstd',
 }
 _BESIDE_ZIPS = ('.zip', '.txt', '.csv', '.json', '.md')
 _ZIP = (b'PK\x03\x04', b'PK\x05\x06')
-# What systems and programs leave behind beside people's files.
+# Files that systems and programs leave behind.
 _IGNORED = {
     '__macosx', '.ipynb_checkpoints', '@eadir', '#recycle', 'lost+found', '$recycle.bin',
     'system volume information', 'thumbs.db', 'desktop.ini',
@@ -26,12 +26,12 @@ _IGNORED = {
 
 
 class File(NamedTuple):
-    """Bytes [offset, offset + size) of the file at `path`; `size` may be UNREADABLE.
+    """The bytes [offset, offset + size) of the file at `path`; `size` may be UNREADABLE.
 
-    In a zip `offset` is that of the member's header, and `packed` says how to unpack it.
+    In a zip, `offset` is that of the member's header, and `packed` tells how to unpack it.
     """
 
-    name: str  # relative to what was listed, with / between its parts
+    name: str  # relative to the listed source, with / as the separator
     path: str
     offset: int
     size: int
@@ -40,18 +40,18 @@ class File(NamedTuple):
 
 class Listing(NamedTuple):
     files: list[File]
-    folders: set[str]  # all of them, so that empty ones are known
-    notes: dict[str, str]  # what was ignored by its name, and why
-    problems: dict[str, str]  # what had to be left out, and why
+    folders: set[str]  # all folders, including empty ones
+    notes: dict[str, str]  # files ignored because of their names, with the reason
+    problems: dict[str, str]  # files that could not be listed, with the reason
 
 
 def printable(name: str) -> str:
-    """The name, with what is not UTF-8 in it as \\xNN."""
+    """Returns the name with bytes that are not UTF-8 as \\xNN."""
     return name.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
 
 
 def list_source(source: Path) -> Listing:
-    """All files of a folder, tar or zip, in the order of their names; hidden ones are left out.
+    """Lists all files of a folder, tar or zip in the order of their names, except hidden ones.
 
     Raises:
         ValueError: a tar or zip is compressed, truncated or damaged.
@@ -67,10 +67,10 @@ def list_source(source: Path) -> Listing:
 
 
 def read(file: File) -> bytes:
-    """All bytes of a file.
+    """Reads all bytes of a file.
 
     Raises:
-        ValueError: it is a damaged member of a zip; says what is wrong, not where.
+        ValueError: it is a damaged member of a zip; the message has the reason without the path.
         OSError: it cannot be read, or has changed since it was listed.
     """
     try:
@@ -83,10 +83,10 @@ def read(file: File) -> bytes:
             opened.seek(file.offset)
             data = opened.read(file.size)
     except FileNotFoundError as error:
-        raise OSError(f'{file.path} is not there any more') from error
+        raise OSError(f'{file.path} no longer exists') from error
     except EOFError:
         data = b''
-    if len(data) != file.size:  # changed, or on a drive that went away
+    if len(data) != file.size:  # it changed, or its drive was removed
         raise OSError(f'{file.path} became shorter since it was listed')
     return data
 
@@ -108,11 +108,11 @@ def _list_folder(folder, prefix: str, listing: Listing, above: tuple) -> None:
         if is_folder:
             key = (entry.stat().st_dev, entry.stat().st_ino)
             if key in above:
-                listing.problems[name] = 'is a link to a folder that holds it and was left out'
+                listing.problems[name] = 'is a link to a folder that contains it and was left out'
                 continue
             listing.folders.add(name)
             _list_folder(entry.path, f'{name}/', listing, (*above, key))
-        elif is_folder is None or not entry.is_file():  # a link to nothing, or a device
+        elif is_folder is None or not entry.is_file():  # a broken link, or a device
             listing.files.append(File(name, entry.path, 0, UNREADABLE))
         elif name.endswith('.tar') or (name.endswith('.zip') and of_zips):
             _list_archive(entry.path, name[:-len('.tar')] + '/', listing)
@@ -121,7 +121,7 @@ def _list_folder(folder, prefix: str, listing: Listing, above: tuple) -> None:
 
 
 def _is_folder(entry: os.DirEntry) -> bool | None:
-    """None if it is a link to itself."""
+    """Returns whether an entry is a folder; None if it is a link to itself."""
     try:
         return entry.is_dir()
     except OSError as error:
@@ -131,14 +131,14 @@ def _is_folder(entry: os.DirEntry) -> bool | None:
 
 
 def _list_archive(path: str, prefix: str, listing: Listing) -> None:
-    """Lists a tar or, if its first bytes say so, a zip."""
+    """Lists a tar or a zip, depending on its first bytes."""
     with open(path, 'rb') as file:
         magic = file.read(6)
         for start, kind in _COMPRESSED.items():
             if magic.startswith(start):
                 raise ValueError(
-                    f'{path} is compressed ({kind}) and cannot be read at random; unpack it and '
-                    'give the folder or the .tar inside.'
+                    f'{path} is compressed ({kind}), which does not allow random access; unpack it '
+                    'and pass the folder or the .tar inside.'
                 )
         if prefix:
             listing.folders.add(prefix[:-1])
@@ -150,18 +150,18 @@ def _list_archive(path: str, prefix: str, listing: Listing) -> None:
                     _add_zipped(entry, path, prefix, listing)
                     folder = entry.name.rpartition('/')[0]
                     alone[folder] = None if folder in alone else entry
-                # A damaged name would make a class of one image; of images `read` sees it.
+                # A damaged folder name would become a class; `read` checks the names of images.
                 for entry in filter(None, alone.values()):
                     name = zip_files.name_at(file, entry.offset)
                     if name != entry.name:
-                        raise ValueError(f'its directory says {entry.name!r} for {name!r}')
+                        raise ValueError(f'its directory has {entry.name!r} for {name!r}')
             else:
                 for member in tar_files.members(file, 0, os.fstat(file.fileno()).st_size):
                     _add_member(file, member, path, prefix, listing)
         except ValueError as error:
             raise ValueError(
-                f'{path} is no {"zip" if is_zip else "tar"}, truncated or damaged ({error}); fetch '
-                'it again.'
+                f'{path} is damaged or not a {"zip" if is_zip else "tar"} ({error}); download it '
+                'again.'
             ) from error
 
 
@@ -199,7 +199,7 @@ def _add_member(file, member: tarfile.TarInfo, path: str, prefix: str, listing: 
 
 
 def _place(name: str, listing: Listing) -> str | None:
-    """The name without empty and . parts; None, and a note where it is due, if it is left out."""
+    """Removes empty and . parts of a name; returns None, with a note, for files to leave out."""
     parts = _parts(name)
     plain = '/'.join(parts)
     if not _IGNORED.isdisjoint(plain.lower().split('/')):

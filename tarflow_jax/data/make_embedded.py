@@ -1,9 +1,9 @@
-"""Makes the images that come with this package, byte for byte, from the complete Fashion-MNIST.
+"""Makes the embedded images of this package, byte for byte, from the complete Fashion-MNIST.
 
     python -m tarflow_jax.data.make_embedded SOURCE_FOLDER
 
-The complete set (MIT licence, https://github.com/zalandoresearch/fashion-mnist) is in the Debian
-package `dataset-fashion-mnist`: `apt-get install dataset-fashion-mnist` puts it into
+The complete dataset (MIT licence, https://github.com/zalandoresearch/fashion-mnist) is in the
+Debian package `dataset-fashion-mnist`: `apt-get install dataset-fashion-mnist` installs it in
 /usr/share/datasets/fashion-mnist.
 """
 
@@ -19,14 +19,14 @@ def make(source_folder, target_folder):
     """Writes the first images and labels of both splits of `source_folder` as IDX .gz files.
 
     Raises:
-        FileNotFoundError, ValueError: as `idx_folder`; also if a split holds too few images.
+        FileNotFoundError, ValueError: as for `idx_folder`; also if a split has too few images.
     """
     for split, count in COUNTS.items():
         source = idx_folder(source_folder, split)
         if len(source) < count:
             raise ValueError(
-                f'{source_folder} holds {len(source)} {split} images, {count} are wanted; '
-                'give the folder of the complete set.'
+                f'{source_folder} has {len(source)} {split} images, but {count} are needed; pass '
+                'the folder of the complete dataset.'
             )
         prefix = target_folder / IDX_PREFIXES[split]
         write_idx(f'{prefix}-images-idx3-ubyte.gz', source.image_NxHxWxC[:count, :, :, 0])

@@ -1,7 +1,7 @@
-"""manifest.json of a prepared set: what it holds and how it was made, and whether it still does.
+"""Reads, writes and checks manifest.json, which describes a prepared dataset and how it was made.
 
-Beside it lie TFDS's own dataset_info.json and features.json, so that
-`tfds.builder_from_directory(folder).as_data_source(split)` reads the set too.
+The folder also has TFDS's dataset_info.json and features.json, so that
+`tfds.builder_from_directory(folder).as_data_source(split)` reads the dataset too.
 """
 
 import hashlib
@@ -36,10 +36,10 @@ _CHUNK_BYTES = 2**20
 
 
 def folder_path(folder: str) -> epath.Path:
-    """The folder, local or `gs://`.
+    """Returns the path of a folder, local or `gs://`.
 
     Raises:
-        ValueError: the folder is in a bucket and the package for buckets is missing.
+        ValueError: the folder is in a bucket, and the package for buckets is missing.
     """
     return epath.Path(paths.of(os.path.expanduser(folder)))
 
@@ -49,10 +49,10 @@ def is_local(folder: epath.Path) -> bool:
 
 
 def read(folder: epath.Path) -> dict[str, Any] | None:
-    """The manifest; None if there is none. Those of earlier versions get their kind here.
+    """Reads the manifest; returns None if there is none. Adds the kind to older manifests.
 
     Raises:
-        ValueError: it is damaged, or another version of this package wrote it.
+        ValueError: it is damaged, or its format belongs to another version of this package.
     """
     path = folder / FILE
     try:
@@ -63,12 +63,12 @@ def read(folder: epath.Path) -> dict[str, Any] | None:
         return None
     except json_files.Damaged as error:
         raise ValueError(
-            f'{path} is damaged ({error}); delete {folder} and prepare the set again.'
+            f'{path} is damaged ({error}); delete {folder} and prepare the dataset again.'
         ) from error
     if manifest['format'] != FORMAT:
         raise ValueError(
-            f'{path} has the format {manifest["format"]}, and this version reads {FORMAT}; prepare '
-            'the set again with this version, in another folder.'
+            f'{path} has the format {manifest["format"]}, but this version reads {FORMAT}; prepare '
+            'the dataset again with this version, in another folder.'
         )
     manifest.setdefault('kind', kinds.of_set(manifest))
     return manifest
@@ -81,25 +81,25 @@ def _check(manifest: dict[str, Any]) -> None:
     if len(sides) != 2 or min(*sides, manifest['image']['channels']) < 1:
         raise json_files.Damaged(f'its images are {manifest["image"]}'[:100])
     if classes is not None and not classes:
-        raise json_files.Damaged('it names no classes')
+        raise json_files.Damaged('it has no class names')
     for key, split in manifest['splits'].items():
         counts = [split['images'], *(shard['records'] for shard in split['shards'])]
         if min(counts) < 0 or counts[0] != sum(counts[1:]) or not counts[0]:
-            raise json_files.Damaged(f'its split {key[:40]!r} does not hold as many as its shards')
+            raise json_files.Damaged(f'its split {key[:40]!r} and its shards have different counts')
         for name in (shard['name'] for shard in split['shards']):
             if not name or '/' in name or name.startswith('.'):
                 raise json_files.Damaged(f'it names a shard {name[:40]!r}')
 
 
 def write(folder: epath.Path, manifest: dict[str, Any]) -> None:
-    """Writes TFDS's files and then the manifest; each appears as a whole or not at all."""
+    """Writes TFDS's files and then the manifest, each atomically."""
     for name, content in _tfds_files(manifest).items():
         replace(folder / name, content)
     replace(folder / FILE, json.dumps(manifest, indent=1, ensure_ascii=False) + '\n')
 
 
 def replace(path: epath.Path, content: str) -> None:
-    """Writes a file under another name and then renames it; in a bucket, at once."""
+    """Writes a file atomically: under another name, then renamed; in a bucket, directly."""
     if not is_local(path):
         files.write_text(path, content)
         return
@@ -110,7 +110,7 @@ def replace(path: epath.Path, content: str) -> None:
 
 
 def sync(path: os.PathLike | str) -> None:
-    """Brings what was written to a local file or folder to the disk."""
+    """Flushes a local file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -127,12 +127,12 @@ def sha256(path: epath.Path) -> str:
 
 
 def damage(folder: epath.Path, shards: list[dict], *, contents: bool) -> dict[str, str]:
-    """What is wrong with which shard: it is missing, has another size or another checksum.
+    """Returns the damaged shards with the reason: missing, wrong size or wrong checksum.
 
     Args:
-        folder: where the shards are.
+        folder: the folder of the shards.
         shards: their entries in the manifest.
-        contents: whether to read them all to compare their checksums.
+        contents: whether to read the shards and compare checksums.
     """
 
     def examine(shard: dict) -> str | None:
@@ -142,9 +142,9 @@ def damage(folder: epath.Path, shards: list[dict], *, contents: bool) -> dict[st
         except FileNotFoundError:
             return 'is missing'
         if size != shard['bytes']:
-            return f'has {size} bytes in place of {shard["bytes"]}'
+            return f'has {size} bytes instead of {shard["bytes"]}'
         if contents and sha256(path) != shard['sha256']:
-            return 'has another checksum than when it was written'
+            return 'does not match the checksum in the manifest'
         return None
 
     with futures.ThreadPoolExecutor(_VERIFY_THREADS) as pool:

@@ -1,6 +1,6 @@
-"""MATLAB's .mat files of version 5, as far as CIFAR and the ImageNet development kit need them.
+"""Reads MATLAB's .mat files of version 5, as needed for CIFAR and the ImageNet development kit.
 
-Numbers, text, cells and structs; every length is compared with what is there before it is used.
+Supports numbers, text, cells and structs. Checks every length against the data before using it.
 Source: "MAT-File Format", MathWorks, the chapter on version 5.
 """
 
@@ -23,13 +23,13 @@ _MAX_DEPTH = 4
 
 
 def read(data: bytes) -> dict[str, Any]:
-    """The variables of a file: arrays, str for rows of text, lists of cells, lists of dicts.
+    """Reads the variables of a file: arrays, str for rows of text, lists of cells or of dicts.
 
     Raises:
-        ValueError: the file is damaged, of another version, or holds what is not read here.
+        ValueError: the file is damaged, of another version, or has unsupported contents.
     """
     if len(data) < 128 or data[124:128] != b'\x00\x01IM':
-        raise ValueError('it is no .mat file of version 5')
+        raise ValueError('it is not a .mat file of version 5')
     found, view = {}, memoryview(data)[128:]
     while view:
         kind, content, view = _element(view)
@@ -49,11 +49,11 @@ def read(data: bytes) -> dict[str, Any]:
 
 
 def _element(view: memoryview) -> tuple[int, memoryview, memoryview]:
-    """Type and content of the next element, and what follows it."""
+    """Returns the type and content of the next element, and the rest of the data."""
     if len(view) < 8:
         raise ValueError('it is truncated')
     kind, size = struct.unpack_from('<II', view)
-    if kind >> 16:  # a short one, with its content in the place of its size
+    if kind >> 16:  # a short element, with its content in the size field
         if kind >> 16 > 4:
             raise ValueError('it is damaged')
         return kind & 0xFFFF, view[4:4 + (kind >> 16)], view[8:]
@@ -66,7 +66,7 @@ def _element(view: memoryview) -> tuple[int, memoryview, memoryview]:
 def _numbers(view: memoryview) -> tuple[np.ndarray, memoryview]:
     kind, content, rest = _element(view)
     if kind not in _NUMBERS:
-        raise ValueError('it holds something else where numbers belong')
+        raise ValueError('it has something else where numbers belong')
     dtype = np.dtype(_NUMBERS[kind]).newbyteorder('<')
     if len(content) % dtype.itemsize:
         raise ValueError('it is damaged')
@@ -74,7 +74,7 @@ def _numbers(view: memoryview) -> tuple[np.ndarray, memoryview]:
 
 
 def _matrix(view: memoryview, depth: int) -> tuple[str, Any]:
-    """Name and value of a variable, a cell or a field."""
+    """Returns the name and value of a variable, a cell or a field."""
     if depth > _MAX_DEPTH:
         raise ValueError(f'it is nested more than {_MAX_DEPTH} deep')
     if not view:
@@ -93,12 +93,12 @@ def _value(kind: int, shape: list[int], count: int, view: memoryview, depth: int
     if kind in _NUMERIC:
         numbers, _ = _numbers(view)
         if len(numbers) != count:
-            raise ValueError(f'it holds {len(numbers)} numbers in place of {count}')
+            raise ValueError(f'it has {len(numbers)} numbers instead of {count}')
         return numbers.reshape(shape, order='F')
     if kind == _CHAR:
         kind, content, _ = _element(view)
         if kind not in _TEXTS:
-            raise ValueError('it holds something else where text belongs')
+            raise ValueError('it has something else where text belongs')
         return content.tobytes().decode(_TEXTS[kind], 'replace')
     if kind == _CELL:
         return list(_items(view, count, depth))
@@ -111,7 +111,7 @@ def _value(kind: int, shape: list[int], count: int, view: memoryview, depth: int
         keys = [text[k:k + step].rstrip('\0') for k in range(0, len(text), step)]
         values = _items(view, count * len(keys), depth)
         return [{key: next(values) for key in keys} for _ in range(count)]
-    raise ValueError(f'it holds a variable of the class {kind}, which is not read')
+    raise ValueError(f'it has a variable of the class {kind}, which is not supported')
 
 
 def _items(view: memoryview, count: int, depth: int):

@@ -1,7 +1,7 @@
-"""The ImageNet site's batches as .npz files, also within a zip, read from their start on.
+"""Streams the ImageNet site's .npz batches, also from within a zip.
 
-Neither may be unpacked at random where it is deflated, and a batch has more than a gigabyte: its
-images are read in order, as they are asked for, and nothing else is kept.
+A batch has more than a gigabyte, and a compressed one allows no random access. So images are read
+in order, on demand, and nothing else is kept in memory.
 """
 
 import math
@@ -17,7 +17,7 @@ _MAX_SIDE = 1024
 
 
 class NpzBatch:
-    """Images of one .npz, still in the file, and their labels as they are there.
+    """The images of one .npz, read on demand, and their labels, as stored in the file.
 
     Attributes:
         side: S of the square images [S,S,3].
@@ -28,14 +28,14 @@ class NpzBatch:
         """Reads the shapes and the labels.
 
         Args:
-            path: the .npz, or the zip that holds it.
+            path: the .npz, or the zip that contains it.
             member: the .npz in the zip.
 
         Raises:
-            ValueError: it is damaged or holds something else; says what, not where.
+            ValueError: it is damaged or has other contents; the message gives no path.
         """
         self._path, self._member = path, member
-        self._rows: tuple[Any, int] | None = None  # a stream, and the row that it stands at
+        self._rows: tuple[Any, int] | None = None  # a stream and the index of its next row
         with open(path, 'rb') as file:
             found: dict[str, Any] = {}
             for name, stream in self._members(file):
@@ -44,17 +44,19 @@ class NpzBatch:
                 elif name == 'data.npy':
                     found[name] = _pixels(stream)
         if len(found) < 2:
-            raise ValueError('it holds no arrays called data and labels')
+            raise ValueError('it has no arrays called data and labels')
         self.labels = found['labels.npy']
         count, width = self._shape = found['data.npy']
         self.side = math.isqrt(width // 3)
         if width != 3 * self.side**2 or not 0 < self.side <= _MAX_SIDE:
-            raise ValueError(f'it holds rows of {width} numbers, which is no square colour image')
+            raise ValueError(f'it has rows of {width} numbers, which is not a square colour image')
         if len(self.labels) != count or count == 0:
-            raise ValueError(f'it holds {count} images and {len(self.labels)} labels')
+            raise ValueError(f'it has {count} images but {len(self.labels)} labels')
 
     def images(self, start: int, stop: int) -> np.ndarray:
-        """uint8 [stop - start, S, S, 3]; fast where start is the stop of the call before, or later.
+        """Reads images [start, stop): uint8 [stop - start, S, S, 3].
+
+        It is fast if start is at or after the stop of the previous call.
 
         Raises:
             ValueError: the file is damaged or has changed.
@@ -67,9 +69,9 @@ class NpzBatch:
             stream.skip((start - row) * width)
             data = stream.read((stop - start) * width)
         except ValueError as error:
-            raise ValueError(f'{self._path} {error}; fetch it again.') from error
+            raise ValueError(f'{self._path} {error}; download it again.') from error
         if len(data) < (stop - start) * width:
-            raise ValueError(f'{self._path} is truncated; fetch it again.')
+            raise ValueError(f'{self._path} is truncated; download it again.')
         self._rows = stream, stop
         pixel_Nx3xSxS = np.frombuffer(data, np.uint8).reshape(-1, 3, self.side, self.side)
         return np.ascontiguousarray(pixel_Nx3xSxS.transpose(0, 2, 3, 1))
@@ -94,17 +96,17 @@ class NpzBatch:
 def _header(stream: zip_files.Stream) -> tuple[tuple[int, ...], np.dtype]:
     shape, order, dtype = arrays.header(stream)
     if order == 'F' and len(shape) > 1:
-        raise ValueError('it holds an array in the order of Fortran')
+        raise ValueError('it has an array in Fortran order')
     return shape, dtype
 
 
 def _pixels(stream: zip_files.Stream) -> tuple[int, int]:
-    """N and 3*S*S."""
+    """Returns N and 3*S*S."""
     shape, dtype = _header(stream)
-    if len(shape) == 4 and shape[1] == 3:  # some hold [N,3,S,S]
+    if len(shape) == 4 and shape[1] == 3:  # some files have [N,3,S,S]
         shape = shape[0], math.prod(shape[1:])
     if dtype != np.uint8 or len(shape) != 2:
-        raise ValueError(f'it holds data of {dtype} {list(shape)}, not uint8 [N, 3*S*S]')
+        raise ValueError(f'its data is {dtype} {list(shape)}, not uint8 [N, 3*S*S]')
     return shape
 
 
@@ -112,7 +114,7 @@ def _labels(stream: zip_files.Stream) -> np.ndarray:
     shape, dtype = _header(stream)
     count = math.prod(shape)
     if dtype.kind not in 'iu' or len(shape) != 1 or count > _MAX_LABELS:
-        raise ValueError(f'it holds labels of {dtype} {list(shape)}')
+        raise ValueError(f'its labels are {dtype} {list(shape)}')
     data = stream.read(count * dtype.itemsize)
     if len(data) < count * dtype.itemsize:
         raise ValueError('its labels are truncated')

@@ -1,4 +1,4 @@
-"""What people have of a set of images, recognised by looking."""
+"""Recognises the kind of a source of images by its contents."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from tarflow_jax.data import (
 )
 from tarflow_jax.data.splits import Originals, Wanted
 
-# Each looks at a source and returns it as Originals, or None if it is of another kind.
+# Each function returns a source as Originals, or None if it is of another kind.
 _KINDS = (
     batch_files.recognise, idx_sets.recognise, cifar_files.recognise, parquet_sets.recognise,
     picture_sets.recognise,
@@ -21,50 +21,50 @@ _KINDS = (
 
 
 def recognise(source: str, *, wanted: Wanted, name: str | None = None) -> Originals:
-    """Finds out what a source is.
+    """Recognises a source.
 
     Args:
         source: a folder, an archive or a file.
-        wanted: what is asked of it.
-        name: what to call the set; None is the name that the source goes by.
+        wanted: the options of the command line.
+        name: the name of the dataset; None takes the name of the source.
 
     Raises:
-        FileNotFoundError: the source or a part of it is not there.
-        ValueError: it is none of the kinds known, or damaged, or cannot be what is asked of it.
+        FileNotFoundError: the source or a part of it does not exist.
+        ValueError: its kind is unknown, it is damaged, or it does not support the options.
     """
     _check(wanted)
     path = Path(source)
     if not path.exists():
-        raise FileNotFoundError(f'{source} is not there; correct the path.')
+        raise FileNotFoundError(f'{source} does not exist; correct the path.')
     found = next(filter(None, (kind(path, wanted) for kind in _KINDS)))
     files = any(split.names is not None for split in found.splits.values())
     if not files and wanted.test_fraction is not None:
         raise ValueError(
-            f'--test_fraction is {wanted.test_fraction}, but {source} holds arrays with splits of '
-            'their own; leave --test_fraction away.'
+            f'--test_fraction is {wanted.test_fraction}, but {source} already has splits; '
+            'leave out --test_fraction.'
         )
     if not files and wanted.labels is not None:
         raise ValueError(
-            f'--labels is {wanted.labels}, but {source} holds labels of its own; leave --labels '
-            'away.'
+            f'--labels is {wanted.labels}, but {source} holds labels of its own; leave out --labels'
+            '.'
         )
     for flag, given in (('--rotate', wanted.rotate), ('--background', wanted.background)):
         if given and not found.encoded:
             raise ValueError(
-                f'{flag} is for image files, and {source} holds arrays; leave {flag} away.'
+                f'{flag} is for image files, but {source} has arrays; leave out {flag}.'
             )
     if wanted.classes is not None and found.classes is not None:
         unknown = [k for k in found.classes if k not in wanted.classes]
         if unknown:
             raise ValueError(
                 f'{source} has the class {unknown[0]!r}, which is not among the '
-                f'{len(wanted.classes)} classes prepared before; prepare all splits anew in '
+                f'{len(wanted.classes)} classes prepared before; prepare all splits again in '
                 'another folder.'
             )
         if not files and found.classes != wanted.classes[:len(found.classes)]:
             raise ValueError(
-                f'{source} has the classes prepared before in another order; prepare all splits '
-                'anew in another folder.'
+                f'{source} has its classes in another order than the splits prepared before; '
+                'prepare all splits again in another folder.'
             )
         found = found._replace(classes=wanted.classes)
     return found._replace(dataset=name or found.dataset)
@@ -75,8 +75,8 @@ def _check(wanted: Wanted) -> None:
         raise ValueError(f'--crop is {wanted.crop!r}; choose one of {", ".join(cropping.RULES)}.')
     if wanted.crop != 'torchvision' and wanted.size and wanted.size[0] != wanted.size[1]:
         raise ValueError(
-            f'--size is {sizes.text(wanted.size)}, but --crop={wanted.crop} makes squares; choose '
-            'a square, or --crop=torchvision.'
+            f'--size is {sizes.text(wanted.size)}, but --crop={wanted.crop} needs a square; choose '
+            'a square size, or --crop=torchvision.'
         )
     if wanted.test_fraction is not None and not 0 < wanted.test_fraction < 1:
         raise ValueError(

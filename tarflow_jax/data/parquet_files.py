@@ -1,4 +1,4 @@
-"""One parquet file of images: its columns, labels and images, none of them believed unseen."""
+"""Reads the columns, labels and images of one parquet file, and checks all of them."""
 
 import json
 from collections.abc import Iterator
@@ -13,28 +13,28 @@ _LABELS_AT_ONCE = 2**16
 _IMAGES_AT_ONCE = 64
 _BYTES_AT_ONCE = 2**24
 _FEW_ROWS = 10**6
-_MAX_VALUES = 2**29  # of lists in one row group
+_MAX_VALUES = 2**29  # numbers in the lists of one row group
 _MAX_FOOTER_ITEMS = 10**7
-# Image files do not compress, and what numbers compress by is mostly in the pages before.
+# Image files do not compress, and most of the compression of numbers is in their encoding.
 BOMB_BYTES, BOMB_RATIO = 2**28, 100
 
 
 class Part(NamedTuple):
-    """One file, and what its footer says."""
+    """One file and the contents of its footer."""
 
     path: Path
     rows: list[int]  # in each row group
-    image: str  # the columns
+    image: str  # names of the columns
     label: str | None
     nested: bool  # whether images are lists of numbers
-    names: list[str] | None  # of the classes
+    names: list[str] | None  # class names
 
 
 def open_part(path: Path) -> Part:
     """Reads the footer of a file.
 
     Raises:
-        ValueError: it is damaged, promises too much, or has no images.
+        ValueError: it is damaged, claims too many rows, or has no images.
     """
     try:
         with _parquet(path) as file:
@@ -42,14 +42,14 @@ def open_part(path: Path) -> Part:
             rows = [metadata.row_group(k).num_rows for k in range(metadata.num_row_groups)]
     except Exception as error:  # pyarrow raises many kinds
         raise _told(path, error) from error
-    # An image takes more than a byte, unless it is always the same.
+    # An image takes more than a byte, unless all are equal.
     if any(count < 0 for count in rows) or sum(rows) > max(_FEW_ROWS, path.stat().st_size):
         raise ValueError(_damaged(path, f'it promises {sum(rows)} rows'))
     image = next((name for name in IMAGE_COLUMNS if name in schema.names), None)
     if image is None:
         raise ValueError(
-            f'{path} has the columns {", ".join(schema.names)[:200]} and none called '
-            f'{" or ".join(IMAGE_COLUMNS)}; rename the one with the images.'
+            f'{path} has the columns {", ".join(schema.names)[:200]}, but none called '
+            f'{" or ".join(IMAGE_COLUMNS)}; rename the column with the images.'
         )
     label = next((name for name in LABEL_COLUMNS if name in schema.names), None)
     nested = _is_nested(path, schema.field(image))
@@ -57,10 +57,10 @@ def open_part(path: Path) -> Part:
 
 
 def labels(part: Part) -> list[str | None] | np.ndarray:
-    """The labels of all rows: int32 with -1 for none, or names.
+    """Reads the labels of all rows: int32 with -1 for none, or names.
 
     Raises:
-        ValueError: the file is damaged, or the column holds something else.
+        ValueError: the file is damaged, or the column has another type.
     """
     from pyarrow import types
 
@@ -71,14 +71,14 @@ def labels(part: Part) -> list[str | None] | np.ndarray:
             if types.is_dictionary(kind):
                 kind = kind.value_type
             if not (types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)):
-                raise ValueError(f'its column {part.label} holds {kind}, neither numbers nor names')
+                raise ValueError(f'its column {part.label} has {kind}, neither numbers nor names')
             batches = file.iter_batches(_LABELS_AT_ONCE, columns=[part.label], use_threads=False)
             for batch in batches:
                 values = batch.column(0)
                 if types.is_integer(kind):
                     values = values.fill_null(-1).to_numpy(zero_copy_only=False)
                     if values.size and not -1 <= values.min() <= values.max() < 10**6:
-                        raise ValueError(f'its column {part.label} holds labels beyond a million')
+                        raise ValueError(f'its column {part.label} has labels above a million')
                     found.append(values.astype(np.int32))
                 else:
                     found += values.to_pylist()
@@ -86,18 +86,18 @@ def labels(part: Part) -> list[str | None] | np.ndarray:
         raise _told(part.path, error) from error
     values = np.concatenate([np.zeros(0, np.int32), *found]) if types.is_integer(kind) else found
     if len(values) != sum(part.rows):
-        raise ValueError(_damaged(part.path, f'it holds {len(values)} labels'))
+        raise ValueError(_damaged(part.path, f'it has {len(values)} labels'))
     return values
 
 
 def images(part: Part, start: int, stop: int) -> Iterator[list[bytes] | list[np.ndarray]]:
-    """The images of the rows [start, stop), some at a time: files, or arrays of uint8.
+    """Yields the images of the rows [start, stop) in groups: files, or arrays of uint8.
 
-    One that is missing is empty; an array that is no image is flat.
+    A missing image is empty; an array that is not an image is flat.
 
     Raises:
         ValueError: the file is damaged.
-        OSError: it cannot be read any more.
+        OSError: it has become unreadable.
     """
     before = 0
     for group, count in enumerate(part.rows):
@@ -126,11 +126,11 @@ def _of_group(part: Part, group: int, start: int, stop: int) -> Iterator[list]:
                 yield _arrays(column) if part.nested else _contents(column)
             if row >= stop:
                 return
-    raise ValueError(f'its row group {group} holds {row} rows')
+    raise ValueError(f'its row group {group} has {row} rows')
 
 
 def _rows_at_once(part: Part, group) -> int:
-    """As many rows as take 16 MiB at most, as far as the footer and the dictionaries tell."""
+    """Returns how many rows fit in 16 MiB, judging by the footer and the dictionaries."""
     largest = 1
     for k in range(group.num_columns):
         column = group.column(k)
@@ -145,7 +145,7 @@ def _rows_at_once(part: Part, group) -> int:
             page = _page_bytes(file.read(32))
         if page > unpacked or unpacked > max(BOMB_BYTES, BOMB_RATIO * packed):
             raise ValueError(
-                f'a decompression bomb: {packed} bytes that make {max(page, unpacked)}'
+                f'a decompression bomb: {packed} bytes unpack to {max(page, unpacked)}'
             )
         size = max(unpacked, 8 * part.nested * column.num_values)
         largest = max(largest, size // group.num_rows)
@@ -155,7 +155,7 @@ def _rows_at_once(part: Part, group) -> int:
 
 
 def _page_bytes(header: bytes) -> int:
-    """The unpacked size of a page: the second field, a zigzag varint, of its Thrift header."""
+    """Returns the unpacked size of a page: field 2, a zigzag varint, of its Thrift header."""
     numbers, at = [], 0
     for _ in range(2):
         if header[at:at + 1] != b'\x15':  # the next field, an i32
@@ -189,14 +189,14 @@ def _arrays(column) -> list[np.ndarray]:
 
 
 def _array(column) -> np.ndarray:
-    """The uint8 image [H,W,C] of a row, which is a list of lists."""
+    """Converts a row, a list of lists, to a uint8 image [H,W,C]."""
     from pyarrow import compute, types
 
     shape, values = [], column
     none = np.zeros(0, np.uint8)
     while not types.is_integer(values.type):
         lengths = np.unique(compute.list_value_length(values).to_numpy(zero_copy_only=False))
-        if len(lengths) != 1 or not lengths[0] > 0:  # ragged, or nothing
+        if len(lengths) != 1 or not lengths[0] > 0:  # ragged or empty
             return none
         shape.append(int(lengths[0]))
         values = values.flatten()
@@ -208,7 +208,7 @@ def _array(column) -> np.ndarray:
 
 def _parquet(path: Path):
     """Opens a file."""
-    import pyarrow.parquet  # slow to import, and only this source needs it
+    import pyarrow.parquet  # slow to import; only this source needs it
 
     return pyarrow.parquet.ParquetFile(
         path, buffer_size=2**20, thrift_string_size_limit=2**28,
@@ -217,14 +217,14 @@ def _parquet(path: Path):
 
 
 def _told(path: Path, error: Exception) -> Exception:
-    """The error with the name of the file; those of the system, not of the content, stay."""
+    """Adds the file name to an error about its contents; keeps errors of the system."""
     if isinstance(error, OSError) and error.errno:
         return error
     return ValueError(_damaged(path, ' '.join(str(error).split()) or type(error).__name__))
 
 
 def _damaged(path: Path, why: str) -> str:
-    return f'{path} is truncated, damaged or no parquet file ({why[:200]}); fetch it again.'
+    return f'{path} is damaged or not a parquet file ({why[:200]}); download it again.'
 
 
 def _is_nested(path: Path, field) -> bool:
@@ -241,18 +241,18 @@ def _is_nested(path: Path, field) -> bool:
     if depth in (2, 3) and types.is_integer(kind):
         return True
     raise ValueError(
-        f'{path} has a column {field.name} of {str(field.type)[:100]}, which is neither bytes nor '
-        'lists of whole numbers [H,W] or [H,W,C]; write it in one of these ways.'
+        f'{path} has a column {field.name} of type {str(field.type)[:100]}, which is neither bytes '
+        'nor lists of whole numbers [H,W] or [H,W,C]; write it as one of these.'
     )
 
 
 def _metadata_names(schema, label: str | None) -> list[str] | None:
-    """The names of the classes that the `datasets` package writes into the schema."""
+    """Reads the class names that the `datasets` package writes into the schema."""
     try:
         features = json.loads(schema.metadata[b'huggingface'])['info']['features']
         names = features[label]['names']
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
             return names if len(set(names)) == len(names) else None
     except (KeyError, TypeError, ValueError, RecursionError):
-        pass  # any of it may be missing
+        pass  # any part of the metadata may be missing
     return None

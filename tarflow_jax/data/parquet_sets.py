@@ -1,9 +1,9 @@
-"""Parquet files of images, as Hugging Face keeps them.
+"""Recognises parquet files of images in the form of Hugging Face.
 
-The images are a column `image` or `img`: a struct of bytes and path, bytes, or nested lists of
-numbers [H,W] or [H,W,C]; the labels a column `label`, `labels` or `fine_label`, of numbers or
-names. Names of numbered classes are in the schema's `huggingface` metadata. Files belong to the
-split that their names or those of their folders say, as train-00000-of-00005.parquet does.
+The column `image` or `img` has a struct of bytes and path, bytes, or nested lists of numbers [H,W]
+or [H,W,C]. The column `label`, `labels` or `fine_label` has numbers or names. The schema's
+`huggingface` metadata names numbered classes. The name of a file or of its folder gives the split,
+as in train-00000-of-00005.parquet.
 """
 
 import os
@@ -38,15 +38,15 @@ from tarflow_jax.data.splits import (
 
 _NUMBERED = re.compile(r'(.*)-(\d{5})-of-(\d{5})\.parquet')
 _IMAGES = tuple(f'.{suffix}' for suffix in SUFFIXES)
-_LOOKED_AT = 16  # images, for their size
+_LOOKED_AT = 16  # images to read to find the size
 
 
 def recognise(source: Path, wanted: Wanted) -> Originals | None:
-    """The .parquet file, or those in a folder; None if there are none.
+    """Recognises a .parquet file, or those in a folder; returns None if there are none.
 
     Raises:
         FileNotFoundError: some of the files of a split are missing.
-        ValueError: a file is damaged, holds no images, or does not fit the others.
+        ValueError: a file is damaged, has no images, or does not match the others.
     """
     files = _find(source)
     if not files:
@@ -59,8 +59,8 @@ def recognise(source: Path, wanted: Wanted) -> Originals | None:
     for part in (part for group in parts.values() for part in group):
         if part[2:] != first[2:]:
             raise ValueError(
-                f'{part.path} has other columns or other names of classes than {first.path}; '
-                'prepare one set.'
+                f'{part.path} has other columns or other class names than {first.path}; prepare '
+                'one dataset at a time.'
             )
     labels = {
         split: [parquet_files.labels(part) for part in group] if first.label else None
@@ -88,7 +88,7 @@ def recognise(source: Path, wanted: Wanted) -> Originals | None:
         splits[split] = _split(parts[split], numbers, form, notes)
         notes = []
     if wanted.classes and set(classes or ()) <= label_of.keys():
-        classes = classes and wanted.classes  # which the labels are of now
+        classes = classes and wanted.classes  # the labels now refer to these
     return Originals(
         set_name(source), size, channels, classes,
         cropping.describe(size, crop) if crop else 'none: the pixels are those of the files',
@@ -97,7 +97,7 @@ def recognise(source: Path, wanted: Wanted) -> Originals | None:
 
 
 def _find(source: Path) -> list[Path]:
-    """The .parquet files; none if image files lie beside them, of which they are only metadata."""
+    """Finds the .parquet files; none if there are image files, whose metadata they then are."""
     if source.is_file():
         return [source] if source.suffix == '.parquet' else []
     found = []
@@ -119,10 +119,10 @@ def _by_split(source: Path, files: list[Path], wanted: Wanted) -> dict[str, list
         split = wanted.split or split_in_path(source.name)
         if len(groups) > 1 or split is None:
             raise ValueError(
-                f'the name of {groups[None][0]} says no split, as train-00000-of-00001.parquet '
-                'does; ' + (
+                f'the name of {groups[None][0]} has no split, unlike train-00000-of-00001.parquet; '
+                + (
                     'rename it, or prepare it alone.' if len(groups) > 1 else
-                    'say which it is, such as --split=train.'
+                    'name the split, such as --split=train.'
                 )
             )
         groups = {split: groups[None]}
@@ -134,7 +134,7 @@ def _by_split(source: Path, files: list[Path], wanted: Wanted) -> dict[str, list
 
 
 def _check_all_there(paths: list[Path]) -> None:
-    """Sees whether of NAME-00000-of-00005.parquet all five are there."""
+    """Checks that all five of NAME-00000-of-00005.parquet, and so on, exist."""
     held: dict[tuple[Path, str, int], set[int]] = {}
     for path in paths:
         if match := _NUMBERED.fullmatch(path.name):
@@ -144,12 +144,12 @@ def _check_all_there(paths: list[Path]) -> None:
         if missing is not None:
             raise FileNotFoundError(
                 f'{folder} lacks {name}-{missing:05d}-of-{count:05d}.parquet '
-                f'({count - len(numbers)} of {count} files are missing); fetch it.'
+                f'({count - len(numbers)} of {count} files are missing); download it.'
             )
 
 
 def _without_unlabelled(labels: dict[str, list | None], wanted: Wanted):
-    """Leaves out splits whose labels are all -1 or nothing, as test sets have, beside others."""
+    """Leaves out splits without labels (all -1 or missing, as in test sets) if others have them."""
     def is_empty(split: str) -> bool:
         return labels[split] is not None and not any(
             (values > -1).any() if isinstance(values, np.ndarray) else any(values)
@@ -159,8 +159,8 @@ def _without_unlabelled(labels: dict[str, list | None], wanted: Wanted):
     empty = {split for split in labels if is_empty(split)}
     if wanted.split is None and 0 < len(empty) < len(labels):
         notes = [
-            (split, 'has no labels, which the other splits have, and was left out; prepare it with '
-             f'--split={split} in a folder of its own') for split in sorted(empty)
+            (split, 'has no labels, but the other splits have, so it was left out; prepare it with '
+             f'--split={split} in its own --out') for split in sorted(empty)
         ]
         return {split: found for split, found in labels.items() if split not in empty}, notes
     return {split: None if split in empty else found for split, found in labels.items()}, []
@@ -172,8 +172,8 @@ def _class_names(first: Part, labels: dict[str, list | None]) -> list[str] | Non
         return None
     if len({type(values) for values in parts}) > 1:
         raise ValueError(
-            f'{first.path.parent} holds files with numbers as labels and others with names; write '
-            'them all in one way.'
+            f'{first.path.parent} has files with numbers as labels and others with names; write '
+            'all labels in one way.'
         )
     if isinstance(parts[0], list):
         return sorted({name for values in parts for name in values if name})
@@ -182,7 +182,7 @@ def _class_names(first: Part, labels: dict[str, list | None]) -> list[str] | Non
         return [str(k) for k in range(highest + 1)]
     if highest >= len(first.names):
         raise ValueError(
-            f'{first.path.parent} holds the label {highest}, and its schema names '
+            f'{first.path.parent} has the label {highest}, but its schema names '
             f'{len(first.names)} classes; correct one of them.'
         )
     return first.names
@@ -190,7 +190,7 @@ def _class_names(first: Part, labels: dict[str, list | None]) -> list[str] | Non
 
 def _numbers(part: Part, values: list | np.ndarray, classes: list[str],
              label_of: dict[str, int]) -> np.ndarray:
-    """Labels as the prepared set numbers them."""
+    """Converts labels to the numbers of the prepared dataset."""
     if isinstance(values, list):
         values = np.array([-1 if not name else label_of.get(name, -1) for name in values], np.int32)
     else:
@@ -198,13 +198,13 @@ def _numbers(part: Part, values: list | np.ndarray, classes: list[str],
     if (values < 0).any() and set(classes) <= label_of.keys():
         row = int(np.argmax(values < 0))
         raise ValueError(
-            f'{part.path} has no label in its row {row}, and others have; give all of them one.'
+            f'{part.path} has no label in row {row}, but other rows have; give every row a label.'
         )
     return values
 
 
 def _size(first: Part, wanted: Wanted) -> tuple[tuple[int, int], int, bool]:
-    """Size and channels of the prepared images, and whether all others are refused."""
+    """Returns the size and channels of the prepared images, and whether to reject others."""
     rows = []
     for images in parquet_files.images(first, 0, min(_LOOKED_AT, sum(first.rows))):
         rows += images
@@ -212,20 +212,20 @@ def _size(first: Part, wanted: Wanted) -> tuple[tuple[int, int], int, bool]:
         shape = next((image.shape for image in rows if image.ndim == 3), (0, 0, 0))
         own, channels = shape[:2], shape[2]
         if channels not in (1, 3):
-            raise ValueError(f'{first.path} holds no image of 1 or 3 channels in its first rows.')
+            raise ValueError(f'{first.path} has no image of 1 or 3 channels in its first rows.')
     else:
         found = {size_of_content(content, wanted.rotate) for content in rows} - {None}
         own, channels = (found.pop() if len(found) == 1 else None), 3
         if own and own[0] != own[1]:
-            own = None  # photographs of one camera, which are to be cut
-    # Whoever names a size wants image files of other sizes resized, and not refused.
+            own = None  # photographs of one camera, to be cropped
+    # With --size, image files of other sizes are resized, not rejected.
     exact = own is not None and wanted.size in ((None, own) if first.nested else (None,))
     return (own if exact else wanted.size or own or DEFAULT_SIZE), channels, exact
 
 
 def _split(parts: list[Part], labels: list[np.ndarray], form: Form,
            notes: list[tuple[str, str]]) -> Split:
-    """One split; its images are read in order."""
+    """Makes one split, whose images are read in order."""
 
     def tasks(start: int, stop: int) -> Iterator[Task]:
         before = 0
@@ -248,12 +248,12 @@ def _split(parts: list[Part], labels: list[np.ndarray], form: Form,
 
 
 def encode_nested(images: list[np.ndarray], form: Form) -> list[Encoded]:
-    """PNG files of arrays; those of other channels or, if `exact`, of another size are refused."""
+    """Converts arrays to PNG files; rejects other channels and, if `exact`, other sizes."""
     size, channels = form.size, form.channels
     encoded = []
     for image in images:
         if image.ndim != 3 or image.shape[2] != channels or not image.size:
-            encoded.append(Encoded(None, f'is no image of {channels} channel(s) from 0 to 255'))
+            encoded.append(Encoded(None, f'is not an image of {channels} channel(s) from 0 to 255'))
         elif form.exact and image.shape[:2] != size:
             height, width = image.shape[:2]
             encoded.append(Encoded(None, f'is {width}x{height}, not {size[1]}x{size[0]}'))

@@ -1,4 +1,4 @@
-"""Image files in folders, tars and zips, in any of the layouts that people have them in."""
+"""Recognises image files in folders, tars and zips, in any of the common layouts."""
 
 import hashlib
 from collections.abc import Iterator
@@ -32,27 +32,27 @@ _HASHED = 2**32
 
 
 def recognise(source: Path, wanted: Wanted) -> Originals:
-    """The image files of a source, whatever their layout.
+    """Recognises the image files of a source, in any layout.
 
     Raises:
         FileNotFoundError: labels are missing.
-        ValueError: there are no files, or they fit none of the layouts.
+        ValueError: there are no files, or they match none of the layouts.
     """
     listing = list_source(class_folders.images_folder(source))
     if not listing.files:
-        raise ValueError(f'{source} holds no files; what can be prepared is {KINDS}.')
+        raise ValueError(f'{source} has no files; pass one of these: {KINDS}.')
     found = edm_files.find(listing, wanted.rotate) or webdataset.find(listing)
     if found and wanted.labels:
         raise ValueError(
-            f'--labels is {wanted.labels}, but {source} holds labels of its own; leave --labels '
-            'away.'
+            f'--labels is {wanted.labels}, but {source} holds labels of its own; leave out --labels'
+            '.'
         )
     found = found or class_folders.find(source, listing, wanted)
     groups = _in_splits(source, found, wanted)
     exact = found.size is not None and wanted.size in (None, found.size)
     size = found.size if exact else wanted.size or DEFAULT_SIZE
     classes = wanted.classes or found.classes
-    # Of a set that is in colour already, all splits are.
+    # If one split is in colour, all splits are.
     grey = wanted.channels != 3 and all_grey(f for group in groups.values() for f in group.files)
     form = Form(size, exact, wanted.crop, wanted.rotate, wanted.background, 1 if grey else 3)
     splits = {}
@@ -68,19 +68,19 @@ def recognise(source: Path, wanted: Wanted) -> Originals:
 
 
 def _in_splits(source: Path, found: Pictures, wanted: Wanted) -> dict[str, Group]:
-    """The groups by the names of their splits, one of them cut in two where that is asked for."""
+    """Returns the groups by split; cuts one in two if --test_fraction is set."""
     groups = found.groups
     if None in groups and len(groups) > 1:
         raise ValueError(
-            f'{source} holds files of the split(s) {", ".join(filter(None, groups))} and '
-            f'{groups[None].files[0].name}, whose name says no split; prepare one after another, '
+            f'{source} has files of the split(s) {", ".join(filter(None, groups))}, and also '
+            f'{groups[None].files[0].name}, whose name has no split; prepare one split at a time, '
             'each with --split.'
         )
     if wanted.test_fraction is not None:
         if set(groups) not in ({None}, {'train'}):
             raise ValueError(
-                f'--test_fraction is {wanted.test_fraction}, but {source} holds the split(s) '
-                f'{", ".join(groups)}; leave --test_fraction away.'
+                f'--test_fraction is {wanted.test_fraction}, but {source} has the split(s) '
+                f'{", ".join(groups)}; leave out --test_fraction.'
             )
         (_, group), = groups.items()
         return chosen(_cut(source, group, wanted.test_fraction), wanted.split, source)
@@ -90,15 +90,15 @@ def _in_splits(source: Path, found: Pictures, wanted: Wanted) -> dict[str, Group
     split = wanted.split or (named and named[0])
     if split is None:
         raise ValueError(
-            f'{source} has no folders train, val or test and its own name is no split; say which '
-            'split it is, such as --split=train, or put a part of it aside with '
-            f'--test_fraction=0.1. What can be prepared is {KINDS}.'
+            f'{source} has no folders train, val or test, and its own name is not a split; name '
+            'the split, such as --split=train, or split off a test set with '
+            f'--test_fraction=0.1. Supported sources: {KINDS}.'
         )
     return {split: groups[None]}
 
 
 def _cut(source: Path, group: Group, fraction: float) -> dict[str, Group]:
-    """A part of the files as the test split; which, only their own names and classes decide."""
+    """Splits off the test files; only the name and class of each file decide about it."""
     tests = []
     for k, file in enumerate(group.files):
         name = f'{group.classes[k] if group.classes else ""}/{file.name.rpartition("/")[2]}'
@@ -107,7 +107,7 @@ def _cut(source: Path, group: Group, fraction: float) -> dict[str, Group]:
     if all(tests) or not any(tests):
         raise ValueError(
             f'--test_fraction={fraction} leaves {"no" if all(tests) else "all"} images of {source} '
-            f'for training; choose another, there are {len(tests)} images.'
+            f'for training; choose another for its {len(tests)} images.'
         )
     return {
         split: Group(
@@ -121,14 +121,14 @@ def _cut(source: Path, group: Group, fraction: float) -> dict[str, Group]:
 
 def _split(group: Group, classes: list[str] | None, form: Form, by_folder: bool,
            listing: Listing | None) -> Split:
-    """The split; what the listing left out is noted with the first of them."""
+    """Makes a split; the first one gets the notes about files that the listing left out."""
     label_of = {name: label for label, name in enumerate(classes or [])}
     files = group.files
-    # A class that is unknown is refused by `originals.recognise`.
+    # `originals.recognise` rejects unknown classes.
     labels = [label_of.get(name, -1) for name in group.classes or ()] or [-1] * len(files)
     empty = sorted(label_of.keys() - set(group.classes or ())) if by_folder else []
     notes = list(listing.notes.items() if listing else ()) + list(group.notes)
-    problems = [(name, 'is a class without a file in this split; it keeps its label')
+    problems = [(name, 'is a class without files in this split; it keeps its label')
                 for name in empty]
     problems += listing.problems.items() if listing else ()
 

@@ -1,4 +1,4 @@
-"""PNG in memory, by Pillow."""
+"""Encodes and decodes PNG in memory with Pillow."""
 
 import io
 
@@ -9,7 +9,7 @@ SIGNATURE = b'\x89PNG\r\n\x1a\n'
 
 
 def write_png(image_HxWxC: np.ndarray) -> bytes:
-    """A PNG file of a uint8 image with 1 or 3 channels."""
+    """Encodes a uint8 image with 1 or 3 channels as a PNG file."""
     grey = image_HxWxC.shape[2] == 1
     data = io.BytesIO()
     Image.fromarray(image_HxWxC[..., 0] if grey else image_HxWxC).save(data, 'PNG')
@@ -17,7 +17,7 @@ def write_png(image_HxWxC: np.ndarray) -> bytes:
 
 
 def read_png(data: bytes) -> np.ndarray:
-    """The uint8 image [H,W,C] of a PNG file.
+    """Decodes a PNG file to a uint8 image [H,W,C].
 
     Raises:
         OSError: the file is damaged.

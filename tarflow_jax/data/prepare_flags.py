@@ -19,30 +19,30 @@ def parser(description: str) -> argparse.ArgumentParser:
     flags.add_argument('--out', required=True, metavar='DIR', help='where to write')
     flags.add_argument(
         '--size', type=_size,
-        help="64, or HEIGHTxWIDTH such as 48x32; the source's own, or 64 for photographs",
+        help="64, or HEIGHTxWIDTH such as 48x32; default: the source's own, 64 for photographs",
     )
     flags.add_argument(
         '--crop', default='torchvision', choices=RULES,
-        help='how photographs are made that size',
+        help='the rule for resizing and cropping photographs',
     )
     flags.add_argument(
-        '--rotate', action='store_true', help='turn images as their EXIF orientation says'
+        '--rotate', action='store_true', help='apply the EXIF orientation of images'
     )
     flags.add_argument(
         '--background', type=_colour, metavar='COLOUR',
-        help='white, black or R,G,B behind what is transparent; the colours of the file',
+        help='white, black or R,G,B for transparent pixels; default: the colours in the file',
     )
-    flags.add_argument('--split', help='the split that SOURCE is, or the one wanted of it')
+    flags.add_argument('--split', help='the split of SOURCE, or the one to take from it')
     flags.add_argument(
         '--test_fraction', type=float, metavar='PART',
-        help='the part of a source without splits to put aside as test, such as 0.1',
+        help='the fraction of a source without splits to split off as test, such as 0.1',
     )
     flags.add_argument(
         '--labels', metavar='FILE', help="classes of ImageNet's validation images, see above"
     )
-    flags.add_argument('--name', help='name of the set; the one that SOURCE goes by')
+    flags.add_argument('--name', help='name of the dataset; default: the name of SOURCE')
     flags.add_argument(
-        '--features', metavar='FILE', help='.csv or .npy of numbers for each image, see above'
+        '--features', metavar='FILE', help='.csv or .npy with numbers for each image, see above'
     )
     flags.add_argument(
         '--strict', action='store_true', help='an image that cannot be used is an error'
@@ -67,7 +67,7 @@ def _colour(text: str) -> tuple[int, int, int]:
         return ImageColor.getrgb(text)[:3]
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f'{text!r} is no colour; give white, black, #RRGGBB or R,G,B such as 255,255,255'
+            f'{text!r} is not a colour; use white, black, #RRGGBB or R,G,B such as 255,255,255'
         ) from None
 
 

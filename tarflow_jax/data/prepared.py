@@ -1,4 +1,4 @@
-"""Reads what `prepare` wrote: images at random from ArrayRecord shards, checked when opened."""
+"""Reads prepared datasets: images by random access from ArrayRecord shards, checked when opened."""
 
 import hashlib
 import logging
@@ -25,17 +25,16 @@ _THREADS = 16
 
 
 class PreparedSource:
-    """A source that reads a split record by record; label -1 where it has none.
+    """A source that reads a split record by record; label -1 means no label.
 
-    Elements have features where the set has them.
-
-    A worker process that it is sent to opens the files itself, and does not check them again.
+    Elements have features if the dataset has them. A worker process that unpickles the source opens
+    the files itself and does not check them again.
     """
 
     def __init__(
         self, shards: list[tuple[str, int]], about: dict, class_names: list[str] | None = None
     ):
-        """Shards are their path and number of records."""
+        """Takes each shard as its path and number of records."""
         self._shards = shards
         self.about = about
         self.class_names = class_names
@@ -60,25 +59,25 @@ class PreparedSource:
 
 
 def prepared_source(folder: str, split: str, verify: tuple[int, int] = (0, 1)) -> PreparedSource:
-    """Opens a split that `prepare` wrote, and checks that it is whole.
+    """Opens a split that `prepare` wrote, and checks that it is complete.
 
-    Sizes and numbers of records are always checked; checksums, which means to read all of it once,
-    for the shards `verify[0]::verify[1]`, so that several processes can share the work.
+    Sizes and numbers of records are always checked. Checksums, which read every byte, are checked
+    for the shards `verify[0]::verify[1]` only, so that several processes can share the work.
 
     Args:
-        folder: where it was written to, local or gs://.
-        split: such as 'train'.
-        verify: this process's share of the checksums: its index, and of how many.
+        folder: the prepared folder, local or gs://.
+        split: the name of the split, such as 'train'.
+        verify: the index of this process and the number of processes that share the checksums.
 
     Raises:
-        FileNotFoundError: there is no prepared set in the folder.
-        ValueError: the set has no such split, or a shard is missing or damaged.
+        FileNotFoundError: the folder has no prepared dataset.
+        ValueError: the dataset has no such split, or a shard is missing or damaged.
     """
     path, manifest = _opened(folder)
     if split not in manifest['splits']:
         raise ValueError(
             f'{folder} has no split {split!r}; choose one of {", ".join(manifest["splits"])}, or '
-            'prepare this one too.'
+            'prepare this split too.'
         )
     entry = manifest['splits'][split]
     if not manifests.is_local(path):
@@ -91,7 +90,7 @@ def prepared_source(folder: str, split: str, verify: tuple[int, int] = (0, 1)) -
         name, wrong = next(iter(damaged.items()))
         raise ValueError(
             f'{os.fspath(path / name)} {wrong} ({len(damaged)} of {len(entry["shards"])} shards '
-            'are damaged); run the command that prepared the set again, which mends them.'
+            'are damaged); run the command that prepared the dataset again to repair them.'
         )
     seconds = time.monotonic() - start
     if seconds > 1:
@@ -117,10 +116,10 @@ def prepared_source(folder: str, split: str, verify: tuple[int, int] = (0, 1)) -
 
 
 def classes(folder: str) -> tuple[list[str] | None, str | None]:
-    """Names of a set's classes by label and its kind, see `kinds`, without opening its shards.
+    """Returns a dataset's class names by label and its kind (see `kinds`); opens no shards.
 
     Raises:
-        FileNotFoundError: there is no prepared set in the folder.
+        FileNotFoundError: the folder has no prepared dataset.
         ValueError: its manifest is damaged.
     """
     _, manifest = _opened(folder)
@@ -129,24 +128,24 @@ def classes(folder: str) -> tuple[list[str] | None, str | None]:
 
 def _opened(folder: str):
     if not folder:
-        raise ValueError('data.path is empty; set it to the folder that was prepared.')
+        raise ValueError('data.path is empty; set it to a prepared folder.')
     path = manifests.folder_path(folder)
     manifest = manifests.read(path)
     if manifest is None:
         raise FileNotFoundError(
-            f'{folder} has no {manifests.FILE}; prepare a set with `python -m '
+            f'{folder} has no {manifests.FILE}; prepare a dataset with `python -m '
             f'tarflow_jax.data.prepare SOURCE --out={folder}`, or correct data.path.'
         )
     return path, manifest
 
 
 def _copied(folder: epath.Path, shards: list[dict]) -> epath.Path:
-    """Copies the shards and the manifest of a set in a bucket to the disk, but for what is there.
+    """Copies the missing shards and the manifest of a dataset from a bucket to the disk.
 
-    Each file appears whole, so that several processes of a machine do not disturb each other.
+    Each file appears atomically, so several processes of a machine do not interfere.
 
     Raises:
-        OSError: there is no room for them.
+        OSError: the disk is too small.
     """
     manifest = (folder / manifests.FILE).read_bytes()
     name = f'tarflow_jax-{os.getuid()}'
@@ -159,9 +158,9 @@ def _copied(folder: epath.Path, shards: list[dict]) -> epath.Path:
     needed, free = sum(shard['bytes'] for shard in missing), shutil.disk_usage(target).free
     if needed > free:
         raise OSError(
-            f'{folder} needs {needed / 2**30:.1f} GiB on the disk, as its images are read at '
-            f'random, and {target.parent.parent} has {free / 2**30:.1f} GiB; set TMPDIR to a '
-            'folder with more room.'
+            f'{folder} must be copied to disk for random access, which needs '
+            f'{needed / 2**30:.1f} GiB, but {target.parent.parent} has {free / 2**30:.1f} GiB; set '
+            'TMPDIR to a folder with more space.'
         )
 
     def copy(shard: dict) -> None:
@@ -178,7 +177,7 @@ def _copied(folder: epath.Path, shards: list[dict]) -> epath.Path:
 
 
 def _miscounted(folder, entry: dict) -> dict[str, str]:
-    """Shards that cannot be opened or hold another number of records than the manifest says."""
+    """Returns shards that cannot be opened or whose number of records is wrong."""
 
     def examine(shard: dict) -> str | None:
         try:
@@ -188,7 +187,7 @@ def _miscounted(folder, entry: dict) -> dict[str, str]:
         except (OSError, RuntimeError, ValueError) as error:
             return f'cannot be opened: {str(error).partition(chr(10))[0]}'
         if records != shard['records']:
-            return f'holds {records} records in place of {shard["records"]}'
+            return f'has {records} records instead of {shard["records"]}'
         return None
 
     with futures.ThreadPoolExecutor(_THREADS) as pool:

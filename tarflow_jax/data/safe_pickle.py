@@ -1,8 +1,8 @@
-"""Pickles of arrays, lists, dicts and numbers, read without running what they ask for.
+"""Reads pickles of arrays, lists, dicts and numbers without executing arbitrary code.
 
-A pickle is a program, so these may name nothing but NumPy's arrays, and even these are not NumPy's
-here but stand-ins that take only what an array of plain numbers needs. Keys of dicts are strings,
-bytes or whole numbers, because the hash of a deeply nested one would exhaust the C stack.
+A pickle is a program. Here, it may name only NumPy arrays, and it gets stand-ins for them, which
+accept only the state of an array of plain numbers. Keys of dicts must be strings, bytes or whole
+numbers, because hashing a deeply nested key would exhaust the C stack.
 Source: the protocol of `numpy.ndarray.__reduce__`, and `pickletools`.
 """
 
@@ -17,26 +17,26 @@ _LARGE = 2**20
 
 
 def read_file(path: Path) -> Any:
-    """What the pickle in a file holds; large strings and arrays stay in the file.
+    """Reads the pickle in a file; large strings and arrays are memory-mapped.
 
     Raises:
-        Exception: nearly any, if it is damaged or names what it may not.
+        Exception: of nearly any type, if it is damaged or names anything forbidden.
     """
     with open(path, 'rb') as file:
         return read(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def read(content: mmap.mmap | bytes) -> Any:
-    """What a pickle holds; arrays are an `Array`.
+    """Reads a pickle; NumPy arrays become `Array`.
 
     Raises:
-        Exception: nearly any, if it is damaged or names what it may not.
+        Exception: of nearly any type, if it is damaged or names anything forbidden.
     """
     return _Unpickler(_Mapped(content), encoding='latin1').load()
 
 
-# The unpickler in Python, because the one in C takes room for any index a file names in its memo,
-# and would read the pixels into memory.
+# The unpickler in C would allocate memory for any memo index in the file and would read the pixels
+# into memory, so this is the one in Python.
 class _Unpickler(pickle._Unpickler):
     dispatch = dict(pickle._Unpickler.dispatch)
 
@@ -46,7 +46,7 @@ class _Unpickler(pickle._Unpickler):
         except KeyError:
             raise pickle.UnpicklingError(f'it asks for {module}.{name}'[:200]) from None
 
-    def _decode_string(self, value: bytes | memoryview) -> Any:  # of Python 2
+    def _decode_string(self, value: bytes | memoryview) -> Any:  # strings of Python 2
         return value if isinstance(value, memoryview) else value.decode('latin1')
 
     def _set_item(self) -> None:
@@ -62,12 +62,12 @@ class _Unpickler(pickle._Unpickler):
         pickle._Unpickler.load_dict(self)
 
     def _refuse(self) -> None:
-        raise pickle.UnpicklingError('it holds a set')
+        raise pickle.UnpicklingError('it contains a set')
 
     @staticmethod
     def _check_keys(items: list) -> None:
         if not all(isinstance(key, str | bytes | int) for key in items[::2]):
-            raise pickle.UnpicklingError('it holds a dict with keys other than strings')
+            raise pickle.UnpicklingError('it contains a dict with keys other than strings')
 
     dispatch[pickle.SETITEM[0]] = _set_item
     dispatch[pickle.SETITEMS[0]] = _set_items
@@ -77,7 +77,7 @@ class _Unpickler(pickle._Unpickler):
 
 
 class _Mapped:
-    """What an unpickler needs of a file; long reads give views of the file, which cost nothing."""
+    """A file for an unpickler; long reads return views of the file without copying."""
 
     def __init__(self, content: mmap.mmap | bytes):
         self._content, self._view, self._at = content, memoryview(content), 0
@@ -85,7 +85,7 @@ class _Mapped:
     def read(self, count: int) -> bytes | memoryview:
         taken = self._view[self._at:self._at + count]
         if len(taken) < count:
-            raise EOFError(f'{len(self._view)} bytes, and more were promised')
+            raise EOFError(f'it has {len(self._view)} bytes, fewer than it claims')
         self._at += count
         return taken if count >= _LARGE else bytes(taken)
 
@@ -97,21 +97,21 @@ class _Mapped:
 
 
 class _DType:
-    """In place of numpy.dtype: takes plain numbers, refuses objects."""
+    """Stands in for numpy.dtype: accepts plain numbers, rejects objects."""
 
     __slots__ = ('dtype',)
 
     def __init__(self, text: Any):
         self.dtype = np.dtype(text if isinstance(text, str) else 'O')
         if self.dtype.kind not in 'biuf':
-            raise pickle.UnpicklingError(f'it holds an array of {text!r}'[:200])
+            raise pickle.UnpicklingError(f'it contains an array of {text!r}'[:200])
 
     def __setstate__(self, state: Any) -> None:
         self.dtype = self.dtype.newbyteorder('>' if state[1] == '>' else '<')
 
 
 class Array:
-    """In place of numpy.ndarray."""
+    """Stands in for numpy.ndarray."""
 
     __slots__ = ('_shape', '_dtype', '_fortran', '_raw')
 
@@ -126,7 +126,7 @@ class Array:
 
 
 class _Callable:
-    """A function that a pickle may call and, unlike a function, cannot set attributes of."""
+    """A function that a pickle may call, but whose attributes it cannot set."""
 
     __slots__ = ('_call',)
 
@@ -137,7 +137,7 @@ class _Callable:
         return self._call(*args)
 
     def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError('it changes what it calls')
+        raise pickle.UnpicklingError('it changes the state of a function')
 
 
 def _buffer_array(raw: Any, dtype: Any, shape: Any, order: Any) -> Array:

@@ -1,8 +1,8 @@
-"""Writes the shards of a split: encoded in many processes, written in order, kept once finished.
+"""Writes the shards of a split: many processes encode, one writes in order.
 
-A shard is written under another name and renamed when it is complete and on the disk; then a small
-file in the progress folder says what is in it. A run that was killed goes on after the last shard
-that has one, and its result is the same to the byte.
+A shard is written under another name, and renamed when it is complete and flushed to disk. Then a
+small file in the progress folder records its contents. After a crash, writing resumes after the
+last recorded shard, and the result is identical to the byte.
 """
 
 import collections
@@ -33,14 +33,14 @@ from tarflow_jax.data.splits import Split, Task
 
 log = logging.getLogger('tarflow_jax')
 
-# One record per group, so that one image can be read alone; PNG is compressed already.
+# One record per group, so that one image can be read alone. PNG is already compressed.
 WRITER_OPTIONS = 'group_size:1,uncompressed'
 TASKS_AHEAD_PER_WORKER = 4
 _TOLD = manifests.SHARD | {'skipped': [[str]], 'notes': [[str]]}
 
 
 def bounds(count: int, per_shard: int) -> list[tuple[int, int]]:
-    """First image and end of every shard: as few shards as can be, as equal as can be."""
+    """Returns (start, stop) of every shard: as few shards as possible, of nearly equal size."""
     shards = -(-count // per_shard)
     edges = [count * k // shards for k in range(shards + 1)]
     return list(itertools.pairwise(edges))
@@ -51,18 +51,18 @@ def names(tfds_name: str, split: str, shards: int) -> list[str]:
 
 
 def finished(folder: epath.Path, names: list[str]) -> dict[str, dict]:
-    """What the progress folder says of shards that are finished and unharmed, by their name."""
+    """Returns the records in the progress folder of finished, undamaged shards, by name."""
     told = {}
     for name in names:
         path = folder / manifests.PROGRESS / f'{name}.json'
         try:
             told[name] = json_files.read(path, _TOLD)
             if told[name]['name'] != name:
-                raise json_files.Damaged(f'it is of {told[name]["name"][:80]}')
+                raise json_files.Damaged(f'it belongs to {told[name]["name"][:80]}')
         except FileNotFoundError:
             continue
         except json_files.Damaged as error:
-            log.warning('%s is damaged (%s); the shard is written anew', path, error)
+            log.warning('%s is damaged (%s); the shard will be written again', path, error)
             told.pop(name, None)
             if path.is_dir():
                 path.rmtree()
@@ -72,7 +72,7 @@ def finished(folder: epath.Path, names: list[str]) -> dict[str, dict]:
 
 @contextlib.contextmanager
 def worker_processes(workers: int) -> Iterator[futures.Executor]:
-    """Processes to encode in; they end with this one, however it ends."""
+    """Starts processes for encoding, which end with this process, even after a crash."""
     pool = futures.ProcessPoolExecutor(
         workers, mp_context=multiprocessing.get_context('spawn'), initializer=_start_worker
     )
@@ -85,26 +85,26 @@ def worker_processes(workers: int) -> Iterator[futures.Executor]:
 def write(folder: epath.Path, split: Split, places: dict[str, tuple[int, int]], *,
           pool: futures.Executor, workers: int, labelled: bool, strict: bool, progress,
           wanted: dict[str, str] | None = None) -> dict[str, dict]:
-    """Writes shards and what the progress folder says of them.
+    """Writes shards and their records in the progress folder.
 
     Args:
-        folder: the prepared set's.
-        split: where the images come from.
-        places: shards to write, by their name: first image and end.
+        folder: the folder of the prepared dataset.
+        split: the source of the images.
+        places: (start, stop) of the shards to write, by name.
         pool: see `worker_processes`.
-        workers: how many processes it has.
-        labelled: whether records have a label.
+        workers: number of processes in the pool.
+        labelled: whether elements have a label.
         strict: whether an image that cannot be used is an error.
         progress: a progress bar that counts images.
-        wanted: checksums that the shards must have, by their name.
+        wanted: expected checksums of the shards, by name.
 
     Returns:
-        What the progress folder says, by the name of the shard: 'name', 'records', 'bytes',
-        'sha256', and as lists of [image, text] 'skipped' and 'notes'.
+        The records in the progress folder, by shard name: 'name', 'records', 'bytes', 'sha256',
+        and lists of [image, text] as 'skipped' and 'notes'.
 
     Raises:
-        ValueError: an image cannot be used, and `strict`; or a checksum is not the one wanted.
-        OSError: images cannot be read any more, or shards not be written.
+        ValueError: an image cannot be used, with `strict`; or a checksum differs from `wanted`.
+        OSError: images have become unreadable, or shards cannot be written.
     """
     tasks = (
         (name, task) for name, (start, stop) in places.items() for task in split.tasks(start, stop)
@@ -121,14 +121,14 @@ def write(folder: epath.Path, split: Split, places: dict[str, tuple[int, int]], 
             shard = {'name': name, **shard}
             if wanted and shard['sha256'] != wanted[name]:
                 raise ValueError(
-                    f'{name} cannot be made again as it was: the images, Pillow or zlib changed; '
-                    f'delete {folder} and prepare the set again.'
+                    f'{name} cannot be reproduced, because the images, Pillow or zlib changed; '
+                    f'delete {folder} and prepare the dataset again.'
                 )
         if local_set:
             part.replace(folder / name)
             manifests.sync(folder)
         manifests.replace(folder / manifests.PROGRESS / f'{name}.json', json.dumps(shard))
-        log.info('%s is written: %d images', name, shard['records'])
+        log.info('wrote %s: %d images', name, shard['records'])
         written[name] = shard
     return written
 
@@ -149,7 +149,7 @@ def _write_shard(local: str, results, labelled: bool, strict: bool, progress) ->
                     continue
                 if strict:
                     raise ValueError(
-                        f'{name} {image.reason}; mend or remove it, or leave --strict away.'
+                        f'{name} {image.reason}; fix or remove it, or leave out --strict.'
                     )
                 log.warning('%s %s; skipped', name, image.reason)
                 skipped.append([name, image.reason])
@@ -166,20 +166,20 @@ def _write_shard(local: str, results, labelled: bool, strict: bool, progress) ->
 
 @contextlib.contextmanager
 def _writer(path: str) -> Iterator[array_record_module.ArrayRecordWriter]:
-    """A writer that is closed at the end; OSError if it cannot write, such as to a full disk."""
+    """Opens a writer and closes it at the end; raises OSError if writing fails (full disk)."""
     try:
         writer = array_record_module.ArrayRecordWriter(path, WRITER_OPTIONS)
         try:
             yield writer
         finally:
             writer.close()
-    except RuntimeError as error:  # all that the writer ever raises
+    except RuntimeError as error:  # the only type that the writer raises
         raise OSError(str(error)) from error
 
 
 @contextlib.contextmanager
 def _local_file(target: epath.Path) -> Iterator[str]:
-    """A local file to write: the target itself, or one that is copied to it at the end."""
+    """Yields a local file to write: the target, or one that is copied to the target at the end."""
     if manifests.is_local(target):
         yield os.fspath(target)
         return
@@ -204,7 +204,7 @@ def _record(png: bytes, label: int | None, features: np.ndarray | None) -> bytes
 def _in_order(
     pool: futures.Executor, tasks: Iterator[tuple[str, Task]], ahead: int
 ) -> Iterator[tuple[str, Task, list[Encoded]]]:
-    """Runs the tasks in the pool, `ahead` of them at a time; yields them with their results."""
+    """Runs the tasks in the pool, at most `ahead` at a time; yields them with their results."""
     running = collections.deque()
     for name, task in tasks:
         with _interrupts_held():
@@ -218,8 +218,8 @@ def _in_order(
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Lets Ctrl-C wait. Processes started meanwhile never see it: it is for this one."""
-    resource_tracker.ensure_running()  # which else would be started now, and stop holding them
+    """Defers Ctrl-C; processes started in the meantime ignore it."""
+    resource_tracker.ensure_running()  # started inside, it would end the deferral
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -228,7 +228,7 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def _start_worker() -> None:
-    warnings.simplefilter('ignore')  # Pillow's, without the name of a file
+    warnings.simplefilter('ignore')  # Pillow's warnings, which do not name the file
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -1,4 +1,4 @@
-"""Sizes of images: one number for a square, else height and width."""
+"""Image sizes: one number for a square, else height and width."""
 
 from collections.abc import Sequence
 
@@ -10,13 +10,13 @@ def pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def plain(size: tuple[int, int]) -> int | list[int]:
-    """Returns the size as JSON holds it: a number for a square, else [height, width]."""
+    """Returns the size as a JSON value: a number for a square, else [height, width]."""
     height, width = size
     return height if height == width else [height, width]
 
 
 def text(size: tuple[int, int]) -> str:
-    """Returns the size as the command line takes it, such as '64' or '48x32'."""
+    """Returns the size in the form of the command line, such as '64' or '48x32'."""
     height, width = size
     return str(height) if height == width else f'{height}x{width}'
 

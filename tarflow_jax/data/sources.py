@@ -1,10 +1,12 @@
-"""Random-access sources of images: the embedded set, IDX files, a prepared set, or a TFDS set.
+"""Random-access sources: the embedded images, IDX files, a prepared dataset, or a TFDS dataset.
 
-A source has `len(source)` and `source[i] -> {'image': uint8 [H,W,C], 'label': int32 scalar}`, which
-is what Grain reads from; where the set has features of its images, 'features': float32 [F] comes
-beside them. Images stay uint8: they are scaled and dequantised on the device. Its `about` is a dict
-for JSON that says which images these are: 'dataset', 'kind' (see `kinds`), 'split', 'images' and
-more, such as 'features', their names. Its `class_names` are those of its classes by label, or None.
+A source has `len(source)` and `source[i] -> {'image': uint8 [H,W,C], 'label': int32 scalar}`, as
+Grain expects. If the dataset has features, elements also have 'features': float32 [F]. Images stay
+uint8; they are scaled and dequantized on the device.
+
+`source.about` is a JSON dict that describes the images: 'dataset', 'kind' (see `kinds`), 'split',
+'images' and more, such as 'features', the feature names. `source.class_names` has the class names
+by label, or is None.
 """
 
 import contextlib
@@ -30,18 +32,18 @@ FASHION_MNIST = [
 
 
 def load(kind, split, *, path='', name='', verify=(0, 1)):
-    """Opens a split of a set of images.
+    """Opens a split of a dataset.
 
     Args:
         kind: 'embedded' (a part of Fashion-MNIST that comes with this package), 'idx' (a folder of
-            IDX files), 'prepared' (what `python -m tarflow_jax.data.prepare` wrote) or 'tfds' (a
-            TFDS set that lies ready).
-        split: 'train' or 'test'; for prepared sets and TFDS, the set's own name of it, such as
+            IDX files), 'prepared' (written by `python -m tarflow_jax.data.prepare`) or 'tfds' (a
+            TFDS dataset on disk).
+        split: 'train' or 'test'; for prepared and TFDS datasets, the dataset's own name, such as
             'validation'.
-        path: the folder of the IDX files or of the prepared set, or the `data_dir` of TFDS.
+        path: the folder of the IDX files or of the prepared dataset, or the `data_dir` of TFDS.
         name: the TFDS name, such as 'imagenet_resized/64x64'.
-        verify: of a prepared set, the share of the checksums that this process compares: its
-            index, and the number of processes.
+        verify: the index of this process and the number of processes that share the checksums of a
+            prepared dataset.
 
     Returns:
         A source, see the top of this file.
@@ -52,9 +54,8 @@ def load(kind, split, *, path='', name='', verify=(0, 1)):
     """
     if kind in ('idx', 'tfds') and paths.in_bucket(path):
         raise ValueError(
-            f'{path} is in a bucket, and images are read at random, which needs a disk: copy the '
-            f'set to each machine first (gcloud storage cp --recursive {path} DIR), and give the '
-            'folder that it is in then.'
+            f'{path} is in a bucket, which does not allow random access: copy the dataset to each '
+            f'machine first (gcloud storage cp --recursive {path} DIR), and pass that folder.'
         )
     openers = {
         'embedded': lambda: embedded(split),
@@ -65,20 +66,20 @@ def load(kind, split, *, path='', name='', verify=(0, 1)):
     if kind not in openers:
         closest = difflib.get_close_matches(str(kind), openers, n=1, cutoff=0)[0]
         raise ValueError(
-            f'data.source is {kind!r}, which is none of {", ".join(openers)}; '
+            f'data.source is {kind!r}, but must be one of {", ".join(openers)}; '
             f'the closest is {closest!r}.'
         )
     return openers[kind]()
 
 
 def classes(kind, *, path='', name=''):
-    """Names of the classes of a set by label, or None, and its kind; does not read its images.
+    """Returns a dataset's class names by label (or None) and its kind; reads no images.
 
     Args:
-        kind, path, name: as for `load`, of a set that `load` opens.
+        kind, path, name: as for `load`.
 
     Raises:
-        FileNotFoundError, ValueError: the set is not there or damaged.
+        FileNotFoundError, ValueError: the dataset is missing or damaged.
     """
     if kind == 'embedded':
         return FASHION_MNIST, kinds.EMBEDDED
@@ -93,31 +94,31 @@ def classes(kind, *, path='', name=''):
 
 
 def check(source, *, image_size, channels, num_classes, what, num_features=0, every_class=False):
-    """Refuses a source that does not fit the model.
+    """Checks that a source fits the model.
 
-    Looks at the first image, and at every label where they are in memory; else at the first label
-    and at the number of classes, where the source knows it.
+    Checks the first image. Checks all labels if they are in memory; else the first label, and the
+    number of classes if the source knows it.
 
     Args:
         source: see the top of this file.
-        image_size: what the model takes, in pixels: one number for squares, else (height, width).
-        channels: channels the model takes.
-        num_classes: classes the model knows; 0 ignores the labels.
-        what: what to call the source in an error, such as 'the training set'.
-        num_features: features of an image the model takes; 0 ignores those of the source.
-        every_class: whether the labels must go up to the last class, as those of a training set.
+        image_size: image size of the model in pixels: one number, or (height, width).
+        channels: channels of the model.
+        num_classes: classes of the model; 0 ignores the labels.
+        what: the name of the source in errors, such as 'the training set'.
+        num_features: features of the model; 0 ignores those of the source.
+        every_class: whether the labels must reach the last class, as in a training set.
 
     Raises:
         ValueError: the source is empty, or its images, labels or features do not fit.
     """
     if len(source) == 0:
-        raise ValueError(f'{what} holds no image; choose another split.')
+        raise ValueError(f'{what} is empty; choose another split.')
     first = source[0]
     found = f'{first["image"].dtype} {list(first["image"].shape)}'
     needed = f'uint8 {[*sizes.pair(image_size), channels]}'
     if found != needed:
         raise ValueError(
-            f'{what} holds images of {found}, but model.image_size = {image_size} and '
+            f'{what} has images of {found}, but model.image_size = {image_size} and '
             f'model.image_channels = {channels} need {needed}; change these two, or prepare the '
             'images.'
         )
@@ -134,13 +135,13 @@ def check(source, *, image_size, channels, num_classes, what, num_features=0, ev
     wrong = labels[(labels < 0) | (labels >= num_classes)]
     if wrong.size:
         raise ValueError(
-            f'{what} holds the label {wrong[0]}, but model.num_classes = {num_classes} takes '
+            f'{what} has the label {wrong[0]}, but model.num_classes = {num_classes} allows '
             f'0 to {num_classes - 1} (-1 means unlabelled); set model.num_classes to the number '
-            'of classes of the set, or to 0 to ignore labels.'
+            'of classes in the dataset, or to 0 to ignore labels.'
         )
     if known and known < num_classes:
         raise ValueError(
-            f'model.num_classes = {num_classes}, but {what} has {known} classes, and the others '
+            f'model.num_classes = {num_classes}, but {what} has {known} classes, so the others '
             f'would stay untrained; set model.num_classes to {known}.'
         )
 
@@ -148,26 +149,26 @@ def check(source, *, image_size, channels, num_classes, what, num_features=0, ev
 def _check_features(features, num_features, what):
     if features is None:
         raise ValueError(
-            f'{what} holds no features, but model.num_features = {num_features}; prepare the set '
+            f'{what} has no features, but model.num_features = {num_features}; prepare the dataset '
             'with --features=FILE, or set model.num_features to 0.'
         )
     if features.dtype != np.float32 or features.shape != (num_features,):
         raise ValueError(
-            f'{what} holds features of {features.dtype} {list(features.shape)}, but '
+            f'{what} has features of {features.dtype} {list(features.shape)}, but '
             f'model.num_features = {num_features} needs float32 [{num_features}]; set '
-            'model.num_features to the number of features of the set, or to 0 to ignore them.'
+            'model.num_features to the number of features in the dataset, or to 0 to ignore them.'
         )
 
 
 def _prepared(path, split, verify):
-    from tarflow_jax.data import prepared  # slow to import, and only this source needs it
+    from tarflow_jax.data import prepared  # slow to import; only this source needs it
 
     return prepared.prepared_source(path, split, verify)
 
 
 @dataclass(frozen=True)
 class InMemory:
-    """A source whose images, uint8 [N,H,W,C], and labels, int32 [N], are in memory."""
+    """A source of images, uint8 [N,H,W,C], and labels, int32 [N], in memory."""
 
     image_NxHxWxC: np.ndarray
     label_N: np.ndarray
@@ -182,7 +183,7 @@ class InMemory:
 
 
 def embedded(split):
-    """The first 10,000 training or 2,000 test images of Fashion-MNIST, 28x28x1 in 10 classes.
+    """Opens the first 10,000 training or 2,000 test images of Fashion-MNIST: 28x28x1, 10 classes.
 
     Raises:
         ValueError: the split is neither 'train' nor 'test'.
@@ -193,19 +194,19 @@ def embedded(split):
 
 
 def idx_folder(path, split):
-    """A folder in the layout of MNIST: `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, ...
+    """Opens an MNIST-like folder: `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, ...
 
-    The names of the test split start with `t10k`. Each file may end with `.gz`, and its name may
-    have a dot before `idx` in place of the dash. Images are [N,H,W] or [N,H,W,C].
+    The names of the test split start with `t10k`. File names may end with `.gz`, and may have a dot
+    instead of the dash before `idx`. Images are [N,H,W] or [N,H,W,C].
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the split is neither 'train' nor 'test', a file is damaged, or there are not as
-            many labels as images.
+        ValueError: the split is neither 'train' nor 'test', a file is damaged, or the numbers of
+            labels and images differ.
     """
     if split not in IDX_PREFIXES:
         raise ValueError(
-            f'the split is {split!r}, which IDX files do not have; choose one of '
+            f'IDX files have no split {split!r}; choose one of '
             f'{", ".join(IDX_PREFIXES)}.'
         )
     image_path = _find_idx(path, f'{IDX_PREFIXES[split]}-images-idx3-ubyte')
@@ -213,13 +214,13 @@ def idx_folder(path, split):
     image, label = read_idx(image_path), read_idx(label_path)
     if image.ndim not in (3, 4):
         raise ValueError(
-            f'{image_path} has the shape {image.shape}; images are [N,H,W] or [N,H,W,C], so give '
-            'the right file this name.'
+            f'{image_path} has the shape {image.shape}, but images are [N,H,W] or [N,H,W,C]; check '
+            'which file has this name.'
         )
     if label.shape != image.shape[:1]:
         raise ValueError(
-            f'{image_path} holds {len(image)} images and {label_path} labels of shape '
-            f'{label.shape}; fetch both again, from the same place.'
+            f'{image_path} has {len(image)} images, but {label_path} has labels of shape '
+            f'{label.shape}; download both again, from the same place.'
         )
     image_NxHxWxC = image[..., None] if image.ndim == 3 else image
     about = {
@@ -234,22 +235,22 @@ def idx_folder(path, split):
 
 def _find_idx(folder, name):
     if not str(folder):
-        raise ValueError(f'data.path is empty; set it to the folder that holds {name}[.gz].')
+        raise ValueError(f'data.path is empty; set it to the folder with {name}[.gz].')
     dotted = name.replace('-idx', '.idx')
     for candidate in (name, f'{name}.gz', dotted, f'{dotted}.gz'):
         if (Path(folder) / candidate).is_file():
             return Path(folder) / candidate
     raise FileNotFoundError(
-        f'{name} or {name}.gz is wanted and {Path(folder).absolute()} has neither; fetch the '
-        'files {train,t10k}-{images-idx3,labels-idx1}-ubyte.gz of the set into that folder, or '
-        'correct data.path.'
+        f'{Path(folder).absolute()} has neither {name} nor {name}.gz; download the '
+        'files {train,t10k}-{images-idx3,labels-idx1}-ubyte.gz into that folder, or correct '
+        'data.path.'
     )
 
 
 class TfdsSource:
-    """A source that reads a prepared TFDS set record by record; label -1 where it has none.
+    """A source that reads a prepared TFDS dataset record by record; label -1 means no label.
 
-    A feature called `features`, if it is a vector of numbers, comes with it as float32.
+    A TFDS feature called `features` is included as float32 if it is a vector of numbers.
     """
 
     def __init__(self, examples, recipe):
@@ -265,7 +266,7 @@ class TfdsSource:
         }
         features = examples.dataset_info.features
         names = getattr(features['label'], 'names', None) if 'label' in features else None
-        numbers = [str(k) for k in range(len(names or ()))]  # what TFDS calls classes without names
+        numbers = [str(k) for k in range(len(names or ()))]  # TFDS's names of unnamed classes
         self.class_names = None if names in (None, numbers) else list(names)
         size = _vector_size(features)
         if size is not None:
@@ -282,12 +283,12 @@ class TfdsSource:
         return element
 
     def __reduce__(self):
-        # A worker process opens the files itself, which also keeps it as quiet as this one.
+        # A worker process opens the files itself, which also silences TFDS there.
         return tfds_source, self._recipe
 
 
 def _vector_size(features):
-    """F of a TFDS set whose feature called `features` holds F numbers; else None."""
+    """Returns F if the TFDS feature called `features` is a vector of F numbers; else None."""
     import tensorflow_datasets as tfds
 
     found = features['features'] if 'features' in features else None
@@ -297,23 +298,24 @@ def _vector_size(features):
 
 
 def tfds_source(name, split, data_dir):
-    """A TFDS set that lies prepared, as array_record, in `data_dir`; downloads nothing.
+    """Opens a TFDS dataset in `data_dir` that is prepared as array_record; downloads nothing.
 
-    Reading needs no TensorFlow; preparing a set with `tfds build` may need it, on any machine.
+    Reading does not need TensorFlow. Preparing a dataset with `tfds build` may need it, on any
+    machine.
 
     Args:
-        name: TFDS name, with the configuration if it has any: 'imagenet_resized/64x64'.
+        name: TFDS name, with its configuration if it has one: 'imagenet_resized/64x64'.
         split: TFDS split, such as 'train', 'validation' or 'train[:90%]'.
-        data_dir: where TFDS keeps its sets; if empty, TFDS_DATA_DIR or ~/tensorflow_datasets.
+        data_dir: TFDS's data folder; if empty, TFDS_DATA_DIR or ~/tensorflow_datasets.
 
     Raises:
-        FileNotFoundError: the set is not there, or not as array_record.
-        ValueError: the name is empty, the set has no such split or no feature called `image`, or
-            its files are damaged.
+        FileNotFoundError: the dataset is missing, or not prepared as array_record.
+        ValueError: the name is empty, the dataset has no such split or no feature called `image`,
+            or its files are damaged.
     """
     if not name:
         raise ValueError('data.name is empty; set it to a name such as imagenet_resized/64x64.')
-    import tensorflow_datasets as tfds  # slow to import, and only this source needs it
+    import tensorflow_datasets as tfds  # slow to import; only this source needs it
 
     data_dir = data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
     data_dir = os.path.expanduser(data_dir)
@@ -321,27 +323,27 @@ def tfds_source(name, split, data_dir):
         try:
             examples = tfds.data_source(name, split=split, data_dir=data_dir, download=False)
         except (ValueError, KeyError, AssertionError, NotImplementedError) as error:
-            # A set that TFDS knows and that is not there makes it say anything from KeyError to
-            # 'already prepared in the TFRECORD format'.
+            # For a known but missing dataset, TFDS raises anything from KeyError to 'already
+            # prepared in the TFRECORD format'.
             says = str(error).partition('\n')[0]
             if says.startswith(('Unknown split', 'Error parsing split')):
                 raise ValueError(f'{name} in {data_dir} has no split {split!r}: {says}') from error
             raise FileNotFoundError(
-                f'{name} is wanted as array_record and {data_dir} does not hold it so; prepare it '
+                f'{data_dir} does not have {name} as array_record; prepare it '
                 f'with `tfds build {name} --data_dir={data_dir} --file_format=array_record`, or '
                 'correct data.path and data.name.'
             ) from error
         features = examples.dataset_info.features
         if 'image' not in features:
             raise ValueError(
-                f'{name} has the features {", ".join(features)} and none called image; choose '
-                'a set of images.'
+                f'{name} has the features {", ".join(features)}, but none called image; choose '
+                'an image dataset.'
             )
         try:
-            examples[0]  # now, because the first decoding is when TFDS recommends another decoder
+            examples[0]  # TFDS recommends another decoder at the first decoding; silence that here
         except (OSError, RuntimeError) as error:
             raise ValueError(
-                f'{name} in {data_dir} cannot be read: {error}; prepare the set again.'
+                f'{name} in {data_dir} cannot be read: {error}; prepare the dataset again.'
             ) from error
     return TfdsSource(examples, (name, split, data_dir))
 

@@ -1,4 +1,4 @@
-"""What every kind of source becomes: splits of images, cut into tasks for the processes."""
+"""The common form of all sources: splits of images, divided into tasks for worker processes."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from tarflow_jax.data.listing import File, printable
 
 DEFAULT_SIZE = (64, 64)
 IMAGES_PER_TASK = 64
-SHARD_PIXEL_BYTES = 192 * 2**20  # 16384 images of 64x64x3, some 140 MB as PNG
+SHARD_PIXEL_BYTES = 192 * 2**20  # 16384 images of 64x64x3, about 140 MB as PNG
 _SPLITS = {
     'train': 'train', 'training': 'train', 'val': 'validation', 'valid': 'validation',
     'validation': 'validation', 'dev': 'validation', 'test': 'test', 'testing': 'test',
@@ -27,39 +27,39 @@ _SPLIT_NAME = re.compile(
 
 
 class Wanted(NamedTuple):
-    """What the command line asks of a source."""
+    """The options of the command line for a source."""
 
     size: tuple[int, int] | None = None  # height and width; None is the source's own, or 64
-    split: str | None = None  # the one that the source is or that is wanted of it; None is all
+    split: str | None = None  # the split of the source, or the one to take from it; None is all
     crop: str = 'torchvision'  # a rule of `cropping`
-    labels: str | None = None  # a file with the labels of images that lie in no folders
-    test_fraction: float | None = None  # of a source without splits
-    classes: list[str] | None = None  # those of splits prepared before, whose labels count
-    rotate: bool = False  # as EXIF says
-    background: tuple[int, int, int] | None = None  # the colour behind what is transparent
-    channels: int | None = None  # those of splits prepared before
+    labels: str | None = None  # a file with the labels of images that are not in class folders
+    test_fraction: float | None = None  # the part to split off as test
+    classes: list[str] | None = None  # classes of splits prepared before, which define the labels
+    rotate: bool = False  # whether to apply the EXIF orientation
+    background: tuple[int, int, int] | None = None  # the colour for transparent pixels
+    channels: int | None = None  # channels of splits prepared before
 
 
 class Group(NamedTuple):
-    """Image files of one split."""
+    """The image files of one split."""
 
     files: list[File]
-    classes: list[str] | None  # the name of the class of each; None if there are none
-    notes: tuple[tuple[str, str], ...] = ()  # as those of a Split
+    classes: list[str] | None  # the class name of each file; None if there are no classes
+    notes: tuple[tuple[str, str], ...] = ()  # as in Split
 
 
 class Pictures(NamedTuple):
     """A source of image files."""
 
-    groups: dict[str | None, Group]  # by their split; None if their names say none
+    groups: dict[str | None, Group]  # by split; None if the names give no split
     classes: list[str] | None
-    size: tuple[int, int] | None = None  # that of all images, height and width, where it is known
-    dataset: str | None = None  # its name; None is that of the folder or archive
-    by_folder: bool = False  # whether classes without files are worth knowing
+    size: tuple[int, int] | None = None  # height and width of all images, if known
+    dataset: str | None = None  # name of the dataset; None is that of the folder or archive
+    by_folder: bool = False  # whether to note classes without files
 
 
 class Task(NamedTuple):
-    """Images for one call in another process."""
+    """The images of one call in a worker process."""
 
     names: list[str]
     labels: list[int]
@@ -69,14 +69,14 @@ class Task(NamedTuple):
 
 
 class Split(NamedTuple):
-    """One split as it lies in the source."""
+    """One split of a source."""
 
     count: int
-    identity: str  # changes with the images, as far as their names and sizes tell
-    tasks: Callable[[int, int], Iterator[Task]]  # of images [start, stop)
-    notes: list[tuple[str, str]]  # (name, what to know of it), other than images
-    problems: int = 0  # how many of the notes, the last ones, --strict does not accept
-    names: list[str] | None = None  # of the image files; None for arrays
+    identity: str  # changes if the names or sizes of the images change
+    tasks: Callable[[int, int], Iterator[Task]]  # tasks for the images [start, stop)
+    notes: list[tuple[str, str]]  # (name, note) about files other than images
+    problems: int = 0  # how many of the notes, the last ones, are errors with --strict
+    names: list[str] | None = None  # names of the image files; None for arrays
 
 
 class Originals(NamedTuple):
@@ -88,18 +88,18 @@ class Originals(NamedTuple):
     classes: list[str] | None  # names by label; None if there are no labels
     preprocessing: str
     splits: dict[str, Split]
-    features: list[str] | None = None  # their names; None if there are none
-    crop: str | None = None  # the rule that images are cropped by; None if they are not
-    encoded: bool = False  # whether its images are files, which EXIF and transparency are of
+    features: list[str] | None = None  # feature names; None if there are none
+    crop: str | None = None  # the crop rule; None if images are not cropped
+    encoded: bool = False  # whether images are files, which may have EXIF and transparency
 
 
 def images_per_shard(size: tuple[int, int], channels: int) -> int:
-    """How many images to put in a shard: as many as have 192 MiB of pixels."""
+    """Returns the number of images per shard, which have 192 MiB of pixels."""
     return max(1, SHARD_PIXEL_BYTES // (size[0] * size[1] * channels))
 
 
 def chosen(found: dict[str, Any], split: str | None, source: Path) -> dict[str, Any]:
-    """Keeps the split that is wanted of those found; None keeps all.
+    """Keeps only the requested split; None keeps all.
 
     Raises:
         ValueError: there is no such split.
@@ -108,22 +108,23 @@ def chosen(found: dict[str, Any], split: str | None, source: Path) -> dict[str, 
         return found
     if split not in found:
         raise ValueError(
-            f'{source} holds the split(s) {", ".join(found)} and not {split!r}; choose one of '
-            'them, or leave --split away.'
+            f'{source} has the split(s) {", ".join(found)}, but not {split!r}; choose one of '
+            'them, or leave out --split.'
         )
     return {split: found[split]}
 
 
 def split_of_folder(name: str) -> tuple[str, str | None] | None:
-    """The split that a whole name stands for, and the size that it gives, as in train_64x64."""
+    """Returns the split of a folder name, and its size if it has one, as in train_64x64."""
     match = _SPLIT_NAME.fullmatch(name)
     return match and (_SPLITS[match[1].lower()], match[2])
 
 
 def split_in_path(path: str) -> str | None:
-    """The split that a word of a file's name, or else of its folders' names, stands for.
+    """Returns the split that a word of the file name, or else of a folder name, stands for.
 
-    As of data/train-00000-of-00005.parquet, shards/imagenet-val-0001.tar and test/0000.parquet.
+    For example in data/train-00000-of-00005.parquet, shards/imagenet-val-0001.tar and
+    test/0000.parquet.
     """
     for part in reversed(path.split('/')):
         for word in re.split(r'[^a-z]+', part.lower()):
@@ -133,7 +134,7 @@ def split_in_path(path: str) -> str | None:
 
 
 def set_name(source: Path) -> str:
-    """The name of a set: that of its folder or archive, or of the folder around its only split."""
+    """Returns the dataset's name: that of its folder or archive, or of a lone split's parent."""
     source = source.absolute()
     name = re.sub(r'(-\d{5}-of-\d{5})?\.(tar|zip|parquet)$', '', source.name)
     name = source.parent.name if split_of_folder(name) else name
@@ -141,7 +142,7 @@ def set_name(source: Path) -> str:
 
 
 def identity(lines: Iterable) -> str:
-    """A digest of lines that JSON can write."""
+    """Returns a digest of JSON-serializable lines."""
     digest = hashlib.sha256()
     for line in lines:
         digest.update(json.dumps(line).encode() + b'\n')
@@ -150,7 +151,7 @@ def identity(lines: Iterable) -> str:
 
 def array_split(parts: list, identity: str, size: tuple[int, int],
                 crop: str = 'torchvision') -> Split:
-    """A split of parts (name, labels, images(start, stop)), one after another."""
+    """Makes a split by concatenating parts (name, labels, images(start, stop))."""
 
     def tasks(start: int, stop: int) -> Iterator[Task]:
         before = 0
@@ -169,13 +170,13 @@ def array_split(parts: list, identity: str, size: tuple[int, int],
 
 def arrays_in_memory(dataset: str, splits: dict[str, tuple[str, np.ndarray, np.ndarray]],
                      classes: list[str], wanted: Wanted) -> Originals:
-    """Arrays of one shape that are in memory.
+    """Makes Originals from arrays in memory, all of one shape.
 
     Args:
-        dataset: the name of the set.
-        splits: (name of the file, uint8 [N,H,W,C] with 1 or 3 channels, labels int32 [N]).
-        classes: their names.
-        wanted: its size and crop are used.
+        dataset: the name of the dataset.
+        splits: for each split (file name, uint8 [N,H,W,C] with 1 or 3 channels, int32 labels [N]).
+        classes: the class names.
+        wanted: the options; only size and crop are used.
     """
     (_, first, _), *_ = splits.values()
     height, width, channels = first.shape[1:]

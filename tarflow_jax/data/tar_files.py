@@ -1,4 +1,4 @@
-"""The members of a tar, by `tarfile`, which believes more of what a tar says than is good."""
+"""Lists the members of a tar with `tarfile`, and adds the checks that `tarfile` lacks."""
 
 import contextlib
 import gzip
@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import BinaryIO
 
 _BLOCK = 512
-_MAX_HEADER_BYTES = 2**20  # of a long name or the attributes of one member
+_MAX_HEADER_BYTES = 2**20  # limit for a long name or the attributes of a member
 _MAX_END_BYTES = 2**26
 _CHUNK_BYTES = 2**20
 
 
 def members(file: BinaryIO, start: int, stop: int) -> Iterator[tarfile.TarInfo]:
-    """The members of the tar in bytes [start, stop) of a file; offsets are those of the file.
+    """Yields the members of the tar in bytes [start, stop) of a file, with offsets in the file.
 
     Raises:
-        ValueError: the tar is damaged or truncated, or goes on behind its end.
+        ValueError: the tar is damaged or truncated, or has data after its end.
     """
     file.seek(start)
     try:
-        # tarfile takes where the file stands for the start; what it reports counts from the file's.
+        # tarfile starts at the current position of the file; its offsets are those of the file.
         with tarfile.TarFile(fileobj=_Headers(file, stop)) as tar:
             while (member := tar.next()) is not None:
                 name = member.name[:200]
@@ -32,7 +32,7 @@ def members(file: BinaryIO, start: int, stop: int) -> Iterator[tarfile.TarInfo]:
                     if member.offset_data + member.size > stop:
                         raise ValueError(f'it is truncated within its member {name!r}')
                 yield member
-                tar.members.clear()  # a million of them would need a gigabyte
+                tar.members.clear()  # a million members would need a gigabyte
             end = tar.offset
     except (tarfile.TarError, ArithmeticError, LookupError, RecursionError) as error:
         raise ValueError(str(error) or type(error).__name__) from error
@@ -40,10 +40,10 @@ def members(file: BinaryIO, start: int, stop: int) -> Iterator[tarfile.TarInfo]:
 
 
 def gzipped(path: Path, limit: int, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of the files in a small tar.gz whose names are wanted.
+    """Yields name and contents of the wanted files in a small tar.gz.
 
     Raises:
-        ValueError: it is no tar.gz, damaged or truncated, or unpacks to more than `limit` bytes.
+        ValueError: it is damaged, is not a tar.gz, or unpacks to more than `limit` bytes.
     """
     try:
         with contextlib.ExitStack() as stack:
@@ -53,14 +53,14 @@ def gzipped(path: Path, limit: int, wanted: Callable[[str], bool]) -> Iterator[t
                     if not 0 <= member.size <= limit:
                         raise ValueError(f'its {member.name[:200]!r} has {member.size} bytes')
                     yield member.name, tar.extractfile(member).read()
-            while limited.read(_CHUNK_BYTES):  # to the checksum at the end
+            while limited.read(_CHUNK_BYTES):  # up to the checksum at the end
                 pass
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error, RecursionError) as error:
         raise ValueError(str(error) or type(error).__name__) from error
 
 
 class _Limited:
-    """What a gzip file unpacks to, up to a limit."""
+    """The unpacked contents of a gzip file, up to a limit."""
 
     def __init__(self, file: BinaryIO, limit: int):
         self._file, self._left = gzip.GzipFile(fileobj=file), limit
@@ -69,25 +69,25 @@ class _Limited:
         data = self._file.read(size)
         self._left -= len(data)
         if self._left < 0:
-            raise ValueError('it unpacks to more than such a file can hold')
+            raise ValueError('it unpacks to more than such a file can have')
         return data
 
 
 def _check_end(file: BinaryIO, end: int, stop: int) -> None:
-    """Sees whether there are zeros where tarfile found no more members."""
+    """Checks that there are zeros where tarfile found no more members."""
     file.seek(end)
     block = file.read(min(_BLOCK, max(stop - end, 0)))
     if len(block) < _BLOCK:
-        raise ValueError('it is truncated: it stops without the mark of its end')
+        raise ValueError('it is truncated: its end marker is missing')
     if block.count(0) < _BLOCK:
         raise ValueError(f'its header at byte {end} is damaged')
     left = stop - end - _BLOCK
     if left > _MAX_END_BYTES or file.read(left).strip(b'\0'):
-        raise ValueError(f'a header at byte {end} is zeros, and more follows')
+        raise ValueError(f'its header at byte {end} is zeros, but more follows')
 
 
 class _Headers:
-    """The file as tarfile sees it: it reads headers only, which are short."""
+    """A file for tarfile that allows short reads only, enough for headers."""
 
     def __init__(self, file: BinaryIO, stop: int):
         self._file, self._stop = file, stop
@@ -100,5 +100,5 @@ class _Headers:
 
     def read(self, count: int = -1) -> bytes:
         if not 0 <= count <= _MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f'a header says that it has {count} bytes')
+            raise tarfile.ReadError(f'a header claims to have {count} bytes')
         return self._file.read(count)

@@ -1,5 +1,6 @@
-"""Shards of WebDataset: tars in which files with one stem, KEY.jpg and KEY.cls or KEY.json, are one
-sample. Source: the format's description in the WebDataset repository.
+"""Reads WebDataset shards: tars in which KEY.jpg and KEY.cls or KEY.json form one sample.
+
+Source: the description of the format in the WebDataset repository.
 """
 
 import itertools
@@ -23,10 +24,10 @@ class _Sample(NamedTuple):
 
 
 def find(listing: Listing) -> Pictures | None:
-    """The samples of all shards; None if the files are not those of shards.
+    """Finds the samples of all shards; returns None if the files are not from shards.
 
     Raises:
-        ValueError: a label is damaged, or some samples have one and others do not.
+        ValueError: a label is damaged, or only some samples have one.
     """
     in_tars = [file for file in listing.files if file.path.endswith('.tar')]
     samples, siblings = _samples(in_tars)
@@ -38,23 +39,23 @@ def find(listing: Listing) -> Pictures | None:
         without = next((sample.image for sample in samples if sample.label is None), None)
         if without:
             raise ValueError(
-                f'{without.path} holds {without.name} and no .cls or .json of that name, which '
-                'other images have; add it, or take the image away.'
+                f'{without.path} has {without.name} without a .cls or .json, which other images '
+                'have; add it, or remove the image.'
             )
     labels = [_label(sample.label) for sample in samples] if labelled else []
     if labels and not any(label is not None for label in labels):
-        labels = []  # the .json files say nothing of classes
+        labels = []  # the .json files have no classes
     if None in labels:
         image = samples[labels.index(None)].image
         raise ValueError(
-            f'{image.path} holds {image.name} without a class in its .json, which other images '
-            'have; add it, or take the image away.'
+            f'{image.path} has {image.name} without a class in its .json, which other images '
+            'have; add it, or remove the image.'
         )
     numbers = bool(labels) and all(type(label) is int for label in labels)
     if labels and not numbers and any(type(label) is int for label in labels):
         raise ValueError(
-            f'{samples[0].image.path} and the shards beside it hold both names and numbers as '
-            'labels; write them all in one way.'
+            f'{samples[0].image.path} and its sibling shards have both names and numbers as '
+            'labels; write all labels in one way.'
         )
     classes = (
         None if not labels else
@@ -62,7 +63,7 @@ def find(listing: Listing) -> Pictures | None:
     )
     groups: dict[str | None, Group] = {}
     for k, (image, _) in enumerate(samples):
-        # Only the names of shards and folders count: those of images are whatever they are.
+        # Only the names of shards and folders give the split; image names are arbitrary.
         split = split_in_path(image.name.rpartition('/')[0]) or split_in_path(
             image.path.rpartition('/')[2]
         )
@@ -74,7 +75,7 @@ def find(listing: Listing) -> Pictures | None:
 
 
 def _any_image(listing: Listing) -> bool:
-    """Whether there are images outside of tars."""
+    """Returns whether there are images outside tars."""
     return any(
         file.name.lower().rpartition('.')[2] in SUFFIXES
         for file in listing.files if not file.path.endswith('.tar')
@@ -82,7 +83,7 @@ def _any_image(listing: Listing) -> bool:
 
 
 def _samples(in_tars: list[File]) -> tuple[list[_Sample], int]:
-    """The images in tars, each with its label, and how many have a sibling of another kind."""
+    """Returns the images in tars with their labels, and how many have a label or other sibling."""
     samples, siblings = [], 0
     for _, files in itertools.groupby(in_tars, _key):  # they are sorted by name
         found = {file.name.rpartition('/')[2].partition('.')[2].lower(): file for file in files}
@@ -91,7 +92,7 @@ def _samples(in_tars: list[File]) -> tuple[list[_Sample], int]:
             continue
         label = next((found[kind] for kind in _LABELS if kind in found), None)
         samples.append(_Sample(image, label))
-        # A folder inside of the tar may be a class, whatever lies beside its images.
+        # A folder inside the tar may be a class, even if its images have sibling files.
         folder, tar = os.path.dirname(image.name), os.path.basename(image.path)
         in_folder = folder and os.path.basename(folder) != tar.removesuffix('.tar')
         siblings += 'cls' in found or not in_folder and any(kind not in SUFFIXES for kind in found)
@@ -122,5 +123,5 @@ def _label(file: File) -> int | str | None:
         raise ValueError(f'the label is {str(label)[:50]!r}')
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f'{file.path} holds a damaged {file.name} ({error}); write the shard again.'
+            f'{file.path} has a damaged {file.name} ({error}); write the shard again.'
         ) from error

@@ -1,7 +1,7 @@
-"""What lies in a zip, and what its members hold: stored or deflated, checked before believed.
+"""Lists and reads the stored or deflated members of a zip, with checks of sizes and checksums.
 
-The directory at the end of the file is read entry by entry, because `zipfile` would keep a gigabyte
-for a million of them. Source: PKWARE's APPNOTE, 4.3 to 4.5.
+Reads the directory at the end of the file entry by entry; `zipfile` would need a gigabyte of memory
+for a million entries. Source: PKWARE's APPNOTE, 4.3 to 4.5.
 """
 
 import struct
@@ -15,38 +15,38 @@ _END, _END64, _LOCATOR64 = b'PK\x05\x06', b'PK\x06\x06', b'PK\x06\x07'
 _ENTRY = struct.Struct('<4s4xHHxxxxIIIHHH8xI')
 _LOCAL = struct.Struct('<4s2xHH4xIIIHH')
 _CHUNK_BYTES = 2**20
-# Photographs do not deflate, drawings do by far less.
+# Photographs do not compress, and drawings compress by much less.
 BOMB_BYTES, BOMB_RATIO = 2**26, 100
 
 
 class Packed(NamedTuple):
-    """How a member is kept."""
+    """How a member is stored."""
 
     method: int
-    size: int  # in bytes, as it is in the zip
+    size: int  # compressed size in bytes
     crc: int
 
 
 class Member(NamedTuple):
     """A file in a zip."""
 
-    name: str  # what is not UTF-8 as surrogates
-    offset: int  # of its local header
+    name: str  # bytes that are not UTF-8 are surrogates
+    offset: int  # offset of its local header
     size: int
     packed: Packed
     why_not: str = ''  # why it cannot be read
 
 
 def members(file: BinaryIO) -> Iterator[Member]:
-    """The files and folders (NAME/) of a zip, in the order of its directory.
+    """Yields the files and folders (NAME/) of a zip, in the order of its directory.
 
     Raises:
-        ValueError: the directory is damaged, truncated, or promises more than the zip holds.
+        ValueError: the directory is damaged or truncated, or claims more than the zip has.
     """
     whole = file.seek(0, 2)
     entries, size, offset, end = _directory(file, whole)
     if offset + size > end:
-        raise ValueError('its directory lies beyond its end')
+        raise ValueError('its directory is beyond its end')
     file.seek(offset)
     held = 0
     while size > 0:
@@ -60,43 +60,45 @@ def members(file: BinaryIO) -> Iterator[Member]:
         name, extra = rest[:lengths[0]], rest[lengths[0]:lengths[0] + lengths[1]]
         unpacked, packed, at = _wide(extra, (unpacked, packed, at))
         if at + _LOCAL.size + packed > whole:
-            raise ValueError(f'its member {_text(name, flags)!r} lies beyond its end')
+            raise ValueError(f'its member {_text(name, flags)!r} is beyond its end')
         held += _LOCAL.size + packed
         if held > whole:
-            raise ValueError('its members overlap, as those of a decompression bomb do')
+            raise ValueError('its members overlap, as in a decompression bomb')
         why_not = (
             'is encrypted' if flags & _ENCRYPTED else
             '' if method in (STORED, DEFLATED) else
-            f'is compressed by the method {method}, and only stored and deflated files are read'
+            f'is compressed by method {method}, but only stored and deflated files are supported'
         )
         yield Member(_text(name, flags), at, unpacked, Packed(method, packed, crc), why_not)
         size -= len(head) + len(rest)
         entries -= 1
     if size or entries % 2**16:
-        raise ValueError('its directory does not hold as many files as it says')
+        raise ValueError('its directory claims another number of files than it has')
 
 
 def read(file: BinaryIO, member_offset: int, size: int, packed: Packed) -> bytes:
-    """All bytes of a member.
+    """Reads all bytes of a member.
 
     Raises:
         ValueError: the member is damaged, or a bomb.
         EOFError: the zip ends within it.
     """
     if size > max(BOMB_BYTES, BOMB_RATIO * packed.size):
-        raise ValueError(f'is a decompression bomb: {packed.size} bytes that make {size}')
+        raise ValueError(f'is a decompression bomb: {packed.size} bytes unpack to {size}')
     stream = open_member(file, member_offset, packed)
     data = stream.read(size)
     if len(data) != size or stream.read(1) or zlib.crc32(data) != packed.crc:
-        raise ValueError('is damaged: it has another checksum than the zip says')
+        raise ValueError('is damaged: its checksum differs from that in the zip')
     return data
 
 
 def name_at(file: BinaryIO, offset: int) -> str:
-    """The name before a member, which no checksum covers, nor that in the directory.
+    """Reads the name in the local header of a member, to compare it with that in the directory.
+
+    No checksum covers either name.
 
     Raises:
-        ValueError: there is no member at that place.
+        ValueError: there is no member at this offset.
     """
     file.seek(offset)
     head = file.read(_LOCAL.size)
@@ -107,10 +109,10 @@ def name_at(file: BinaryIO, offset: int) -> str:
 
 
 def open_member(file: BinaryIO, offset: int, packed: Packed) -> 'Stream':
-    """A member to read from its start on; the file must not be moved meanwhile.
+    """Opens a member for sequential reading; do not seek in the file in the meantime.
 
     Raises:
-        ValueError: there is no member at that place.
+        ValueError: there is no member at this offset.
         EOFError: the zip ends before it.
     """
     file.seek(offset)
@@ -125,20 +127,20 @@ def open_member(file: BinaryIO, offset: int, packed: Packed) -> 'Stream':
 
 
 def stream_members(file) -> Iterator[tuple[str, 'Stream']]:
-    """The members of a zip that can only be read from its start on, as it lies in another zip.
+    """Yields the members of a zip that allows sequential reading only, such as one in another zip.
 
     Args:
-        file: a file, or a Stream; what is left of a member is skipped.
+        file: a file, or a Stream. The unread rest of a member is skipped.
 
     Raises:
-        ValueError: the zip is damaged, or was written in a way that hides where its members end.
+        ValueError: the zip is damaged, or does not tell where its members end.
     """
     while (head := file.read(_LOCAL.size))[:4] == b'PK\x03\x04' and len(head) == _LOCAL.size:
         _, flags, method, _, packed, unpacked, name_length, extra_length = _LOCAL.unpack(head)
         name, extra = file.read(name_length), file.read(extra_length)
         unpacked, packed, _ = _wide(extra, (unpacked, packed, 0))
         if flags & 8 and not packed or method not in (STORED, DEFLATED) or flags & _ENCRYPTED:
-            raise ValueError('is encrypted, or a zip that says sizes behind its members; unpack it')
+            raise ValueError('is encrypted, or has sizes after its members; unpack it')
         stream = Stream(file, method, packed)
         yield _text(name, flags), stream
         _skip(file, stream.left)
@@ -147,18 +149,18 @@ def stream_members(file) -> Iterator[tuple[str, 'Stream']]:
 
 
 class Stream:
-    """The bytes of a member, unpacked as they are read."""
+    """The bytes of a member, unpacked on demand."""
 
     def __init__(self, file, method: int, packed_size: int):
         self._file = file
         self._inflate = zlib.decompressobj(-15) if method == DEFLATED else None
-        self.left = packed_size  # bytes of the member that were not taken from the file
+        self.left = packed_size  # compressed bytes not yet read from the file
 
     def read(self, count: int) -> bytes:
-        """The next bytes, fewer only at the end of the member.
+        """Reads the next bytes; returns fewer only at the end of the member.
 
         Raises:
-            ValueError: what was deflated is damaged.
+            ValueError: the compressed data is damaged.
         """
         if self._inflate is None:
             data = self._file.read(min(count, self.left))
@@ -180,7 +182,7 @@ class Stream:
         return bytes(made)
 
     def skip(self, count: int) -> None:
-        """Goes on without the next bytes; it is no error if there are fewer."""
+        """Skips the next bytes, or all bytes that are left if there are fewer."""
         if self._inflate is None:
             count = min(count, self.left)
             self.left -= count
@@ -198,7 +200,7 @@ def _skip(file: 'BinaryIO | Stream', count: int) -> None:
 
 
 def _directory(file: BinaryIO, whole: int) -> tuple[int, int, int, int]:
-    """Entries, size and offset of the directory, and where it must have ended."""
+    """Returns the number of entries, size, offset and latest possible end of the directory."""
     tail_at = max(0, whole - 22 - 2**16)
     file.seek(tail_at)
     tail = file.read()
@@ -218,7 +220,7 @@ def _directory(file: BinaryIO, whole: int) -> tuple[int, int, int, int]:
 
 
 def _wide(extra: bytes, numbers: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Sizes and offset, each from the extra field of zip64 where it is too large for 32 bits."""
+    """Returns sizes and offset, with those too large for 32 bits from the zip64 extra field."""
     at, wide = 0, b''
     while at + 4 <= len(extra):
         kind, length = struct.unpack_from('<HH', extra, at)

@@ -1,1 +1,1 @@
-"""Scores of a trained flow by name, the networks that some of them need, and samples in bulk."""
+"""Scores of a trained flow, the networks that some of them need, and sampling in bulk."""

@@ -1,4 +1,4 @@
-"""Bits per dimension and the training loss over a whole set."""
+"""Bits per dimension and the training loss over a whole dataset."""
 
 import functools
 
@@ -14,11 +14,11 @@ from tarflow_jax.training.corruption import Recipe, condition_of, corrupt_each, 
 
 @functools.partial(jax.jit, static_argnums=0)
 def dequantized_log_prob(model: TarFlow, variables, batch, keys, noise_std=None) -> jax.Array:
-    """Nats per image of the dequantized images, each under the key of its own: [B].
+    """Computes log p of the dequantized images in nats, each with its own key: [B].
 
     Args:
-      batch: of a data source.
-      noise_std: of noise-conditioned flows, the level they are asked at.
+      batch: a batch of a data source.
+      noise_std: the noise level, for noise-conditioned flows.
     """
     images = jax.vmap(dequantize)(keys, batch['image'])
     condition = condition_of(model, batch, noise_std)
@@ -27,7 +27,7 @@ def dequantized_log_prob(model: TarFlow, variables, batch, keys, noise_std=None)
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def training_losses(model: TarFlow, recipe: Recipe, variables, batch, keys) -> jax.Array:
-    """The training loss of each image under fresh noise of the recipe, nats per dimension: [B]."""
+    """Computes the training loss of each image with fresh noise, in nats per dimension: [B]."""
     images, noise_std, weight = corrupt_each(keys, batch['image'], recipe)
     z, logdet = model.apply(variables, images, condition_of(model, batch, noise_std))
     losses = likelihood.example_losses(z, logdet)
@@ -37,21 +37,21 @@ def training_losses(model: TarFlow, recipe: Recipe, variables, batch, keys) -> j
 def bits_per_dim(
     model: TarFlow, variables, source, *, recipe: Recipe, mesh, batch_size, key, draws=1
 ) -> dict[str, float]:
-    """Bits per dimension of 8-bit pixels under uniform dequantisation, over a whole set.
+    """Computes bits per dimension of 8-bit pixels with uniform dequantization, over a dataset.
 
-    Every image is scored with its label, in float32 whatever the flow's dtype, with `draws` draws
-    of the dequantisation noise u. The mean over images and draws of -log2 p(v + u) is the number
-    that papers publish, an upper bound on the bits that the 8-bit image costs. The bound from K
-    draws together, -log2 of the mean of p(v + u_k), is tighter (Burda et al., arXiv 1509.00519,
-    eq. 8; here with a uniform proposal) and is not comparable with published numbers.
+    Every image is scored with its label, in float32 for every dtype of the flow, with `draws`
+    samples of the dequantization noise u. Papers publish the mean of -log2 p(v + u) over images and
+    samples; it is an upper bound on the bits of the 8-bit image. The bound from K samples together,
+    -log2 of the mean of p(v + u_k), is tighter (Burda et al., arXiv 1509.00519, eq. 8; here with a
+    uniform proposal), but not comparable with published numbers.
 
-    For flows trained with Gaussian noise both are valid bounds, and far from what the noise level
-    allows; `loss` is what their training minimises, in nats per dimension, with fresh noise.
+    For flows trained with Gaussian noise both bounds are valid, but loose. Their training minimizes
+    `loss`, in nats per dimension, with fresh noise.
 
     Returns:
-      'bits_per_dim' and its standard errors over the images and, from two draws on, over the
-      draws; from two draws on 'importance_weighted_bits_per_dim' with its standard error over the
-      images; 'loss'; 'images' and 'draws'.
+      'bits_per_dim' and its standard error over images; 'loss'; 'images' and 'draws'. With two or
+      more draws also its standard error over draws, and 'importance_weighted_bits_per_dim' with its
+      standard error over images.
     """
     model = model.clone(dtype=jnp.float32)
     over = functools.partial(over_set, source=source, mesh=mesh, batch_size=batch_size)
@@ -83,5 +83,5 @@ def bits_per_dim(
 
 
 def standard_error(values: np.ndarray) -> float:
-    """Of the mean of independent values [N]."""
+    """Returns the standard error of the mean of independent values [N]."""
     return values.std(ddof=1) / np.sqrt(values.size) if values.size > 1 else float('nan')

@@ -1,9 +1,9 @@
-"""Samples in bulk: tens of thousands of images, drawn by all devices and put on disk on the way.
+"""Sampling in bulk: samples tens of thousands of images on all devices and saves them as it goes.
 
-Each image comes from noise of its own, which depends on the seed and the image's number alone. So
-neither the batch size nor the mesh matters (but for rounding), and a set can be made longer. Every
-batch is a file, a *part*, before the next one is drawn; a run that was killed goes on behind the
-parts it finds.
+Each image has its own noise, which depends only on the seed and the index of the image. So the
+images do not depend on the batch size or the mesh (except for rounding), and a set can be extended
+later. Each batch is saved as a file, a *part*, before the next is sampled. After a crash, sampling
+resumes after the existing parts.
 """
 
 import contextlib
@@ -38,8 +38,8 @@ from tarflow_jax.training.digests import sums_of_hashes
 from tarflow_jax.training.loop import Stopped
 from tarflow_jax.training.processes import Stop, by_first, from_first
 
-SHEETS, PER_SHEET = 10, 100  # pictures of the first images
-LOG_SECONDS = 60  # between lines about the progress where there is no bar
+SHEETS, PER_SHEET = 10, 100  # image grids, and images per grid
+LOG_SECONDS = 60  # interval of progress lines when there is no progress bar
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +47,14 @@ log = logging.getLogger(__name__)
 def fingerprint(
     plan, variables, name: str, *, seed: int, tolerance=None
 ) -> dict:
-    """All that determines the images of a set, as JSON values; neither count nor batch size does.
+    """Returns everything that determines the images of a set, as JSON values.
+
+    Neither the count nor the batch size is part of it.
 
     Args:
       plan: a `config.Plan`.
-      name: of the variables, such as step_0001755; their numbers count too, by a digest.
-      tolerance: of samples drawn by a schedule; None if sequentially.
+      name: the name of the variables, such as step_0001755; a digest covers their values.
+      tolerance: the tolerance, if a schedule is used; None for sequential sampling.
     """
     model, conditions = plan.model, plan.conditions
     approximate = {} if tolerance is None else {'tolerance': tolerance}
@@ -75,7 +77,7 @@ def fingerprint(
 
 
 def folder_name(fingerprint: dict) -> str:
-    """What to call the folder of a set, such as step_0001755-guidance_2.3-1f3a9c2e."""
+    """Returns the name of a set's folder, such as step_0001755-guidance_2.3-1f3a9c2e."""
     canonical = json.dumps(fingerprint, sort_keys=True, separators=(',', ':'))
     words = [fingerprint['variables']['name']]
     if fingerprint['guidance']['weight']:
@@ -84,9 +86,9 @@ def folder_name(fingerprint: dict) -> str:
 
 
 def digest(variables) -> str:
-    """Sixteen hexadecimal digits that change with any number of the variables.
+    """Returns 16 hexadecimal digits that change if any value of the variables changes.
 
-    The sums are of integers, so that it does not matter how the arrays are split.
+    It sums integers, so the result does not depend on how the arrays are sharded.
     """
     sums = jax.tree.leaves(sums_of_hashes(variables))
     lines = [
@@ -109,32 +111,32 @@ def draw_set(
     file_format: str = 'npz',
     schedule: Schedule | None = None,
 ) -> dict:
-    """Draws a set of images into a folder, or what is missing of it; the first process writes.
+    """Samples a set of images into a folder, or its missing part; the first process writes.
 
-    The folder gets the images as `sample_files` describes, `samples.json`, and sheets of the first
-    1,000 as PNG. An image that is not finite is drawn again from other noise, up to 10 times, and
-    is grey if that does not help. A finished set is left as it is, a shorter one made longer.
+    The folder gets the images (see `sample_files`), `samples.json`, and PNG image grids of the
+    first 1,000. An image that is not finite is sampled again with new noise, up to 10 times, and
+    becomes grey if all attempts fail. A finished set is kept; a shorter one is extended.
 
     Args:
-      plan: a `config.Plan`; its flow is laid out over `mesh`.
-      count: images the set is to have at least.
-      batch_size: rounded up to a multiple of what the mesh splits a batch into.
-      fingerprint: of these very arguments; see `fingerprint`.
-      file_format: of the images, as `sample_files` writes them.
-      schedule: how they are drawn; None is sequentially.
+      plan: a `config.Plan` whose flow has the layout of `mesh`.
+      count: minimum number of images in the set.
+      batch_size: images per batch, rounded up to a multiple of the shards of the batch axis.
+      fingerprint: the fingerprint of these arguments; see `fingerprint`.
+      file_format: format of the images; see `sample_files`.
+      schedule: schedule of the sampling methods; None for sequential sampling.
     Returns:
-      what `samples.json` holds, and 'drawn', 'seconds' and 'path': the images drawn by this call,
-      its time, and the file.
+      the contents of `samples.json`, and 'drawn', 'seconds' and 'path': the number of images that
+      this call sampled, its time, and the file.
     Raises:
-      Stopped: after Ctrl-C or SIGTERM; the batches up to there are kept.
-      ValueError: if the folder holds a finished set with another fingerprint.
-      Taken: if another process draws this set; a finished one is read by many.
+      Stopped: after Ctrl-C or SIGTERM; finished batches are kept.
+      ValueError: if the folder has a finished set with another fingerprint.
+      Taken: if another process is sampling this set. Many processes may read a finished set.
     """
     folder = paths.of(folder)
     about = from_first(sample_files.read_about(folder))
     there = about and about['count'] >= count and about['format'] == file_format
     if there and from_first(sample_parts.are_left(folder)):
-        # Unless the set is being made longer, or cannot be written to.
+        # A finished set needs no lock, unless it is being extended.
         with contextlib.suppress(OSError), lock.held(folder, by_first):
             if jax.process_index() == 0:
                 parts = sample_parts.parts(folder, plan.model.example_shape)
@@ -173,8 +175,8 @@ def _draw_set(
             progress.add(last - first)
             code = stop.after(i)
             if code is not None:
-                log.warning('stopped; the %d images drawn so far are kept in %s and the same '
-                            'command goes on from there', progress.done, folder)
+                log.warning('stopped; %d images are kept in %s; run the same command again to '
+                            'resume', progress.done, folder)
                 raise Stopped(code)
     if writes and (about['count'] < count or about['format'] != file_format):
         count = max(count, about['count'])
@@ -192,7 +194,7 @@ def _draw_set(
 
 
 class _Progress:
-    """How far it is: a bar in a terminal, else a line now and then; on the first process only."""
+    """Shows progress on the first process: a bar in a terminal, else a line at intervals."""
 
     def __init__(self, count: int, done: int):
         self.done = done
@@ -211,10 +213,10 @@ class _Progress:
 
     @property
     def denoising(self) -> Callable[[int, int], None] | None:
-        """Shows the steps of iterative denoising beside the bar, where there is one.
+        """Returns a callback that shows the denoising steps next to the bar, if there is a bar.
 
-        Elsewhere the program is better without: JAX's compilation cache then keeps it. Of several
-        processes all must compile the same, and only the first has a bar.
+        Without a bar it returns None, because JAX's compilation cache skips programs with a
+        callback. Several processes must compile the same program, but only the first has a bar.
         """
         return None if self._bar.disable or jax.process_count() > 1 else self._step
 
@@ -228,19 +230,19 @@ class _Progress:
         if self._bar.disable and now - self._logged > LOG_SECONDS:
             rate = (self.done - self._start) / (now - self._since)
             left = tqdm.format_interval((self._count - self.done) / rate)
-            log.info('%d of %d images, %.2f a second, %s left', self.done, self._count, rate, left)
+            log.info('%d of %d images, %.2f/s, %s left', self.done, self._count, rate, left)
             self._logged = now
 
 
-# Drawing.
+# Sampling.
 
 
 def _draw(plan, variables, key, mesh, batch_size, schedule, progress, numbers) -> dict:
-    """The images with these numbers: 'pixels' uint8 [n, H, W, C], 'redraws' and 'finite' [n]."""
+    """Samples these images: 'pixels' uint8 [n, H, W, C], 'redraws' and 'finite' [n]."""
     model = plan.model
 
     def images(numbers, size: int, attempt: int) -> np.ndarray:
-        """[n, H, W, C], drawn as a batch of `size`."""
+        """Samples images [n, H, W, C] in a batch of `size`."""
         numbers, given = np.resize(numbers, size), len(numbers)
         drawn = generate(
             model, variables, noise_of_examples(model, key, numbers, attempt),
@@ -257,7 +259,7 @@ def _draw(plan, variables, key, mesh, batch_size, schedule, progress, numbers) -
         failed = np.flatnonzero(~np.isfinite(drawn).all((1, 2, 3)))
         if not failed.size:
             break
-        # Doubled until they fit, so that few batch sizes are ever compiled.
+        # Doubling the size keeps the number of compiled batch sizes small.
         size = sharding.batch_multiple(mesh)
         while size < failed.size:
             size *= 2
@@ -272,9 +274,9 @@ def _draw(plan, variables, key, mesh, batch_size, schedule, progress, numbers) -
 
 
 def _assemble(folder: Path, stretches, conditions, shape, about: dict) -> None:
-    """Makes the finished set of the stretches, then removes the parts that are in it.
+    """Writes the finished set from the stretches, then removes their parts.
 
-    `about` is what `samples.json` is to say, with the totals of the images that had been finished.
+    `about` becomes `samples.json`; it has the totals of the images that were already finished.
     """
     path = sample_files.images_path(folder, about)
     pixels = sample_parts.in_order(stretches, shape[0], about)
@@ -299,7 +301,7 @@ def _assemble(folder: Path, stretches, conditions, shape, about: dict) -> None:
 
 
 def _write_sheets(folder: Path, source, conditions) -> None:
-    """Pictures of the first images, a hundred on each."""
+    """Writes image grids of the first images, a hundred per grid."""
     count = min(len(source), SHEETS * PER_SHEET)
     for first in range(0, count, PER_SHEET):
         numbers = range(first, min(first + PER_SHEET, count))

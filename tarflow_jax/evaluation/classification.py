@@ -1,4 +1,4 @@
-"""Classification with the flow's own likelihood: argmax over y of log p(x | y) (Bayes' rule)."""
+"""Classification by the flow's likelihood: argmax over y of log p(x | y) (Bayes' rule)."""
 
 import functools
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from tarflow_jax.flow.flow import TarFlow
 from tarflow_jax.training.corruption import Recipe, condition_of, corrupt_each
 
 SHOWN_CLASSES = 3
-BINS = 15  # of the calibration error, as usual since Guo et al., arXiv 1706.04599
+BINS = 15  # bins of the calibration error, as in Guo et al., arXiv 1706.04599
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def class_log_probs(model: TarFlow, recipe: Recipe, variables, batch, keys):
-    """log p(x | y) of every class y for the images of a batch: [B, num_classes], nats.
+    """Computes log p(x | y) for every class y and every image: [B, num_classes], in nats.
 
-    The images get the noise of the training recipe, the same for every class, under keys [B].
+    The images get the noise of the training recipe, with keys [B]. All classes use the same noise.
     """
     images, noise_std, _ = corrupt_each(keys, batch['image'], recipe)
 
@@ -37,17 +37,17 @@ def classification(
     model: TarFlow, variables, source, *, recipe: Recipe, mesh, batch_size, key, draws=1,
     name: Callable[[int], str] = str,
 ) -> dict:
-    """Accuracy and calibration of the Bayes classifier with equal class priors, in float32.
+    """Measures accuracy and calibration of the Bayes classifier with equal priors, in float32.
 
-    log p(x | y) is averaged over the draws. Its differences between classes are hundreds of nats,
-    so that the posterior is nearly always sure of itself; hence the calibration error is also
-    given for log p divided by the temperature that fits the even-numbered images best, on the odd
-    ones (Guo et al., arXiv 1706.04599, section 4.2). Images labelled -1 are left out.
+    log p(x | y) is averaged over the draws. It differs by hundreds of nats between classes, so the
+    posterior is almost always near 0 or 1. So the calibration error is also measured after
+    temperature scaling: the temperature is fitted on even-numbered images and tested on odd ones
+    (Guo et al., arXiv 1706.04599, section 4.2). Images with label -1 are left out.
 
     Args:
-      name: what to call a class, of its label.
+      name: function from a label to the class name.
     Returns:
-      see `calibration`, and 'images', 'draws' and 'class_accuracy', by the name of the class.
+      the result of `calibration`, and 'images', 'draws' and 'class_accuracy' by class name.
     Raises:
       ValueError: if no image has a label.
     """
@@ -62,7 +62,7 @@ def classification(
     )
     labels = found['label'][0]
     if not (labels >= 0).any():
-        raise ValueError('classification needs labelled images, and no image of the set has one.')
+        raise ValueError('classification needs labels, but no image of the dataset has one.')
     log_probs = found['log_probs'].astype(np.float64).mean(0)
     known = labels >= 0
     log_probs, labels = log_probs[known], labels[known]
@@ -74,15 +74,16 @@ def classification(
 
 
 def calibration(log_probs: np.ndarray, labels: np.ndarray) -> dict:
-    """How right, and how sure of itself, a classifier is.
+    """Measures the accuracy and calibration of a classifier.
 
     Args:
-      log_probs: [N, K], up to a constant of each image; labels: [N], 0 to K - 1.
+      log_probs: [N, K], up to a constant per image.
+      labels: [N], 0 to K - 1.
     Returns:
-      'accuracy', its standard error, 'top_5_accuracy' from 10 classes on, mean 'confidence',
-      'cross_entropy' (nats), 'calibration_error' (mean |accuracy - confidence| over 15 bins),
-      'temperature' and 'calibration_error_at_temperature', and 'reliability': one [mean
-      confidence, accuracy, images] for each bin that is not empty.
+      'accuracy', its standard error, 'top_5_accuracy' (with 10 or more classes), mean
+      'confidence', 'cross_entropy' (nats), 'calibration_error' (mean |accuracy - confidence| over
+      15 bins), 'temperature' and 'calibration_error_at_temperature', and 'reliability': [mean
+      confidence, accuracy, images] of each bin that is not empty.
     """
     right = log_probs.argmax(1) == labels
     found = {'accuracy': right.mean(), 'accuracy_standard_error': standard_error(right * 1.0)}
@@ -116,7 +117,7 @@ def _cross_entropy(log_posterior, labels) -> float:
 
 
 def _temperature(log_probs, labels) -> float:
-    """Of least cross entropy, by golden-section search of its logarithm (which is unimodal)."""
+    """Finds the temperature of least cross entropy, by golden-section search of its logarithm."""
     loss = lambda t: _cross_entropy(_log_posterior(log_probs, np.exp(t)), labels)  # noqa: E731
     low, high, golden = np.log(1e-2), np.log(1e5), (np.sqrt(5) - 1) / 2
     while high - low > 1e-3:
@@ -142,7 +143,7 @@ def _calibration_error(reliability: np.ndarray) -> float:
 
 
 def rows(r: dict) -> list[tuple[str, str]]:
-    """The rows of the printed table."""
+    """Returns the rows of the printed table."""
     top_5 = f'; top 5 {r["top_5_accuracy"]:.2%}' if 'top_5_accuracy' in r else ''
     found = [
         ('accuracy of argmax p(x | y)', f'{r["accuracy"]:.2%}  (standard error '
@@ -151,7 +152,7 @@ def rows(r: dict) -> list[tuple[str, str]]:
          f'{r["confidence"]:.4f}); {r["calibration_error_at_temperature"]:.4f} with log p divided '
          f'by {r["temperature"]:.4g}'),
     ]
-    if 'class_accuracy' in r:  # results of version 0.1 have none
+    if 'class_accuracy' in r:  # missing in results of version 0.1
         worst = sorted(r['class_accuracy'].items(), key=lambda item: item[1])[:SHOWN_CLASSES]
         found.append((
             'least accurate classes',

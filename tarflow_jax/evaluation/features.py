@@ -1,7 +1,7 @@
-"""Features of a whole source on a mesh, and the statistics of them, kept in files.
+"""Computes the features of a whole source on a mesh, and caches their statistics in files.
 
-A network is any object with `variables`, `features(variables, uint8 [B, H, W, C]) -> dict` with
-'pooled' [B, D] and perhaps 'spatial' [B, E], and `about`, a dict that JSON can hold.
+A network is any object with `variables`, `features(variables, uint8 [B, H, W, C])`, which returns a
+dict with 'pooled' [B, D] and optionally 'spatial' [B, E], and `about`, a JSON dict.
 """
 
 import functools
@@ -29,16 +29,16 @@ def features_of(
     network, source, *, mesh, batch_size: int, flip: bool = False, seed: int = 0,
     what: str = 'features',
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Features of all images of a source, batch by batch and in its order, on every process.
+    """Computes the features of all images of a source, in order, on every process.
 
     Args:
       source: see `data.sources`.
-      flip: whether to mirror half of the images, left to right, as training sets are for the
-        statistics of the official code. Which ones depends on the seed and on an image's place
-        in the source alone.
-      what: for the progress bar.
+      flip: whether to mirror half of the images, left to right, as the official code does for the
+        statistics of training sets. The choice depends only on the seed and on the index of the
+        image in the source.
+      what: the label of the progress bar.
     Returns:
-      An iterator of {'pooled': float32 [b, D], ...}; all processes must go through it.
+      An iterator of {'pooled': float32 [b, D], ...}. All processes must iterate over it.
     """
     if flip:
         mirrored = _stream(seed, 'flips').random(len(source)) < 0.5
@@ -58,17 +58,17 @@ def features_of(
 
 
 def statistics_of(network, source, *, about: dict, **options) -> Statistics:
-    """Statistics of the features of a source; `options` are those of `features_of`."""
+    """Computes statistics of the features of a source; `options` are those of `features_of`."""
     return statistics_and_features(network, source, keep=0, about=about, **options)[0]
 
 
 def statistics_and_features(
     network, source, *, keep: int, about: dict, seed: int = 0, **options
 ) -> tuple[Statistics, np.ndarray]:
-    """Statistics, and the pooled features float32 [min(keep, images), D] of a random subset.
+    """Computes statistics, and pooled features float32 [min(keep, images), D] of a random subset.
 
-    The subset, drawn by the seed and in the order of the source, is for precision and recall: the
-    first images of a set are often all of a few classes.
+    The subset is for precision and recall. It is random, by the seed and in the order of the
+    source, because the first images of a dataset are often from a few classes.
     """
     keep = min(keep, len(source))
     chosen = np.zeros(len(source), bool)
@@ -83,7 +83,7 @@ def statistics_and_features(
         kept.append(pooled[chosen[done : done + len(pooled)]].astype(np.float32))
         done += len(pooled)
     if done < 2:
-        raise ValueError(f'{done} image(s) have no statistics; choose a set of at least 2.')
+        raise ValueError(f'{done} image(s) are too few for statistics; use a dataset of 2 or more.')
     spatial = sums['spatial'].statistics({}) if 'spatial' in sums else None
     return sums['pooled'].statistics(about, spatial), np.concatenate(kept)
 
@@ -91,14 +91,14 @@ def statistics_and_features(
 def cached_statistics(
     folder, network, source, *, flip: bool = False, seed: int = 0, **options
 ) -> Statistics:
-    """Statistics of a source, from a file in the folder if it holds them, else computed and kept.
+    """Returns the statistics of a source: cached in the folder, or computed and then cached.
 
-    The file's name ends with a hash of `source.about`, which says all that distinguishes a set,
-    the number of images, `network.about` and the flips; the file says all of them again. A source
-    without `about` is computed each time. Of several processes the first reads and writes, so
-    the folder may be on its own disk; all must call this, and all get the statistics.
+    The file name ends with a hash of `source.about`, the number of images, `network.about` and the
+    flips; the file repeats them all. A source without `about` is not cached. All processes must
+    call this function, and all get the statistics; only the first process reads and writes the
+    folder.
     """
-    # The kind follows from the rest, and files of version 0.1 do not have it.
+    # The kind follows from the rest, and files of version 0.1 lack it.
     known = getattr(source, 'about', {})
     about = {
         'source': {name: value for name, value in known.items() if name != 'kind'},
@@ -108,7 +108,7 @@ def cached_statistics(
         'flip_seed': seed if flip else None,
         'format': 'tarflow_jax',
     }
-    about = json.loads(json.dumps(about))  # as it will be read: no tuples
+    about = json.loads(json.dumps(about))  # converts tuples to lists, as in the file
     compute = functools.partial(
         statistics_of, network, source, flip=flip, seed=seed, about=about, **options
     )
@@ -124,7 +124,7 @@ def cached_statistics(
             path.parent.mkdir(parents=True, exist_ok=True)
             statistics_files.write(path, statistics)
         except OSError as error:
-            log.warning('the statistics are not kept for the next time: %s', error)
+            log.warning('the statistics cannot be cached: %s', error)
     return statistics
 
 
@@ -134,7 +134,7 @@ def _stream(seed: int, name: str) -> np.random.Generator:
 
 @functools.lru_cache(maxsize=2)
 def _compiled(features):
-    # Bound methods of one object are equal but not the same, and jax.jit would compile each.
+    # Each access makes a new bound method, which jax.jit would compile again.
     return jax.jit(features)
 
 
@@ -153,6 +153,6 @@ def _kept(path: Path, about: dict) -> Statistics | None:
     try:
         kept = statistics_files.read(path)
     except (ValueError, OSError) as error:
-        log.warning('The statistics are computed again: %s', error)
+        log.warning('computing the statistics again: %s', error)
         return None
     return kept if kept.about == about else None

@@ -1,8 +1,8 @@
-"""Convolutions that include the batch norm behind them, and reading them from a torch file.
+"""Convolutions with the following batch norm folded in, and loading them from a torch file.
 
-Batch norm with stored statistics is affine: gamma (x - mean) / sqrt(var + eps) + beta. With the
-convolution before it, which has no bias, it is one convolution with the kernel scaled by
-gamma / sqrt(var + eps) for each output channel and the bias beta - mean gamma / sqrt(var + eps).
+Batch norm with stored statistics is affine: gamma (x - mean) / sqrt(var + eps) + beta. Folded into
+the preceding convolution (which has no bias), it scales the kernel of each output channel by
+gamma / sqrt(var + eps) and gives the bias beta - mean gamma / sqrt(var + eps).
 """
 
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from tarflow_jax.torch_file import read_torch_file
 def convolution(
     x: jax.Array, features: int, size: tuple[int, int], name: str, *, strides=1, padding='SAME',
 ) -> jax.Array:
-    """Adds a convolution named `name` to the module that calls this: x [B,H,W,C]."""
-    # Float32 products everywhere: TPUs would multiply in bfloat16.
+    """Applies a convolution named `name` in the calling module to x [B,H,W,C]."""
+    # Full precision, because TPUs would multiply in bfloat16.
     return nn.Conv(
         features, size, strides, padding, precision=jax.lax.Precision.HIGHEST, name=name
     )(x)
@@ -29,19 +29,19 @@ def load(
     path, network: nn.Module, input_size: int, names: Callable[[str], tuple[str, str]],
     ignored: tuple[str, ...], eps: float,
 ) -> dict:
-    """Variables of a network of folded convolutions, from the state dict of its torch original.
+    """Loads the variables of a network of folded convolutions from a torch state dict.
 
     Args:
-      path: a file of `torch.save`.
-      network: takes float32 images [1, input_size, input_size, 3]; every layer has a kernel
+      path: a file written by `torch.save`.
+      network: a network of float32 images [1, input_size, input_size, 3]; every layer has a kernel
         [height, width, in, out] and a bias [out].
-      names: the torch names of the convolution and of the batch norm of a layer.
-      ignored: beginnings of the names of further tensors that the file may hold.
+      names: function from a layer to the torch names of its convolution and batch norm.
+      ignored: prefixes of tensor names to ignore.
     Returns:
-      numpy arrays, float32; folded in float64.
+      float32 NumPy arrays, folded in float64.
     Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if a tensor is missing, unknown or of another shape or dtype than the network's.
+      FileNotFoundError: if the file does not exist.
+      ValueError: if a tensor is missing, is unknown, or has a wrong shape or dtype.
     """
     tensors = dict(read_torch_file(path))
     images = jax.ShapeDtypeStruct((1, input_size, input_size, 3), jnp.float32)
@@ -49,7 +49,7 @@ def load(
 
     def take(name, shape):
         if name not in tensors:
-            raise ValueError(f'{path} holds no tensor {name!r}; {_expected(network)}.')
+            raise ValueError(f'{path} has no tensor {name!r}; {_expected(network)}.')
         array = tensors.pop(name)
         if array.shape != shape or array.dtype != np.float32:
             raise ValueError(
@@ -78,11 +78,11 @@ def load(
     ]
     if unknown:
         raise ValueError(
-            f'{path} holds the tensor {unknown[0]!r}, which the network does not have; '
+            f'{path} has the tensor {unknown[0]!r}, which the network does not have; '
             f'{_expected(network)}.'
         )
     return {'params': params}
 
 
 def _expected(network: nn.Module) -> str:
-    return f'give the weights of {type(network).__name__}'
+    return f'pass the weights of {type(network).__name__}'

@@ -1,4 +1,4 @@
-"""The score `frechet`: distances to reference sets, precision and recall, from one network."""
+"""The score `frechet`: distances to reference statistics, precision and recall."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from tarflow_jax.evaluation.frechet import Statistics, frechet_distance
 from tarflow_jax.evaluation.over_set import evenly_spaced
 from tarflow_jax.evaluation.precision_recall import precision_recall
 
-# How the references of the Frechet distance are called in what is published.
+# Published names of the references of the Frechet distance.
 CONVENTIONS = {
     'train_flipped': 'training set, half of it mirrored (official TarFlow code)',
     'train': 'training set (EDM; ADM where the whole set is its reference)',
@@ -22,13 +22,13 @@ FORMATS = {
     'torchmetrics': 'file of torchmetrics',
     'tarflow_jax': 'file of tarflow_jax',
 }
-# How the images of these files were cropped, in the suites that publish them.
+# The crop rule of the images in the files of each suite.
 CROPS = {'adm': f'{kinds.PHOTOGRAPHS}/adm', 'edm': f'{kinds.PHOTOGRAPHS}/edm'}
-NEIGHBOURS = 5  # of density and coverage; precision and recall take 3
+NEIGHBOURS = 5  # k of density and coverage; precision and recall use 3
 
 
 def prepare(s) -> Callable:
-    """The work of the score of this name; `s` is a `scores.Subject`."""
+    """Prepares the score of this name; `s` is a `scores.Subject`."""
     f = s.config.evaluate.frechet
     network = networks.load(f.network, f.weights)
     train = s.train()
@@ -36,23 +36,23 @@ def prepare(s) -> Callable:
     for name, reference in given.items():
         if reference.mean.size != network.about['feature_size']:
             raise ValueError(
-                f'{name} of evaluate.frechet.references holds statistics of {reference.mean.size} '
-                f'features, and {network.name} has {network.about["feature_size"]}; choose the '
-                'evaluate.frechet.network that they were made with.'
+                f'evaluate.frechet.references {name} has statistics of {reference.mean.size} '
+                f'features, but {network.name} has {network.about["feature_size"]}; choose the '
+                'evaluate.frechet.network that computed them.'
             )
     ready = sample_files.open_samples(f.samples) if f.samples else None
     if ready is not None and ready[0]['image'].shape != train[0]['image'].shape:
         raise ValueError(
-            f'evaluate.frechet.samples {f.samples} holds images {list(ready[0]["image"].shape)}, '
-            f'and the training set {list(train[0]["image"].shape)}; give samples of the size of '
-            'the set, or the set that they were trained on.'
+            f'evaluate.frechet.samples {f.samples} has images {list(ready[0]["image"].shape)}, '
+            f'but the training set has {list(train[0]["image"].shape)}; choose samples and a '
+            'dataset of one size.'
         )
     count = s.config.sample.count if ready is None else len(ready)
     keep = min(f.neighbours, count, len(train))
     if keep <= NEIGHBOURS:
         raise ValueError(
-            f'evaluate.frechet.neighbours {f.neighbours}, {count} samples and {len(train)} '
-            f'training images leave {keep} of each to look for {NEIGHBOURS} neighbours among; take '
+            f'evaluate.frechet.neighbours {f.neighbours} with {count} samples and {len(train)} '
+            f'training images leaves {keep} of each, too few for {NEIGHBOURS} neighbours; use '
             'more.'
         )
     folder = paths.writable_folder(
@@ -113,7 +113,7 @@ def _distances(
 
 
 def _other_crop(about: dict, trained: str | None) -> str | None:
-    """One sentence where the images of a file were cropped otherwise than the training set."""
+    """Returns a warning if the images of a file have another crop than the training set."""
     theirs, whose = CROPS.get(about['format']), 'files of this suite'
     source = about.get('source', {})
     if 'preprocessing' in source:  # of a prepared set
@@ -123,13 +123,13 @@ def _other_crop(about: dict, trained: str | None) -> str | None:
     if theirs == trained or not {kinds.plain(theirs), kinds.plain(trained)} <= of_photographs:
         return None
     return (
-        f'the training set holds {kinds.described(trained)}, {whose} {kinds.described(theirs)}: '
-        'the distance measures this difference, too'
+        f'the training set has {kinds.described(trained)}, {whose} {kinds.described(theirs)}: '
+        'the distance includes this difference'
     )
 
 
 def rows(r: dict) -> list[tuple[str, str]]:
-    """The rows of the printed table."""
+    """Returns the rows of the printed table."""
     network = r['network']
     name = f'Frechet distance, {network["name"]} (not FID)'
     if r['is_fid']:

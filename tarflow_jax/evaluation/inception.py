@@ -1,10 +1,10 @@
-"""The Inception-v3 of the Frechet Inception distance, and of its spatial variant sFID.
+"""The Inception-v3 network of the Frechet Inception distance and its spatial variant sFID.
 
-Every published FID comes from one network, the frozen TensorFlow graph of 2015-12-05 that Heusel
-et al. (arXiv 1706.08500) used. It differs from the Inception-v3 of today's model zoos: images are
-enlarged by TensorFlow 1's bilinear rule, average pooling does not count the padding, and the last
-block takes a maximum where the paper has an average. This module is that graph up to its pooled
-features; layers are named as in the torch-fidelity port, whose weights `load_inception` reads.
+Every published FID uses one network, the frozen TensorFlow graph of 2015-12-05 of Heusel et al.
+(arXiv 1706.08500). It differs from the Inception-v3 of current model zoos: it resizes images by
+TensorFlow 1's bilinear rule, its average pooling does not count padding, and its last block has
+max pooling instead of average pooling. This module is that graph up to its pooled features. Layer
+names are those of the torch-fidelity port, whose weights `load_inception` reads.
 """
 
 import functools
@@ -18,19 +18,19 @@ from tarflow_jax.evaluation import folded_convolution
 
 SIZE = 299
 SPATIAL_CHANNELS = 7
-_EPS = 1e-3  # of the batch norms
+_EPS = 1e-3  # epsilon of the batch norms
 
 
 class InceptionV3(nn.Module):
-    """Features of images that `prepare` made; float32, batch norms folded, inference only."""
+    """Computes features of images from `prepare`; float32, folded batch norms, inference only."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
-        """x [B,299,299,3] to 'pooled' [B,2048] and 'spatial' [B,2023].
+        """Maps x [B,299,299,3] to 'pooled' [B,2048] and 'spatial' [B,2023].
 
-        'spatial' are the first 7 channels of the 17x17 feature map that the graph calls
-        mixed_6/conv, the 1x1 branch of Mixed_6d after its ReLU, flattened with the channels last:
-        the features of sFID in the evaluator of Dhariwal & Nichol (arXiv 2105.05233).
+        'spatial' has the features of sFID in the evaluator of Dhariwal & Nichol (arXiv 2105.05233):
+        the first 7 channels of the 17x17 feature map mixed_6/conv (the 1x1 branch of Mixed_6d after
+        its ReLU), flattened with the channels last.
         """
         x = _conv(x, 32, 3, 'Conv2d_1a_3x3', strides=2, padding='VALID')
         x = _conv(x, 32, 3, 'Conv2d_2a_3x3', padding='VALID')
@@ -73,7 +73,7 @@ def _join(*branches):
 
 
 def _chain(x, name, *convolutions):
-    """One (features, size) after another, named with numbers from 1."""
+    """Applies convolutions (features, size) in sequence, with names numbered from 1."""
     for number, (features, size) in enumerate(convolutions, 1):
         x = _conv(x, features, size, f'{name}_{number}')
     return x
@@ -125,11 +125,11 @@ def _block_8(x, name, pool):
 
 
 def resize_like_tensorflow_1(images: jax.Array, size: int) -> jax.Array:
-    """Bilinear, by the rule of TensorFlow 1: float32 [B,H,W,C] to [B,size,size,C].
+    """Resizes bilinearly by the rule of TensorFlow 1: float32 [B,H,W,C] to [B,size,size,C].
 
-    Pixel i of the result is read at i * old / new of the source, between the pixel there and its
-    right (lower) neighbour; the last pixel is its own neighbour. Neither the pixels' centres nor,
-    when it shrinks, the pixels between are taken into account.
+    Pixel i of the result is interpolated at i * old / new in the source, between the pixel there
+    and its right (lower) neighbour; the last pixel is its own neighbour. Pixel centres are not
+    aligned, and shrinking does not average skipped pixels.
     """
     for axis in (2, 1):
         old = images.shape[axis]
@@ -143,23 +143,23 @@ def resize_like_tensorflow_1(images: jax.Array, size: int) -> jax.Array:
 
 
 def prepare(images: jax.Array) -> jax.Array:
-    """Images uint8 [B,H,W,3] of any size to what the network takes: [B,299,299,3] in [-1, 1)."""
+    """Converts images uint8 [B,H,W,3] of any size to the input, [B,299,299,3] in [-1, 1)."""
     return (resize_like_tensorflow_1(images.astype(jnp.float32), SIZE) - 128) / 128
 
 
 def features(variables, images: jax.Array) -> dict[str, jax.Array]:
-    """'pooled' [B,2048] and 'spatial' [B,2023], float32, of images uint8 [B,H,W,3]."""
+    """Computes 'pooled' [B,2048] and 'spatial' [B,2023], float32, of images uint8 [B,H,W,3]."""
     return InceptionV3().apply(variables, prepare(images))
 
 
 def load_inception(path) -> dict:
-    """Variables of `InceptionV3` from the weights that torch-fidelity and pytorch-fid publish.
+    """Loads the variables of `InceptionV3` from the published weights of pytorch-fid.
 
-    Their file is pt_inception-2015-12-05-6726825d.pth (in the release of torch-fidelity the name
-    starts with weights-inception). The classifier `fc` and auxiliary logits are left out.
+    The file is pt_inception-2015-12-05-6726825d.pth; torch-fidelity publishes the same file with a
+    name that starts with weights-inception. The classifier `fc` and auxiliary logits are left out.
 
     Raises:
-      FileNotFoundError, ValueError: if the file is missing or is another network's.
+      FileNotFoundError, ValueError: if the file is missing or belongs to another network.
     """
     return folded_convolution.load(
         path, InceptionV3(), SIZE, lambda layer: (f'{layer}.conv', f'{layer}.bn'),

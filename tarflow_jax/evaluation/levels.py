@@ -1,4 +1,4 @@
-"""Bits per dimension of noisy images at chosen noise levels, of noise-conditioned flows."""
+"""Bits per dimension of noisy images at chosen noise levels, for noise-conditioned flows."""
 
 import functools
 import math
@@ -14,9 +14,9 @@ from tarflow_jax.flow.flow import TarFlow
 from tarflow_jax.training.corruption import condition_of, to_unit_range
 
 MEANING = (
-    'At each noise level the curve is what a noisy image costs in bits per dimension, and it '
-    'approaches the entropy of the noise as the level rises. What it exceeds that entropy by '
-    'bounds from above how much of the image is left under the noise.'
+    'The curve shows the cost of a noisy image in bits per dimension. As the noise level grows, it '
+    'approaches the entropy of the noise. The difference is an upper bound on the information '
+    'about the image that survives the noise.'
 )
 
 
@@ -24,13 +24,13 @@ MEANING = (
 def noisy_log_probs(
     model: TarFlow, variables, levels, batch, keys
 ) -> tuple[jax.Array, jax.Array]:
-    """Nats per image [B, L] of x + t eps at each level t, and of t eps itself under N(0, t^2).
+    """Computes log p of x + t eps at each level t, and log N(t eps; 0, t^2), in nats: [B, L].
 
-    An image has one eps, of the key of its own, at all levels.
+    Each image has one eps, from its own key, for all levels.
 
     Args:
       levels: float32 [L].
-      batch: of a data source.
+      batch: a batch of a data source.
       keys: [B].
     """
     x = to_unit_range(batch['image'])
@@ -49,20 +49,20 @@ def noisy_log_probs(
 def bits_at_levels(
     model: TarFlow, variables, source, *, levels, mesh, batch_size, key, draws=1
 ) -> dict:
-    """Bits per dimension of x + t eps at each noise level t over a whole set, in float32.
+    """Computes bits per dimension of x + t eps at each noise level t over a dataset, in float32.
 
-    All numbers are in bits per dimension of 8-bit pixels, as the score of that name is. That of
-    the noise alone is its entropy, log2(t sqrt(2 pi e)) + 7. The difference of the two, minus
-    log p(x + t eps) plus log N(t eps; 0, t^2), has the mean I(x; x + t eps) if the flow is exact,
-    and a greater one if not; it grows to the entropy of the images as t falls. It is averaged
-    image by image, where the randomness of eps nearly cancels.
+    All numbers are in bits per dimension of 8-bit pixels, like the score `bits_per_dim`. Those of
+    the noise alone are its entropy, log2(t sqrt(2 pi e)) + 7. The difference,
+    -log p(x + t eps) + log N(t eps; 0, t^2), has the mean I(x; x + t eps) if the flow is exact, and
+    a larger mean otherwise. As t falls, it grows to the entropy of the images. It is averaged image
+    by image, so that the randomness of eps nearly cancels.
 
     Args:
-      levels: above 0.
-      draws: of eps, for each image.
+      levels: noise levels above 0.
+      draws: number of samples of eps per image.
     Returns:
-      'levels', and for each of them 'bits_per_dim', 'noise_bits_per_dim' and the mean difference
-      'image_bits_per_dim'; of the first and the last the standard errors over the images;
+      'levels', and for each level 'bits_per_dim', 'noise_bits_per_dim' and the mean difference
+      'image_bits_per_dim'; standard errors over the images of the first and the last of these;
       'images' and 'draws'.
     """
     model = model.clone(dtype=jnp.float32)
@@ -87,18 +87,18 @@ def bits_at_levels(
 
 
 def rows(r: dict) -> list[tuple[str, str]]:
-    """The rows of the printed table, from what `bits_at_levels` returns."""
+    """Returns the rows of the printed table, from the result of `bits_at_levels`."""
     columns = zip(
         r['levels'], r['bits_per_dim'], r['standard_error_over_images'], r['noise_bits_per_dim'],
         r['image_bits_per_dim'], r['image_standard_error_over_images'],
     )
     found = [
         (f'bits/dim at noise level {level:.3g}',
-         f'{bits:.4f}  (standard error {error:.4f}); noise alone {noise:.4f}, more than that '
+         f'{bits:.4f}  (standard error {error:.4f}); noise alone {noise:.4f}, difference '
          f'{image:.4f} ({image_error:.4f})')
         for level, bits, error, noise, image, image_error in columns
     ]
     return [*found, (
-        'more than noise alone', 'an upper bound on what is left of the image  '
+        'difference', 'an upper bound on the information that survives the noise  '
         f'({r["images"]} images, {r["draws"]} draws of the noise; float32)',
     )]

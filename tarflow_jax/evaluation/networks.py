@@ -1,4 +1,4 @@
-"""The networks whose features a Frechet distance compares."""
+"""The feature networks of the Frechet distance."""
 
 import dataclasses
 import hashlib
@@ -12,25 +12,26 @@ from tarflow_jax import paths
 from tarflow_jax.evaluation import efficientnet, inception
 
 INCEPTION_FILE = 'pt_inception-2015-12-05-6726825d.pth'
-# How the SHA-256 of the published files begins, which is also in their names.
+# First digits of the SHA-256 of the published files, which are also in their names.
 _INCEPTION_SHA256 = '6726825d'
 _EFFICIENTNET_SHA256 = '57934424'
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureNetwork:
-    """A network with its weights.
+    """A feature network with its weights.
 
     Attributes:
-      about: what JSON can hold: 'name', which tells networks apart in files of statistics,
-        'file', 'sha256' of the weights' file, 'feature_size', 'preprocessing' in words, and
-        'published_weights', whether it is the file that published numbers come from.
-      is_fid: whether a distance between its pooled features is called FID.
-      variables: numpy arrays; `jax.device_put` them to all devices of a mesh once.
-      features: (variables, images uint8 [B,H,W,1 or 3] of any size) to {'pooled': float32 [B,D]},
-        and for Inception 'spatial', float32 [B,2023]. It is pure, to be compiled by the caller,
-        and the same function for all networks of a name: `jax.jit` compiles it once. Images do
-        not mix, so B can be sharded. Other images raise ValueError.
+      about: JSON dict: 'name', which identifies the network in files of statistics, 'file',
+        'sha256' of the weights, 'feature_size', 'preprocessing' in words, and
+        'published_weights', whether published numbers use this file.
+      is_fid: whether the distance between its pooled features is called FID.
+      variables: NumPy arrays; `jax.device_put` them to all devices of a mesh once.
+      features: function of (variables, images uint8 [B,H,W,1 or 3] of any size) that returns
+        {'pooled': float32 [B,D]}, and for Inception also 'spatial', float32 [B,2023]. It is pure,
+        for the caller to compile, and the same function for all networks of one name, so that
+        `jax.jit` compiles it once. Images are independent, so B can be sharded. It raises
+        ValueError for other images.
     """
 
     about: dict
@@ -44,28 +45,27 @@ class FeatureNetwork:
 
 
 def load(name: str, path: str = '') -> FeatureNetwork:
-    """The network 'inception', 'efficientnet_lite0' or 'auto', with the weights of `path`.
+    """Loads the network 'inception', 'efficientnet_lite0' or 'auto' with the weights in `path`.
 
-    'auto' is 'inception' if there is a path, else 'efficientnet_lite0'. Without a path, the
-    weights of 'efficientnet_lite0' are those of the installed package; those of 'inception' the
-    user must bring.
+    'auto' is 'inception' if there is a path, else 'efficientnet_lite0'. Without a path,
+    'efficientnet_lite0' uses the weights of the installed package. 'inception' needs a path.
 
     Raises:
       FileNotFoundError: if the file or the package is missing.
-      ValueError: if the name is another one, 'inception' has no path, or the file does not hold
-        the network's weights.
+      ValueError: if the name is unknown, 'inception' has no path, or the file does not have the
+        weights of the network.
     """
     if name == 'auto':
         name = 'inception' if path else 'efficientnet_lite0'
     if name == 'inception':
         if not path:
             raise ValueError(
-                f'The feature network inception needs the path of its weights; bring '
+                f'The feature network inception needs the path of its weights; download '
                 f'{INCEPTION_FILE} from the releases of pytorch-fid (torch-fidelity has the same '
                 f'file as {INCEPTION_FILE.replace("pt_", "weights-")}).'
             )
         path = paths.local_copy(path)
-        variables = inception.load_inception(path)  # says what is wrong with a path
+        variables = inception.load_inception(path)  # raises for a wrong path
         about = _about(
             'inception-v3-compat', path, _INCEPTION_SHA256, 2048,
             'bilinear to 299x299 by the rule of TensorFlow 1 (neither aligned corners nor pixel '
@@ -110,7 +110,7 @@ def _in_colour(images: jax.Array) -> jax.Array:
     shape = images.shape
     if images.dtype != jnp.uint8 or len(shape) != 4 or shape[-1] not in (1, 3):
         raise ValueError(
-            f'The images are {images.dtype} {shape}; feature networks take uint8 [B, H, W, 3], or '
-            'grey ones [B, H, W, 1].'
+            f'The images are {images.dtype} {shape}, but feature networks take uint8 [B, H, W, 3], '
+            'or [B, H, W, 1] for grey images.'
         )
     return jnp.repeat(images, 3, axis=-1) if shape[-1] == 1 else images

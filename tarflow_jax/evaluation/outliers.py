@@ -1,8 +1,8 @@
-"""Out-of-distribution detection with the exact likelihood: histograms of log p of several sets.
+"""Out-of-distribution detection with the exact likelihood: histograms of log p of several datasets.
 
-A likelihood alone does not tell the unusual from the likely: smooth images, such as constant ones,
-get more of it than those a flow was trained on (Nalisnick et al., arXiv 1810.09136 and
-1906.02994). So each set is told apart in two ways, and the histograms show the rest.
+A high likelihood does not mean that an image is typical: smooth images, such as constant ones, are
+more likely than the training images (Nalisnick et al., arXiv 1810.09136 and 1906.02994). So each
+dataset is scored by two detectors, and the histograms show the distributions.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from tarflow_jax.flow import likelihood
 from tarflow_jax.flow.flow import TarFlow
 
 BINS = 60
-MARGIN = 1.5  # of the histogram beyond the known sets, as a multiple of their width
-BLOCK = 4  # pixels, side of what 'shuffled' moves
+MARGIN = 1.5  # margin of the histogram around the known datasets, in units of their width
+BLOCK = 4  # side of the blocks that 'shuffled' moves, in pixels
 _COLOURS = ('#1b6ca8', '#c8553d', '#3c896d', '#8e5ea2', '#c9a227', '#5b5b5b', '#2ec4b6')
 
 
@@ -50,7 +50,7 @@ def _shuffled(rng, pixels):
     return shuffled
 
 
-# What an image of the test set can be made into, as functions of (rng, uint8 [H, W, C]).
+# Corruptions of test images, as functions of (rng, uint8 [H, W, C]).
 CORRUPTIONS: dict[str, Callable] = {
     'blurred': _blurred,
     'negative': lambda rng, pixels: 255 - pixels,
@@ -62,7 +62,7 @@ CORRUPTIONS: dict[str, Callable] = {
 
 
 def corrupted(source, kind: str, seed: int = 0) -> View:
-    """A source with every image of another changed, by a draw that depends on its place alone."""
+    """Returns a source with every image corrupted; the randomness depends on its index only."""
 
     def change(i, image):
         rng = np.random.default_rng((seed, int(i)))
@@ -75,19 +75,18 @@ def outliers(
     model: TarFlow, variables, sets: dict, *, mesh, batch_size: int, key, seed: int = 0,
     noise_std: float | None = None,
 ) -> dict:
-    """log p of several sets, unconditionally, in float32 under uniform dequantization.
+    """Computes unconditional log p of several datasets, in float32 with uniform dequantization.
 
     Args:
-      sets: sources by name. The first is what the flow was trained on and the second is of the
-        same kind but unseen: what does not belong is told from this one. The corruptions of the
-        second are added.
-      noise_std: of noise-conditioned flows, the level they are asked at.
+      sets: sources by name. The first is the training set. The second is an unseen dataset of the
+        same kind, and the other datasets are compared with it. Corruptions of the second are added.
+      noise_std: the noise level, for noise-conditioned flows.
     Returns:
-      'edges' of the histogram in bits per dimension (its first and last bin hold what lies beyond,
-      too), and for every set its name, 'images', mean, 'median' and standard deviation of
-      'bits_per_dim', 'histogram' (shares of its images), and, from the
-      third on, the areas under the ROC curve of telling it from the second (1 is always, 0.5
-      never) by low log p ('auroc_low_log_p') and by log p far from the mean of the first
+      'edges' of the histogram in bits per dimension (the first and last bin include values beyond
+      them), and for every dataset its name, 'images', mean, 'median' and standard deviation of
+      'bits_per_dim', and 'histogram' (fractions of its images). From the third dataset on, also the
+      area under the ROC curve for separating it from the second (1 always, 0.5 never): by low log p
+      ('auroc_low_log_p'), and by the distance of log p from the mean of the first
       ('auroc_atypical').
     """
     model = model.clone(dtype=jnp.float32)
@@ -113,13 +112,13 @@ def outliers(
 
 
 def summary(bits: dict[str, np.ndarray]) -> dict:
-    """What `outliers` returns, from the bits per dimension [N] of every image of every set."""
+    """Computes the result of `outliers` from the bits per dimension [N] of each dataset."""
     trained, unseen = list(bits)[:2]
     known = np.concatenate([bits[trained], bits[unseen]])
     known = known[np.isfinite(known)]
     if not known.size:
-        raise ValueError('log p of no image is finite; the flow has diverged.')
-    # Around what the flow knows: what it does not may lie at thousands of bits.
+        raise ValueError('log p is not finite for any image; the flow has diverged.')
+    # The range is around the known datasets, because others may have thousands of bits.
     low, high = np.quantile(known, (0.005, 0.995))
     edges = np.linspace(low - MARGIN * (high - low), high + MARGIN * (high - low), BINS + 1)
     centre = bits[trained].mean()
@@ -142,14 +141,14 @@ def summary(bits: dict[str, np.ndarray]) -> dict:
 
 
 def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """Area under the ROC curve: how often a positive [N] is above a negative [M], ties half."""
+    """Computes the area under the ROC curve: P(positive [N] > negative [M]), ties count half."""
     ordered = np.sort(negative)
     below = np.searchsorted(ordered, positive, 'left') + np.searchsorted(ordered, positive, 'right')
     return below.mean() / (2 * negative.size)
 
 
 def histogram_picture(found: dict, path, width: int = 900, row: int = 90) -> None:
-    """Writes the histograms of `outliers` as a PNG, one row for each set under one common axis."""
+    """Writes the histograms of `outliers` as a PNG, one row per dataset with a common axis."""
     margin, axis = 30, 40
     height = margin + row * len(found['sets']) + axis
     picture = Image.new('RGB', (width, height), 'white')
@@ -174,7 +173,7 @@ def histogram_picture(found: dict, path, width: int = 900, row: int = 90) -> Non
 
 
 def rows(r: dict) -> list[tuple[str, str]]:
-    """The rows of the printed table, from what `outliers` returns."""
+    """Returns the rows of the printed table, from the result of `outliers`."""
     found = []
     for one in r['sets']:
         value = f'{one["bits_per_dim"]:.3f} +- {one["standard_deviation"]:.3f}'

@@ -1,4 +1,4 @@
-"""One pass over a whole set: a score of every image, by all devices, brought to every process."""
+"""One pass over a whole dataset: scores every image on all devices and gathers the results."""
 
 import dataclasses
 import functools
@@ -16,20 +16,20 @@ from tarflow_jax.training import sharding
 def over_set(
     score: Callable, source, *, mesh, batch_size: int, key: jax.Array, draws: int = 1, what: str
 ):
-    """`score(batch, keys)` of every image of a source, under several draws of the noise.
+    """Computes `score(batch, keys)` for every image of a source, with several draws of the noise.
 
-    The key of an image depends on `key`, the draw and the image's place in the source alone, so
-    that the numbers do not depend on the batch size, the mesh or the number of processes.
+    The key of an image depends only on `key`, the draw and the index of the image. So the numbers
+    do not depend on the batch size, the mesh or the number of processes.
 
     Args:
-      score: a jitted function of {'image': uint8 [B, H, W, C], 'label': int32 [B]} and keys [B] to
-        a tree of arrays [B, ...].
+      score: a jitted function of {'image': uint8 [B, H, W, C], 'label': int32 [B]} and keys [B]
+        that returns a tree of arrays [B, ...].
       source: see `data.sources`.
-      batch_size: at most that of the source, rounded up to a multiple of what the mesh splits a
-        batch into.
-      what: for the progress bar.
+      batch_size: images per batch; reduced to the size of the source, then rounded up to a multiple
+        of the shards of the batch axis.
+      what: the label of the progress bar.
     Returns:
-      the tree with numpy arrays [draws, len(source), ...], the same on every process.
+      the tree with NumPy arrays [draws, len(source), ...], the same on every process.
     """
     found = [[] for _ in range(draws)]
     keys = _keys(sharding.batch_sharding(mesh))
@@ -43,9 +43,9 @@ def over_set(
 
 
 def batches(source, *, mesh, batch_size: int, what: str) -> Iterator[tuple[int, dict, np.ndarray]]:
-    """A source in order, split over the mesh: (place of the first image, batch, mask).
+    """Yields a source in order, sharded over the mesh: (index of the first image, batch, mask).
 
-    The mask, bool [B], is false for what fills up the last batch.
+    The mask, bool [B], is False for padding in the last batch.
     """
     batch_size = sharding.round_up(min(batch_size, len(source)), mesh)
     rows = sharding.local_rows(mesh, batch_size)
@@ -67,12 +67,12 @@ def batches(source, *, mesh, batch_size: int, what: str) -> Iterator[tuple[int, 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """Some images of a source, each changed if `change` is given, as a source.
+    """A source with some images of another source, optionally changed.
 
     Args:
-      indices: of the images in the source.
-      change: from (place in the view, image uint8 [H, W, C]) to another image.
-      about: see `data.sources`; empty does not say.
+      indices: indices of the images in the other source.
+      change: function of (index in the view, image uint8 [H, W, C]) that returns another image.
+      about: see `data.sources`; empty if unknown.
     """
 
     source: object
@@ -91,9 +91,9 @@ class View:
 
 
 def evenly_spaced(source, count: int) -> View:
-    """`count` images of a source from its first to its last, or all if there are fewer.
+    """Selects `count` evenly spaced images of a source, or all if there are fewer.
 
-    The first images of a set are often all of a few classes.
+    The first images of a dataset are often from a few classes.
     """
     total = len(source)
     count = min(count, total)
@@ -101,7 +101,7 @@ def evenly_spaced(source, count: int) -> View:
 
 
 def images_of(source, indices) -> np.ndarray:
-    """The images with these numbers: uint8 [*indices.shape, H, W, C]."""
+    """Reads the images at these indices: uint8 [*indices.shape, H, W, C]."""
     shape = (*np.shape(indices), *source[0]['image'].shape)
     return np.array([source[int(i)]['image'] for i in np.ravel(indices)], np.uint8).reshape(shape)
 

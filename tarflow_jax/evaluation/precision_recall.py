@@ -1,4 +1,4 @@
-"""How many generated images lie among real ones, and the reverse: precision, recall and kin."""
+"""Precision, recall, density and coverage of generated images."""
 
 import functools
 
@@ -6,40 +6,42 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Squared distances below this part of |x|^2 + |y|^2 are rounding, which float32 cannot tell from 0.
+# Squared distances below this fraction of |x|^2 + |y|^2 are rounding errors of float32.
 _ROUNDING = 2.0**-18
 
 
 def precision_recall(
     real, generated, *, k: int = 3, k_density: int = 5, block: int = 1024
 ) -> dict[str, float]:
-    """Precision, recall, density and coverage of generated images, from features of a network.
+    """Computes precision, recall, density and coverage of generated images from their features.
 
-    Around every image of a set lies a ball that reaches to its k-th nearest neighbour in the set.
-      precision: the share of generated images inside of any real image's ball.
-      recall: the share of real images inside of any generated image's ball.
-      density: in how many real images' balls a generated image lies, divided by k, on average;
-        about 1 for a set like the real one, and more where images crowd.
-      coverage: the share of real images with a generated image in their ball.
-    The first two (Kynkaanniemi et al. 2019, arXiv 1904.06991; balls with their border) with `k`,
-    3 in the paper and in the suite of ADM, which measures in float16; the others (Naeem et al.
-    2020, arXiv 2002.09797; balls without it) with `k_density`. All depend on the numbers of
-    images: compare only equal ones.
+    Each image of a set has a ball that reaches to its k-th nearest neighbour in the set.
+      precision: the fraction of generated images in the ball of some real image.
+      recall: the fraction of real images in the ball of some generated image.
+      density: the mean number of real images' balls that contain a generated image, divided by k;
+        about 1 for a set like the real one, more if images cluster.
+      coverage: the fraction of real images whose ball contains a generated image.
 
-    In float32 on one device, which needs memory for both sets and for the distances of one block
-    to a whole set: with 50,000 images of 2048 features each, 0.8 GB and a few times 0.2 GB.
+    Precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991) use `k` and closed balls; k is
+    3 in the paper and in the suite of ADM, which computes in float16. Density and coverage (Naeem
+    et al. 2020, arXiv 2002.09797) use `k_density` and open balls. All depend on the numbers of
+    images: compare only results with the same numbers.
+
+    The computation runs in float32 on one device. It needs memory for both sets and for the
+    distances of one block to a whole set: 0.8 GB plus a few times 0.2 GB for 50,000 images of 2048
+    features each.
 
     Args:
       real: features [N, D].
       generated: features [M, D].
-      block: images whose distances to a whole set are computed at once.
+      block: number of images whose distances to a whole set are computed at once.
     Raises:
-      ValueError: if dimensions differ, a set has not more images than neighbours are asked for, or
-        numbers are not finite.
+      ValueError: if dimensions differ, a set has too few images for the neighbours, or numbers are
+        not finite.
     """
     real, generated = np.asarray(real, np.float32), np.asarray(generated, np.float32)
     _check(real, generated, k, k_density)
-    # Near the origin squared norms are small, and so is the rounding of their differences.
+    # Centring makes squared norms small, and so the rounding error of their differences.
     centre = real.mean(0, dtype=np.float64).astype(np.float32)
     real, generated = jnp.asarray(real - centre), jnp.asarray(generated - centre)
 
@@ -66,27 +68,29 @@ def precision_recall(
 def _check(real: np.ndarray, generated: np.ndarray, k: int, k_density: int) -> None:
     if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:
         raise ValueError(
-            f'the real features are {list(real.shape)} and the generated {list(generated.shape)}; '
-            'they must be [N, D] and [M, D].'
+            f'the real features are {list(real.shape)} and the generated features '
+            f'{list(generated.shape)}, but they must be [N, D] and [M, D].'
         )
     for what, features, most in ('real', real, max(k, k_density)), ('generated', generated, k):
         if len(features) <= most:
             raise ValueError(
-                f'{len(features)} {what} image(s) have no {most} nearest neighbours each; give at '
-                f'least {most + 1}.'
+                f'{len(features)} {what} image(s) are too few for {most} nearest neighbours; use '
+                f'at least {most + 1}.'
             )
         if not np.isfinite(features).all():
-            raise ValueError(f'the {what} features are not all finite; check images and network.')
+            raise ValueError(
+                f'the {what} features are not all finite; check the images and the network.'
+            )
 
 
 def _blocks(count: int, block: int):
-    """(start, size) of blocks of one size, of which the last reaches back into the one before."""
+    """Yields (start, size) of blocks of equal size; the last may overlap the one before it."""
     size = min(block, count)
     return [(min(start, count - size), size) for start in range(0, count, size)]
 
 
 def _radii(features: jax.Array, ks: tuple[int, ...], block: int) -> np.ndarray:
-    """Squared distances to the k-th nearest neighbours: float32 [N, len(ks)]."""
+    """Computes squared distances to the k-th nearest neighbours: float32 [N, len(ks)]."""
     radii = np.zeros((len(features), len(ks)), np.float32)
     for start, size in _blocks(len(features), block):
         radii[start : start + size] = _radii_of_block(features, start, size, ks)
@@ -104,7 +108,11 @@ def _radii_of_block(features, start, size, ks):
 
 @functools.partial(jax.jit, static_argnames='size')
 def _compare(generated, generated_radii, real, real_radii, start, size):
-    """For a block of generated images: in any ball, in how many; for real images: by any."""
+    """Compares a block of generated images with all real images.
+
+    Returns whether each generated image is in any real ball and in how many; and for each real
+    image whether it is in any generated ball, and whether its ball contains a generated image.
+    """
     block = jax.lax.dynamic_slice_in_dim(generated, start, size)
     own = jax.lax.dynamic_slice_in_dim(generated_radii, start, size)
     squares = _squared_distances(block, real)
@@ -118,7 +126,7 @@ def _compare(generated, generated_radii, real, real_radii, start, size):
 
 
 def _squared_distances(x, y):
-    """|x - y|^2 of all rows: [B, D], [N, D] -> [B, N]."""
+    """Computes |x - y|^2 for all pairs of rows: [B, D], [N, D] -> [B, N]."""
     products = jnp.dot(x, y.T, precision=jax.lax.Precision.HIGHEST)
     norms = (x**2).sum(1)[:, None] + (y**2).sum(1)
     squares = norms - 2 * products

@@ -1,9 +1,9 @@
-"""The certificate: how exactly a checkpoint inverts itself, and whether bfloat16 can be trusted.
+"""The round trip: measures how exactly a checkpoint inverts itself, and if bfloat16 is sufficient.
 
-On paper forward and inverse cancel. In floating point each block multiplies the rounding errors of
-those before it by exp(a), and a flow with large log-scales may lose all its digits, or overflow,
-in one direction and not in the other. The forward pass sees all positions at once and the inverse
-one after another through the key/value cache, so that this also compares the two.
+In exact arithmetic, forward and inverse cancel. In floating point, each block multiplies the
+rounding errors of earlier blocks by exp(a). A flow with large log-scales may lose all digits or
+overflow, even in one direction only. The forward pass processes all positions at once, and the
+inverse one position at a time with the key/value cache, so this test also compares the two.
 """
 
 import functools
@@ -19,8 +19,8 @@ from tarflow_jax.sampling.noise import standard_noise
 from tarflow_jax.sampling.sample import sample
 
 DTYPES = ('float32', 'bfloat16')
-# A checkpoint passes where rounding stays below what anyone looks at: half a grey level of 8 bits
-# in the root mean square, a hundredth of a bit per dimension, and no sample that is not finite.
+# A checkpoint passes if rounding errors are negligible: below half an 8-bit grey level in the root
+# mean square, below a hundredth of a bit per dimension, and without non-finite samples.
 IMAGE_LIMIT = 1 / 255
 BITS_LIMIT = 0.01
 
@@ -35,23 +35,27 @@ def round_trip(
     guidance: Guidance | None = None,
     dtypes: tuple[str, ...] = DTYPES,
 ) -> dict:
-    """The errors of image -> z -> image and z -> image -> z, whole and block by block.
+    """Measures the errors of image -> z -> image and z -> image -> z, in total and per block.
 
     Args:
-      images: float32 [B, H, W, C] in [-1, 1] with the noise of training, split over the mesh; they
-        decide how large the numbers inside the flow are.
+      images: float32 [B, H, W, C] in [-1, 1] with the training noise, sharded over the mesh. They
+        determine the size of the activations.
       condition: None, labels or a `Condition`.
-      key: of the latents [B, T, D] to begin from, standard normal times the prior's deviation.
-      guidance: that of the samples counted under 'guided_not_finite'; None leaves them out.
+      key: random key of the latents [B, T, D], standard normal times the prior's deviation.
+      guidance: guidance of the samples for 'guided_not_finite'; None leaves these out.
     Returns:
-      'images', and for each dtype: 'image_z_image' and 'z_image_z' {'max', 'rms', 'not_finite'}
-      over all pixels of the images that stay finite (images in [-1, 1]; z of standard deviation 1
-      or the prior's) and the share of those that do not, the same of each of 'blocks' alone
-      (image_z_image takes a block's own output back; z_image_z its own input forth), 'logdet_sum'
-      (largest |forward + inverse| log-determinant, in bits per dimension),
-      'bits_per_dim_error' (largest difference of an image's bits per dimension to float32), and
-      'not_finite' and 'guided_not_finite' (shares of the samples, none drawn again).
-      'trusted' says for each dtype whether it passes for 'sampling' and for 'likelihood'.
+      'images', and for each dtype:
+
+      'image_z_image', 'z_image_z': {'max', 'rms', 'not_finite'}. The errors are over all pixels of
+        the images that stay finite (images in [-1, 1]; z with standard deviation 1 or that of the
+        prior); 'not_finite' is the fraction of images that do not.
+      'blocks': the same for each block alone. image_z_image inverts the output of the block;
+        z_image_z applies the block to its own inverse.
+      'logdet_sum': the largest |forward + inverse| log-determinant, in bits per dimension.
+      'bits_per_dim_error': the largest difference of an image's bits per dimension from float32.
+      'not_finite', 'guided_not_finite': fractions of the samples, without sampling again.
+
+      'trusted' has for each dtype whether it passes for 'sampling' and for 'likelihood'.
     """
     noise = standard_noise(model, key, images.shape[0])
     noise_deviation = jnp.sqrt(likelihood.prior_variance(variables))
@@ -92,7 +96,7 @@ def _trusted(measured: dict) -> dict[str, bool]:
 
 
 def _image_z_image(model, variables, sequences, logdet, condition) -> dict:
-    """The forward pass taken back; `sequences` are the patches and what each block made of them."""
+    """Inverts a forward pass; `sequences` are the patches and the output of each block."""
     x, total, blocks = sequences[-1], logdet, []
     for b in reversed(range(len(model.layers_per_block))):
         alone, _ = _inverse(model, variables, b, sequences[b + 1], condition)
@@ -124,13 +128,13 @@ def _z_image_z(model, variables, z, condition) -> dict:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(model, variables, images, condition):
-    """The patches followed by what every block makes of them, and the log-determinant [B]."""
+    """Returns the patches and the output of each block, and the log-determinant [B]."""
     sequences, logdet = model.apply(variables, images, condition, method='trajectory')
     return [model.to_tokens(images), *sequences], logdet
 
 
 def _block(model, variables, index):
-    """The arguments that both directions of a block begin with, and its order."""
+    """Returns the first arguments of both directions of a block, and its order."""
     return model.block(index), variables['params'][f'block_{index}'], model.block_orders()[index]
 
 
@@ -141,16 +145,16 @@ def _inverse(model, variables, index, z, condition):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _block_forward(block, params, x_BxTxD, condition, order):
-    """z of one block from x; as in sampling, one program for each depth."""
+    """Applies one block to x; as in sampling, blocks of one depth share a program."""
     return block.forward(params, x_BxTxD, condition, order)[0]
 
 
 @jax.jit
 def _error(found, wanted) -> dict[str, jax.Array]:
-    """Of the images that are finite, and the share of those that are not; [B, ...] both."""
+    """Returns errors of the finite images and the fraction of others; both arrays are [B, ...]."""
     difference = (found - wanted).reshape(found.shape[0], -1)
     finite = jnp.isfinite(difference).all(1)
-    # XLA's maximum on a CPU passes over NaN.
+    # XLA's maximum on a CPU ignores NaN.
     difference = jnp.where(finite[:, None], difference, 0.0)
     square = jnp.square(difference).mean(1).sum() / jnp.maximum(finite.sum(), 1)
     return {
@@ -159,7 +163,7 @@ def _error(found, wanted) -> dict[str, jax.Array]:
 
 
 def _largest(difference) -> float:
-    """Infinite if any is not finite."""
+    """Returns the largest absolute value; infinity if any is not finite."""
     return float(jnp.where(jnp.isfinite(difference), abs(difference), jnp.inf).max())
 
 
@@ -168,12 +172,12 @@ def _not_finite(images) -> float:
 
 
 def _share_not(good) -> jax.Array:
-    # Counted in integers: 1 - mean() is not 0 for every number of images that are all good.
+    # Count integers: 1 - mean() can be nonzero if all are good.
     return (~good).sum() / good.size
 
 
 def rows(r: dict) -> list[tuple[str, str]]:
-    """The rows of the printed table, from what `round_trip` returns."""
+    """Returns the rows of the printed table, from the result of `round_trip`."""
     lines = [('round trip', f'of {r["images"]} images: largest error (root mean square)')]
     for dtype, passed in r['trusted'].items():
         found = r[dtype]
@@ -188,8 +192,8 @@ def rows(r: dict) -> list[tuple[str, str]]:
             finite += f', {found["guided_not_finite"]:.2%} of guided ones'
         lines.append((
             f'{dtype}, log-determinant',
-            f'forward + inverse {found["logdet_sum"]:.1e} bits/dim at most; off float32 by '
-            f'{found["bits_per_dim_error"]:.1e} bits/dim at most; {finite}',
+            f'forward + inverse {found["logdet_sum"]:.1e} bits/dim at most; differs from float32 '
+            f'by {found["bits_per_dim_error"]:.1e} bits/dim at most; {finite}',
         ))
         verdict = ', '.join(f'{use} {"yes" if good else "NO"}' for use, good in passed.items())
         lines.append((f'{dtype} can be trusted for', verdict))

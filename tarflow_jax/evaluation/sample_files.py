@@ -1,9 +1,10 @@
-"""Finished sets of samples: written in the layout that others' evaluation suites read, and opened.
+"""Writes and opens finished sets of samples, in formats that other evaluation suites read.
 
-A set is a folder with `samples.json`, which says what the images are, and the images themselves:
-`samples.npz` in the layout of the ADM suite (`arr_0` uint8 [N, H, W, C], and with classes `arr_1`
-int64 [N]; that suite itself scores RGB only, and grey images keep their one channel), or a folder
-`array_record-N` as `data.prepare` makes them, which TFDS reads too (split `samples`).
+A set is a folder with `samples.json`, which describes the images, and one of these:
+
+- `samples.npz` in the layout of the ADM suite: `arr_0` uint8 [N, H, W, C], and with classes `arr_1`
+  int64 [N]. Grey images keep one channel; the ADM suite scores only RGB.
+- a folder `array_record-N` like those of `data.prepare`, which TFDS reads too (split `samples`).
 """
 
 import itertools
@@ -23,18 +24,18 @@ from tarflow_jax.evaluation.over_set import View
 ABOUT = 'samples.json'
 SPLIT = 'samples'
 FORMATS = ('npz', 'array_record')
-TOTALS = ('count', 'redraws', 'redrawn', 'not_finite')  # of images
-ENCODERS = 8  # threads: zlib lets them run side by side
+TOTALS = ('count', 'redraws', 'redrawn', 'not_finite')  # numbers of images
+ENCODERS = 8  # threads; zlib releases the GIL
 _ABOUT = {'format': str, 'fingerprint': dict} | dict.fromkeys(TOTALS, int)
 
 log = logging.getLogger(__name__)
 
 
 def write_npz(path, pieces: Iterable[np.ndarray], shape, labels: np.ndarray | None) -> None:
-    """Writes images, which come in pieces, and labels in ADM's layout; equal images, equal bytes.
+    """Writes images, given in pieces, and labels in ADM's layout; equal images give equal bytes.
 
     Args:
-      pieces: uint8 [n, H, W, C] each, `shape` [N, H, W, C] together; no two are held at once.
+      pieces: uint8 [n, H, W, C] each, `shape` [N, H, W, C] in total; in memory one at a time.
       labels: [N] or None.
     """
     arrays = [('arr_0', np.dtype(np.uint8), shape, pieces)]
@@ -43,7 +44,7 @@ def write_npz(path, pieces: Iterable[np.ndarray], shape, labels: np.ndarray | No
     with files.replacing(path) as file, zipfile.ZipFile(file, 'w') as archive:
         for name, dtype, shape, pieces in arrays:
             header = {'descr': dtype.str, 'fortran_order': False, 'shape': tuple(shape)}
-            # A ZipInfo has a fixed date where numpy or the clock would have none.
+            # A ZipInfo has a fixed date, which makes the bytes reproducible.
             with archive.open(zipfile.ZipInfo(f'{name}.npy'), 'w', force_zip64=True) as member:
                 np.lib.format.write_array_header_1_0(member, header)
                 for piece in pieces:
@@ -53,10 +54,10 @@ def write_npz(path, pieces: Iterable[np.ndarray], shape, labels: np.ndarray | No
 def write_array_record(
     path, pieces: Iterable[np.ndarray], shape, labels, class_names: list[str]
 ) -> None:
-    """Writes images, which come in pieces, and their labels as a prepared set.
+    """Writes images, given in pieces, and their labels as a prepared dataset.
 
     Args:
-      path: a folder, which is complete when it appears.
+      path: a folder, which appears atomically.
       pieces, shape, labels: as for `write_npz`.
     """
     count, size, channels = shape[0], tuple(shape[1:3]), shape[3]
@@ -99,49 +100,49 @@ def write_array_record(
 
 
 def images_path(folder: Path, about: dict) -> Path:
-    """Where the images are that `samples.json` speaks of."""
+    """Returns the path of the images that `samples.json` describes."""
     npz = about['format'] == 'npz'
     return folder / ('samples.npz' if npz else f'array_record-{about["count"]}')
 
 
 def read_about(folder: Path) -> dict | None:
-    """What `samples.json` says; None if the set is not finished or the file is damaged."""
+    """Reads `samples.json`; returns None if the set is unfinished or the file is damaged."""
     path = folder / ABOUT
     try:
         about = json_files.read(path, _ABOUT)
         if about['format'] not in FORMATS or min(about[name] for name in TOTALS) < 0:
-            raise json_files.Damaged(f'it says {about}'[:200])
+            raise json_files.Damaged(f'it has {about}'[:200])
     except FileNotFoundError:
         return None
     except json_files.Damaged as error:
-        log.warning('%s is damaged (%s) and ignored', path, error)
+        log.warning('%s is damaged (%s); ignoring it', path, error)
         return None
     return about
 
 
 def open_samples(path, count: int | None = None):
-    """A finished set of samples as a source, see `data.sources`; its images stay on disk.
+    """Opens a finished set of samples as a source (see `data.sources`); images stay on disk.
 
     Args:
-      path: the folder that sampling wrote, its `array_record-N`, or anyone's `.npz` in the layout
-        of the ADM suite.
-      count: the first so many images; None is all.
+      path: the folder that sampling wrote, its `array_record-N`, or any `.npz` in the layout of the
+        ADM suite.
+      count: number of images to use, from the first; None for all.
     Raises:
-      FileNotFoundError: if there is nothing, or the set was not finished.
-      ValueError: if the file is in another layout or damaged, or has fewer images.
+      FileNotFoundError: if the path does not exist, or the set is unfinished.
+      ValueError: if the file has another layout, is damaged, or has fewer images.
     """
     path, whole = paths.of(path), None
     if path.is_dir() and not (path / manifest.FILE).exists():
         about = read_about(path)
         if about is None:
             raise FileNotFoundError(
-                f'{path} holds no finished set of samples, as {ABOUT} is missing or damaged; '
-                '--mode=sample with the same config finishes it.'
+                f'{path} has no finished set of samples: {ABOUT} is missing or damaged; run '
+                '--mode=sample with the same config to finish it.'
             )
         path, whole = images_path(path, about), about['count']
     if not path.exists():
         raise FileNotFoundError(
-            f'{path} does not exist; draw samples with --mode=sample, or correct the path.'
+            f'{path} does not exist; run --mode=sample, or correct the path.'
         )
     if path.is_dir():
         source = sources.load('prepared', SPLIT, path=str(path))
@@ -153,30 +154,30 @@ def open_samples(path, count: int | None = None):
         })
     if whole not in (None, len(source)):
         raise ValueError(
-            f'{path} holds {len(source)} images, and {ABOUT} beside it says {whole}; draw them '
-            'again in another folder.'
+            f'{path} has {len(source)} images, but its {ABOUT} has {whole}; sample them again in '
+            'another folder.'
         )
     if count is not None and len(source) < count:
-        raise ValueError(f'{path} holds {len(source)} images and {count} are wanted; draw more.')
+        raise ValueError(f'{path} has {len(source)} images, but {count} are needed; sample more.')
     if count in (None, len(source)):
         return source
     return View(source, range(count), about=source.about | {'images': count})
 
 
 def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [N, H, W, C] and labels int32 [N], -1 where there are none."""
-    wanted = 'samples are arr_0, uint8 [N, H, W, 1 or 3], and perhaps arr_1, labels [N]'
+    """Reads images uint8 [N, H, W, C] and labels int32 [N], -1 for no label."""
+    wanted = 'samples need arr_0, uint8 [N, H, W, 1 or 3], and optionally arr_1, labels [N]'
     names: list[str] = []
     try:
         members = arrays.members(path)
         names = list(members)
         if 'arr_0' not in members:
-            raise ValueError(f'it holds {", ".join(members)[:60] or "nothing"}')
+            raise ValueError(f'it has {", ".join(members)[:60] or "nothing"}')
         images = arrays.mapped(path, members['arr_0'])
         labels = arrays.read(path, members['arr_1']) if 'arr_1' in members else None
     except (ValueError, OSError) as error:
         other = None if 'arr_0' in names else wrong_files.described(path)
-        what = other or f'is no .npz of samples ({error})'
+        what = other or f'is not a .npz of samples ({error})'
         raise ValueError(f'{path} {what}; {wanted}.') from None
     grey_or_colour = images.ndim == 4 and images.shape[3] in (1, 3)
     if images.dtype != np.uint8 or not images.size or not grey_or_colour:
@@ -185,7 +186,7 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
         labels = np.full(len(images), -1)
     if labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu':
         raise ValueError(
-            f'{path}: arr_1 is {labels.dtype} {list(labels.shape)} beside {len(images)} images; '
+            f'{path}: arr_1 is {labels.dtype} {list(labels.shape)} for {len(images)} images; '
             f'{wanted}.'
         )
     return images, labels.astype(np.int32)

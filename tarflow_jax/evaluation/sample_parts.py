@@ -1,7 +1,7 @@
-"""What there is of a set of samples while it is being drawn: finished images, and parts.
+"""The state of a set of samples during sampling: finished images, and parts.
 
-A part is a file `parts/FIRST.npz` in the folder of the set, written at once: the images from number
-FIRST on, as `bulk` draws a batch of them. Each array has a checksum, so that damage is found.
+A part is a file `parts/FIRST.npz` in the folder of the set, written atomically. It has one batch of
+`bulk`, starting at image FIRST. Each array has a checksum.
 """
 
 import dataclasses
@@ -17,29 +17,29 @@ from tarflow_jax.data import arrays
 from tarflow_jax.evaluation import sample_files
 from tarflow_jax.evaluation.over_set import images_of
 
-READ_AT_ONCE = 1000  # finished images
+READ_AT_ONCE = 1000  # finished images to read at once
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Stretch:
-    """Images `first` to `last` - 1, which `load` reads.
+    """The images `first` to `last` - 1, which `load` reads.
 
-    It returns 'pixels' uint8 [n, H, W, C] and, if this is a part, 'redraws' and 'finite' [n].
+    `load` returns 'pixels' uint8 [n, H, W, C], and for a part also 'redraws' and 'finite' [n].
     """
 
     first: int
     last: int
     load: Callable[[], dict]
-    part: Path | None = None  # the file, if it is one
+    part: Path | None = None  # the file, if this is a part
 
 
 def finished(folder: Path, fingerprint: dict) -> tuple[dict, list[Stretch]]:
-    """What `samples.json` says, and the images that it speaks of, if they are there.
+    """Returns the contents of `samples.json`, and its images if they exist.
 
     Raises:
-      ValueError: if they are of another fingerprint.
+      ValueError: if they have another fingerprint.
     """
     nothing = {'count': 0, 'redraws': 0, 'redrawn': 0, 'not_finite': 0}
     about = sample_files.read_about(folder)
@@ -47,14 +47,14 @@ def finished(folder: Path, fingerprint: dict) -> tuple[dict, list[Stretch]]:
         return nothing, []
     if about.get('fingerprint') != fingerprint:
         raise ValueError(
-            f'{folder} holds samples with another fingerprint, see its {sample_files.ABOUT}; '
-            'choose another folder.'
+            f'{folder} has samples with another fingerprint (see its {sample_files.ABOUT}); choose '
+            'another folder.'
         )
     count = about['count']
     try:
         source = sample_files.open_samples(folder, count)
     except (FileNotFoundError, ValueError) as error:
-        log.warning('%s Its images are drawn again.', error)
+        log.warning('%s Sampling its images again.', error)
         return nothing, []
 
     def load(first: int, last: int) -> dict:
@@ -65,22 +65,22 @@ def finished(folder: Path, fingerprint: dict) -> tuple[dict, list[Stretch]]:
 
 
 def parts(folder: Path, shape) -> list[Stretch]:
-    """The parts that are whole, with images of this shape; others are removed."""
+    """Returns the complete parts with images of this shape; removes other parts."""
     found = []
     for path in sorted((folder / 'parts').glob('*.npz')):
         try:
             pixels = _load(path)['pixels']
             if pixels.shape[1:] != shape:
-                raise ValueError(f'it holds images {list(pixels.shape[1:])}')
+                raise ValueError(f'it has images {list(pixels.shape[1:])}')
             found.append(_stretch(path, len(pixels)))
         except (ValueError, OSError) as error:
-            log.warning('%s is damaged (%s); its images are drawn again', path, error)
+            log.warning('%s is damaged (%s); sampling its images again', path, error)
             paths.remove_tree(path) if path.is_dir() else path.unlink()
     return found
 
 
 def write(folder: Path, first: int, part: dict) -> Stretch:
-    """Writes 'pixels', 'redraws' and 'finite' of the images from `first` on as a part."""
+    """Writes 'pixels', 'redraws' and 'finite' as a part that starts at image `first`."""
     path = folder / 'parts' / f'{first:08d}.npz'
     with files.replacing(path) as file:
         np.savez(file, **part)
@@ -92,13 +92,13 @@ def _load(path: Path) -> dict:
     members = arrays.members(path)
     kinds = {'pixels': 'u', 'redraws': 'i', 'finite': 'b'}
     if not kinds.keys() <= members.keys():
-        raise ValueError(f'it holds {", ".join(members)[:60] or "nothing"}')
+        raise ValueError(f'it has {", ".join(members)[:60] or "nothing"}')
     part = {name: arrays.read(path, members[name]) for name in kinds}
     if any(part[name].dtype.kind != kind for name, kind in kinds.items()) or not (
         part['pixels'].ndim == 4 and part['pixels'].dtype == np.uint8
         and part['pixels'].shape[:1] == part['redraws'].shape == part['finite'].shape
     ):
-        raise ValueError('its arrays are of other types or shapes')
+        raise ValueError('its arrays have wrong types or shapes')
     return part
 
 
@@ -108,7 +108,7 @@ def _stretch(part: Path, images: int) -> Stretch:
 
 
 def missing(stretches: list[Stretch], count: int, batch_size: int) -> list[tuple[int, int]]:
-    """Batches (first, last + 1) of the images below `count` that no stretch has."""
+    """Returns batches (first, last + 1) of the images below `count` that no stretch has."""
     batches, first = [], 0
     while first < count:
         there = [s.last for s in stretches if s.first <= first < s.last]
@@ -122,10 +122,10 @@ def missing(stretches: list[Stretch], count: int, batch_size: int) -> list[tuple
 
 
 def in_order(stretches: list[Stretch], count: int, totals: dict) -> Iterator[np.ndarray]:
-    """Pixels [n, H, W, C] of stretch after stretch, images 0 to `count` - 1.
+    """Yields the pixels [n, H, W, C] of all stretches, images 0 to `count` - 1.
 
-    Adds to the totals 'redraws', 'redrawn' and 'not_finite' on the way; finished images, which are
-    in them already, go before parts.
+    Updates the totals 'redraws', 'redrawn' and 'not_finite' for parts. Finished images come first;
+    the totals already include them.
     """
     first = 0
     while first < count:
@@ -143,12 +143,12 @@ def in_order(stretches: list[Stretch], count: int, totals: dict) -> Iterator[np.
 
 
 def are_left(folder: Path) -> bool:
-    """Whether there are parts, or files of a run that was killed."""
+    """Returns whether there are parts, or files of a run that was killed."""
     return (folder / 'parts').exists() or any(folder.glob('*.tmp'))
 
 
 def remove(folder: Path, stretches: list[Stretch], count: int) -> None:
-    """Removes the parts below `count`, and all that was left when a run was killed."""
+    """Removes the parts below `count`, and the files of runs that were killed."""
     for stretch in stretches:
         if stretch.part and stretch.last <= count:
             stretch.part.unlink()

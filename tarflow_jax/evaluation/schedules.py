@@ -1,4 +1,4 @@
-"""The schedules of a workdir: how the samples of each checkpoint are drawn fastest."""
+"""The decoding schedules of a workdir: the fastest sampling methods for each checkpoint."""
 
 import logging
 
@@ -16,11 +16,11 @@ log = logging.getLogger(__name__)
 def schedule_of(
     path, plan, variables, *, batch_size: int, tolerance: float, mesh
 ) -> Schedule:
-    """The schedule in a file if it is for these arguments and devices; else calibrates and writes.
+    """Reads a schedule if it matches these arguments and devices; else calibrates and writes one.
 
     Args:
-      plan: a `config.Plan`; its flow is laid out over `mesh`.
-      batch_size: rounded up to a multiple of what the mesh splits a batch into.
+      plan: a `config.Plan` whose flow has the layout of `mesh`.
+      batch_size: images per batch, rounded up to a multiple of the shards of the batch axis.
     """
     path, model = paths.of(path), plan.model
     batch_size = sharding.round_up(batch_size, mesh)
@@ -28,12 +28,12 @@ def schedule_of(
         schedule = Schedule.load(path)
         schedule.check(model, plan.guidance)
         if (schedule.batch_size, schedule.tolerance) == (batch_size, tolerance):
-            log.info('samples are drawn by the schedule %s', path)
+            log.info('sampling with the schedule %s', path)
             return schedule
         log.info('%s is for batches of %s and tolerance %g; calibrating again', path,
                  schedule.batch_size, schedule.tolerance)
     except FileNotFoundError:
-        log.info('finding the fastest way to draw batches of %d, which takes some minutes, once',
+        log.info('calibrating the sampling of batches of %d, once; this takes some minutes',
                  batch_size)
     except ValueError as error:
         log.info('%s: %s', path, error)
@@ -46,6 +46,6 @@ def schedule_of(
         try:
             schedule.save(path)
         except OSError as error:
-            log.warning('the schedule is not kept for the next time: %s', error)
+            log.warning('the schedule cannot be cached: %s', error)
     log.info('%s:\n%s', path, '\n'.join(schedule.table()))
     return schedule

@@ -1,7 +1,7 @@
-"""The scores that config.evaluate.metrics names: one table, an entry for each.
+"""The table of the scores in config.evaluate.metrics.
 
-A score is prepared from a `Subject`: this checks everything a user can get wrong and returns the
-work as a closure, as the modes in `commands.py` do.
+Preparing a score from a `Subject` checks for all user errors, and returns the work as a closure,
+like the modes in `commands.py`.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from tarflow_jax.evaluation.bits_per_dim import bits_per_dim
 from tarflow_jax.evaluation.over_set import batches, evenly_spaced
 from tarflow_jax.training.corruption import condition_of, corrupt
 
-FEW_LEVELS = 5  # that the score `levels` asks at where the config names none
+FEW_LEVELS = 5  # number of levels of the score `levels` if the config has none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Subject:
     test: object  # a source, see data.sources
 
     def options(self) -> dict:
-        """The arguments that all scores of a whole set share."""
+        """Returns the arguments that all scores of a whole dataset share."""
         batch_size, key = self.config.evaluate.batch_size, jax.random.key(self.config.seed)
         return dict(mesh=self.mesh, batch_size=batch_size, key=key)
 
@@ -46,11 +46,12 @@ class Score:
     """One entry of the table.
 
     Args:
-      prepare: from a `Subject` to a function of (variables, draw_samples) that returns the result
-        as JSON values; `draw_samples()` gives the config's samples as (source, summary).
-      rows: of the printed table, (name, value) each, from the result.
-      needs_classes: whether only class-conditional flows have it.
-      needs_levels: whether only noise-conditioned flows have it.
+      prepare: takes a `Subject` and returns a function of (variables, draw_samples), which returns
+        the result as JSON values. `draw_samples()` returns the config's samples as (source,
+        summary).
+      rows: converts the result to rows (name, value) of the printed table.
+      needs_classes: whether it is for class-conditional flows only.
+      needs_levels: whether it is for noise-conditioned flows only.
     """
 
     prepare: Callable[[Subject], Callable]
@@ -60,7 +61,7 @@ class Score:
 
 
 def _of_test_set(score: Callable) -> Callable:
-    """`prepare` of a score of all test images under the noise of the recipe."""
+    """Makes the `prepare` of a score over all test images with the noise of the recipe."""
 
     def prepare(s: Subject) -> Callable:
         return lambda variables, _: score(
@@ -101,7 +102,7 @@ def _outliers(s: Subject) -> Callable:
         other = sources.load(o.source, o.split, path=o.path, name=o.name)
         sources.check(
             other, image_size=model.image_size, channels=model.image_channels, num_classes=0,
-            what=f'the set of evaluate.outliers.source {o.source!r}',
+            what=f'the dataset of evaluate.outliers.source {o.source!r}',
         )
         sets[other.about.get('dataset', o.source)] = other
     sets = {name: evenly_spaced(source, o.images) for name, source in sets.items()}
@@ -157,7 +158,7 @@ SCORES = {
 
 
 def check_names(metrics, model) -> None:
-    """ValueError unless all metrics are in the table and the flow has what they need."""
+    """Raises ValueError unless all metrics are in the table and suit the flow."""
     for metric in metrics:
         if ',' in metric:
             listed = ','.join(f'"{name.strip()}"' for name in metric.split(','))
@@ -165,14 +166,14 @@ def check_names(metrics, model) -> None:
                 f"evaluate.metrics {metric!r:.100} is one word; write '({listed})', in quotes."
             )
         if metric not in SCORES:
-            raise ValueError(f'evaluate.metrics {metric!r} is none of {", ".join(SCORES)}.')
+            raise ValueError(f'evaluate.metrics {metric!r} must be one of {", ".join(SCORES)}.')
         if SCORES[metric].needs_classes and model.num_classes < 2:
             raise ValueError(
-                f'evaluate.metrics asks for {metric}, which model.num_classes '
-                f'{model.num_classes} does not allow; leave it out.'
+                f'evaluate.metrics {metric} needs classes, but model.num_classes is '
+                f'{model.num_classes}; leave it out.'
             )
         if SCORES[metric].needs_levels and not model.noise_conditioned:
             raise ValueError(
-                f'evaluate.metrics asks for {metric}, which only flows with '
-                'model.noise_conditioned=True have; leave it out.'
+                f'evaluate.metrics {metric} is only for flows with model.noise_conditioned=True; '
+                'leave it out.'
             )

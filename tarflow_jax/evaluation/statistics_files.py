@@ -1,12 +1,12 @@
-"""Files of reference statistics, in the formats that others publish them in and read them from.
+"""Reads and writes files of reference statistics, in the formats of other evaluation suites.
 
-npz archives hold `mu` [D] and `sigma` [D, D] (the suite of EDM), beside `mu_s` and `sigma_s` of
-the spatial features and often images, `arr_0` (the suite of ADM). Those written here hold a text
-too, `manifest`: JSON of the count and of what the numbers are about. Both suites take their
-statistics from them; ADM's, for its precision and recall, wants images in the file as well.
+A `.npz` file has `mu` [D] and `sigma` [D, D] (the suite of EDM); that of ADM also has `mu_s` and
+`sigma_s` of the spatial features, and often images, `arr_0`. Files written here also have
+`manifest`, a JSON text with the count and the origin of the numbers. Both suites can read them, but
+ADM's precision and recall also need images in the file.
 
-A `.pth` file is the state dict of torchmetrics' FrechetInceptionDistance, in which the official
-TarFlow code keeps its statistics: the sums of x and of x x^T, and the count.
+A `.pth` file is the state dict of torchmetrics' FrechetInceptionDistance, which the official
+TarFlow code uses: the sums of x and of x x^T, and the count.
 """
 
 import contextlib
@@ -26,28 +26,30 @@ _TORCHMETRICS = ('features_sum', 'features_cov_sum', 'features_num_samples')
 
 
 def read(path) -> Statistics:
-    """Statistics from a file of any of the formats, which its content tells.
+    """Reads statistics from a file of any of these formats, detected by its contents.
 
-    `about['format']` is 'adm', 'edm', 'tarflow_jax' or 'torchmetrics'. Of torchmetrics' state the
-    real features are read. No pickle is run.
+    `about['format']` is 'adm', 'edm', 'tarflow_jax' or 'torchmetrics'. From torchmetrics' state it
+    reads the real features. It executes no pickle.
 
     Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if the file is damaged, is in another format, lacks anything, or holds numbers
-        that are not finite.
+      FileNotFoundError: if the file does not exist.
+      ValueError: if the file is damaged, is in another format, lacks anything, or has numbers that
+        are not finite.
     """
     path = paths.local_copy(path)
     if not path.is_file():
-        raise FileNotFoundError(f'{path} is no file; give statistics as .npz or .pth.')
+        raise FileNotFoundError(f'{path} is not a file; pass statistics as .npz or .pth.')
     with path.open('rb') as file:
         magic = file.read(2)
     if magic.startswith(b'\x80'):
         raise ValueError(
-            f'{path} is a pickle, as the suite of EDM2 writes and older versions of torch; a '
-            'pickle is a program and is not run here, so save mu and sigma with numpy.savez.'
+            f'{path} is a pickle, as written by the suite of EDM2 and older versions of torch. A '
+            'pickle is a program and is not executed here; save mu and sigma with numpy.savez.'
         )
     if magic != b'PK':
-        raise ValueError(f'{path} starts with {magic!r} and is neither .npz nor .pth of torch.')
+        raise ValueError(
+            f'{path} starts with {magic!r}, so it is neither a .npz nor a .pth of torch.'
+        )
     with _damage(path):
         members = arrays.members(path)
     if any(name.endswith('/data.pkl') for name in members):
@@ -58,13 +60,13 @@ def read(path) -> Statistics:
 def write(path, statistics: Statistics) -> None:
     """Writes statistics as `.npz`, or as `.pth` for torchmetrics.
 
-    The `.pth` file holds neither the spatial features, nor `about`, nor the weights of the
-    network: give it to torchmetrics by `load_state_dict(torch.load(path), strict=False)`. The
-    file appears complete or not at all; one that is there is replaced.
+    The `.pth` file has no spatial features, no `about` and no network weights; load it in
+    torchmetrics with `load_state_dict(torch.load(path), strict=False)`. The file is written
+    atomically and replaces an existing one.
 
     Raises:
       FileNotFoundError: if the folder of `path` does not exist.
-      ValueError: if `path` ends otherwise, or the count is unknown that `.pth` needs.
+      ValueError: if `path` has another suffix, or `.pth` needs a count that is unknown.
     """
     path = paths.of(path)
     if path.suffix not in ('.npz', '.pth'):
@@ -90,8 +92,8 @@ def _damage(path: Path) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(
-            f'{path} is damaged, or holds objects, which are not loaded ({error}); copy it again, '
-            'or write it with numpy.savez from arrays of numbers.'
+            f'{path} is damaged, or has Python objects, which are not loaded ({error}); copy it '
+            'again, or write it with numpy.savez from arrays of numbers.'
         ) from None
 
 
@@ -133,7 +135,7 @@ def _from_torchmetrics(path: Path, state: dict[str, np.ndarray]) -> Statistics:
     total, outer, count = (state[name] for name in names)
     if count.shape != () or count.dtype.kind not in 'iu' or count < 2:
         raise ValueError(
-            f'{path} has {names[2]} = {str(count)[:60]}; it must be the number of images, at '
+            f'{path} has {names[2]} = {str(count)[:60]}, but it must be the number of images, at '
             'least 2.'
         )
     count = int(count)
@@ -141,8 +143,8 @@ def _from_torchmetrics(path: Path, state: dict[str, np.ndarray]) -> Statistics:
     total, outer = total.astype(np.float64), outer.astype(np.float64)
     if total.ndim != 1 or outer.shape != total.shape * 2:
         raise ValueError(
-            f'{path} has {names[0]} {list(total.shape)} and {names[1]} {list(outer.shape)}; they '
-            'must be [D] and [D, D].'
+            f'{path} has {names[0]} {list(total.shape)} and {names[1]} {list(outer.shape)}, but '
+            'they must be [D] and [D, D].'
         )
     mean = total / count
     covariance = (outer - count * np.outer(mean, mean)) / (count - 1)
@@ -152,7 +154,7 @@ def _from_torchmetrics(path: Path, state: dict[str, np.ndarray]) -> Statistics:
 def _torchmetrics_state(path: Path, statistics: Statistics) -> dict[str, np.ndarray]:
     if statistics.count is None:
         raise ValueError(
-            f'{path} needs the number of images, which the statistics do not say; write .npz.'
+            f'{path} needs the number of images, which the statistics do not have; write .npz.'
         )
     count, mean = statistics.count, statistics.mean
     outer = statistics.covariance * (count - 1) + count * np.outer(mean, mean)
@@ -166,15 +168,15 @@ def _need(path: Path, names, needed: list[str]) -> None:
     if missing:
         held = ', '.join(sorted(names)[:6])[:200] or 'nothing'
         raise ValueError(
-            f'{path} lacks {", ".join(missing)} (it holds {held}); give statistics of the suites '
-            'of ADM or EDM, or the state of torchmetrics\' FrechetInceptionDistance.'
+            f'{path} lacks {", ".join(missing)} (it has {held}); pass statistics of the suite of '
+            'ADM or EDM, or the state of torchmetrics\' FrechetInceptionDistance.'
         )
 
 
 def _check_numbers(path: Path, **given: np.ndarray) -> None:
     for name, array in given.items():
         if array.dtype.kind not in 'fiu':
-            raise ValueError(f'{path}: {name} is {array.dtype}; it must hold real numbers.')
+            raise ValueError(f'{path}: {name} is {array.dtype}, but must be real numbers.')
 
 
 def _statistics(path, count, mean, covariance, about, spatial=None) -> Statistics:

@@ -1,4 +1,4 @@
-"""The versions of what made a number or an image."""
+"""The software versions that produced a number or an image."""
 
 import importlib.metadata
 import platform
@@ -9,7 +9,7 @@ PACKAGES = ('jax', 'jaxlib', 'flax', 'numpy', 'grain', 'pillow')
 
 
 def versions() -> dict[str, str]:
-    """Of Python, this package and those that its results depend on."""
+    """Returns the versions of Python, this package and the packages its results depend on."""
     return {
         'python': platform.python_version(),
         'tarflow_jax': tarflow_jax.__version__,

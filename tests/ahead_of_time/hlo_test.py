@@ -56,7 +56,7 @@ ENTRY %main (p: f32[2,3]) -> f32[2,3] {{
 
 
 def test_text_without_entry_is_refused():
-    with pytest.raises(ValueError, match='no HLO text'):
+    with pytest.raises(ValueError, match='not HLO text'):
         hlo.parse('HloModule m\n')
 
 

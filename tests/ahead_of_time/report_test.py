@@ -153,7 +153,7 @@ def test_changes_are_tried_from_small_to_large(slice_of_16, monkeypatch):
 def test_a_step_of_several_slices_names_their_network(data_parallel):
     row = data_parallel[0] | {'topology': '2*v5e:4x4', 'slices': 2, 'dcn_seconds': 0.5}
     text = '\n'.join(report.lines(row | {'exposed_dcn_seconds': 0.25}))
-    assert 'datacenter   0.5000 s between slices at 25 Gbit/s per chip, of which 0.2500 s are' in text
+    assert 'datacenter   0.5000 s between slices at 25 Gbit/s per chip, of which 0.2500 s exposed' in text
 
 
 def test_the_measured_step_of_published_runs_is_beside_the_predicted_one(data_parallel):
@@ -161,8 +161,8 @@ def test_the_measured_step_of_published_runs_is_beside_the_predicted_one(data_pa
         'predicted_step_seconds': 2.0, 'measured_over_predicted': (1.25, 1.5), 'measured_on': ('v5e',)
     }
     wanted = (
-        '  measured     2.5000 to 3.0000 s, if it is as far off as for published steps on v5e: '
-        '1.25 to 1.50 times'
+        '  measured     2.5000 to 3.0000 s, if the prediction is as accurate as for published '
+        'steps on v5e: 1.25 to 1.50 times'
     )
     assert wanted in report.lines(row)
     assert report.table([row])[1].split()[-3] == '2.500-3.000'

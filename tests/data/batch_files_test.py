@@ -56,13 +56,13 @@ def test_large_pixels_are_not_read_into_memory(tmp_path):
     ({'labels': [1, 2, 3]}, 'holds 5 images and 3 labels'),
     ({'labels': [0, 1, 2, 3, 4]}, 'holds the label 0, not of 1 to 1000'),
     ({'labels': [1, 1001, 2, 3, 4]}, 'holds the label 1001'),
-    ({'labels': ['1', 2, 3, 4, 5]}, 'labels that are no list of whole numbers'),
-    ({'labels': np.ones(5)}, 'labels that are no list of whole numbers'),
+    ({'labels': ['1', 2, 3, 4, 5]}, 'labels that are not whole numbers'),
+    ({'labels': np.ones(5)}, 'labels that are not whole numbers'),
     ({'data': np.zeros((5, 190), np.uint8)}, 'rows of 190 numbers, which is no square'),
     ({'data': np.zeros((5, 192), np.int64)}, 'data other than uint8'),
     ({'data': np.zeros(960, np.uint8)}, 'data other than uint8'),
     ({'data': [1, 2]}, 'data other than uint8'),
-    ({'data': np.array([None] * 5)}, "it holds an array of 'O8'"),
+    ({'data': np.array([None] * 5)}, "it contains an array of 'O8'"),
 ])
 def test_wrong_contents(tmp_path, changed, says):
     path = write(tmp_path / 'train_data_batch_3', content(**changed))
@@ -84,8 +84,8 @@ class Runs:
     (Runs(eval, ('1',)), 'it asks for .*eval'),
     (Runs(np.load, ('x.npy',)), 'it asks for numpy.load'),
     (Runs(np.frombuffer, (b'12', 'O')), 'it asks for numpy'),
-    ([Runs(np.dtype, ('O',))], "it holds an array of 'O'"),
-    ([Runs(np.dtype, ([('a', 'O')],))], 'it holds an array of'),
+    ([Runs(np.dtype, ('O',))], "it contains an array of 'O'"),
+    ([Runs(np.dtype, ([('a', 'O')],))], 'it contains an array of'),
 ])
 @pytest.mark.parametrize('protocol', [0, 2, 4])
 def test_hostile_pickles_run_nothing(tmp_path, monkeypatch, hostile, says, protocol):
@@ -93,7 +93,7 @@ def test_hostile_pickles_run_nothing(tmp_path, monkeypatch, hostile, says, proto
     data = pickle.dumps(content(data=hostile), protocol=protocol)
     path = tmp_path / 'val_data'
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=f'val_data is truncated, damaged or no file .*{says}'):
+    with pytest.raises(ValueError, match=f'val_data is damaged or not a file .*{says}'):
         batch_files.read_batch(path)
     assert [entry.name for entry in tmp_path.iterdir()] == ['val_data']
 
@@ -108,7 +108,7 @@ def test_hostile_pickles_run_nothing(tmp_path, monkeypatch, hostile, says, proto
 def test_junk_is_one_sentence(tmp_path, data):
     path = tmp_path / 'val_data'
     path.write_bytes(data)
-    with pytest.raises(ValueError, match='fetch it again') as error:
+    with pytest.raises(ValueError, match='download it again') as error:
         batch_files.read_batch(path)
     assert str(path) in str(error.value) and '\n' not in str(error.value)
 
@@ -117,7 +117,7 @@ def test_junk_is_one_sentence(tmp_path, data):
 def test_truncated(tmp_path, keep):
     path = write(tmp_path / 'val_data', content())
     os.truncate(path, int(path.stat().st_size * keep))
-    with pytest.raises(ValueError, match='val_data is truncated, damaged'):
+    with pytest.raises(ValueError, match='val_data is damaged'):
         batch_files.read_batch(path)
 
 
@@ -139,5 +139,5 @@ def test_class_names(tmp_path):
     path.write_text('\n'.join(reversed(rows)))
     assert batch_files.class_names(tmp_path)[:2] == ['n00008999', 'n00008998']
     path.write_text('\n'.join(rows[:-1]))
-    with pytest.raises(ValueError, match='does not name the classes 1 to 1000'):
+    with pytest.raises(ValueError, match='does not name each of the classes 1 to 1000'):
         batch_files.class_names(tmp_path)

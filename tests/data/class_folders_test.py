@@ -127,17 +127,17 @@ def test_without_labels(tmp_path, capfd):
     save(tmp_path / 'pets' / 'train' / 'cat' / '1.png', picture(0))
     source.rename(tmp_path / 'pets' / 'val')
     run(tmp_path / 'pets', tmp_path / 'both', '--size=8', code=2)
-    assert 'name a file of labels with --labels' in last_error(capfd)
+    assert 'give a file of labels with --labels' in last_error(capfd)
 
 
 @pytest.mark.parametrize('name, text, says', [
     ('LOC_val_solution.csv', 'ImageId,PredictionString\nILSVRC2012_val_00000001,n01 1\n', 'has no label for ILSVRC2012_val_00000002'),
     ('LOC_val_solution.csv', 'ImageId,PredictionString\nILSVRC2012_val_00000001\n', 'line 2 is not IMAGE,CLASS'),
-    ('LOC_val_solution.csv', '\xff', 'is damaged or no file of ImageNet'),
+    ('LOC_val_solution.csv', '\xff', 'is damaged or not a file of ImageNet'),
     ('ILSVRC2012_validation_ground_truth.txt', '1\n2\n1001\n', "'1001' is no number from 1 to 1000"),
     ('ILSVRC2012_validation_ground_truth.txt', '', 'is no number from 1 to 1000'),
     ('labels.json', '{}', 'holds no labels that are read; give LOC_val_solution.csv'),
-    (None, '', 'is not there; correct --labels'),
+    (None, '', 'does not exist; correct --labels'),
 ])
 def test_labels_that_are_refused(tmp_path, name, text, says, capfd):
     source = write_validation(tmp_path / 'val')
@@ -154,7 +154,7 @@ def test_the_kit_must_be_whole(tmp_path, capfd):
     truth = write_kit(tmp_path)
     (tmp_path / 'data' / 'meta.mat').write_bytes(b'x' * 500)
     run(source, tmp_path / 'out', '--size=8', f'--labels={truth}', code=2)
-    assert 'it is no .mat file of version 5' in last_error(capfd)
+    assert 'it is not a .mat file of version 5' in last_error(capfd)
     (tmp_path / 'data' / 'meta.mat').unlink()
     run(source, tmp_path / 'out', '--size=8', f'--labels={truth}', code=2)
     assert 'unpack the whole development kit' in last_error(capfd)
@@ -163,7 +163,7 @@ def test_the_kit_must_be_whole(tmp_path, capfd):
 def test_labels_of_a_source_that_has_its_own(classes, tmp_path, capfd):
     write_csv(tmp_path / 'f.csv')
     run(classes, tmp_path / 'out', f'--labels={tmp_path / "f.csv"}', code=2)
-    assert 'lie in folders of their classes; leave --labels away' in last_error(capfd)
+    assert 'are in class folders; leave out --labels' in last_error(capfd)
 
 
 def names_of(out, split, folder):
@@ -212,7 +212,7 @@ def test_a_folder_around_splits_may_hold_other_files(classes, tmp_path):
     run(pack(classes, tmp_path / 'all.tar', 'pets'), tmp_path / 'out', '--size=8')
     assert list(manifest(tmp_path / 'out')['splits']) == ['train', 'validation']
     notes = manifest(tmp_path / 'out')['splits']['train']['notes']['list']
-    assert notes == [['pets/README', 'lies outside the splits and was left out']]
+    assert notes == [['pets/README', 'is outside the splits and was left out']]
 
 
 def test_a_kit_that_unpacks_to_too_much(tmp_path, monkeypatch, capfd):
@@ -226,4 +226,4 @@ def test_a_kit_that_unpacks_to_too_much(tmp_path, monkeypatch, capfd):
         info.size = 2**24
         tar.addfile(info, io.BytesIO(bytes(2**24)))
     run(source, tmp_path / 'out', '--size=8', code=2)
-    assert f'{path} is damaged or no file of ImageNet: it unpacks to more' in last_error(capfd)
+    assert f'{path} is damaged or not a file of ImageNet: it unpacks to more' in last_error(capfd)

@@ -49,7 +49,7 @@ def test_prepared_by_another_meanwhile(prepared, tmp_path, capfd, monkeypatch):
 
     monkeypatch.setattr(manifests, 'read', first_nothing)
     run(source, out, '--size=8', code=1)
-    assert last_error(capfd).endswith('by another process meanwhile; the same command goes on.\n')
+    assert last_error(capfd).endswith('by another process meanwhile; run the same command again to resume.\n')
     assert content(out) == content(wanted)
 
 
@@ -104,7 +104,7 @@ def test_damaged_manifests(prepared, tmp_path, damage, capfd):
         sources.load('prepared', 'train', path=str(out))
     message = str(damaged.value)
     assert message.startswith(f'{path} is damaged (') and '\n' not in message
-    assert message.endswith(f'); delete {out} and prepare the set again.')
+    assert message.endswith(f'); delete {out} and prepare the dataset again.')
     run(source, out, '--size=8', code=2)
     assert last_error(capfd) == f'{message}\n'
 

@@ -52,7 +52,7 @@ def test_sets_of_the_tool(tmp_path, labels, as_folder):
 def test_another_size_and_a_part_for_the_test(tmp_path, capfd):
     source = write(tmp_path / 'pets.zip', LABELS)
     run(source, tmp_path / 'none', code=2)
-    assert 'such as --split=train, or put a part of it aside with --test_fraction=0.1' in last_error(capfd)
+    assert 'such as --split=train, or split off a test set with --test_fraction=0.1' in last_error(capfd)
     run(source, tmp_path / 'out', '--size=4', '--crop=edm', '--test_fraction=0.3')
     made = manifest(tmp_path / 'out')
     assert made['image']['crop'] == 'edm' and made['image']['size'] == 4
@@ -64,7 +64,7 @@ def test_another_size_and_a_part_for_the_test(tmp_path, capfd):
     ([[0, 1]] * COUNT, 'the label [0, 1] in dataset.json, which is no whole number'),
     ([0] * (COUNT - 1), 'gives 00002/img00000011.png the label None'),
     ([-1] * COUNT, 'the label -1'),
-    ([2**40] * COUNT, 'which is no whole number from 0'),
+    ([2**40] * COUNT, 'which is not a whole number, 0 or more'),
 ])
 def test_labels_that_are_refused(tmp_path, labels, says, capfd):
     run(write(tmp_path / 'pets.zip', labels), tmp_path / 'out', '--split=train', code=2)

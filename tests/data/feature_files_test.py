@@ -113,9 +113,9 @@ def test_interrupted_and_damaged_sets_come_out_the_same(
     monkeypatch.setattr(shards, '_write_shard', write_shard)
     other = write_csv(tmp_path / 'g.csv', [[name, a, b + 1] for name, a, b in rows(classes)])
     run(classes, out, '--size=8x4', f'--features={other}', code=2)
-    assert 'begun with other images or options' in last_error(capfd)
+    assert 'unfinished preparation with other images or options' in last_error(capfd)
     run(classes, out, *options)
-    assert 'shards are finished and kept' in capfd.readouterr().err
+    assert 'shards, which are finished' in capfd.readouterr().err
     assert content(out) == content(tmp_path / 'whole')
     next(out.glob('pets-train.array_record-00001-of-*')).unlink()
     run(classes, out, *options)
@@ -209,7 +209,7 @@ def test_npy(tmp_path, dtype, small_shards, monkeypatch):
     (np.ones(5), 'has the shape [5], and'),
     (np.ones((5, 0)), 'has the shape [5, 0], and'),
     (np.ones((5, 1), complex), 'holds no array of numbers; write float32 [5, F]'),
-    (np.full((5, 1), None), 'is no array as numpy.save writes it'),
+    (np.full((5, 1), None), 'is not a .npy file'),
     (np.full((5, 2), [0, -np.inf]), "holds -inf as the feature '1' of the image 0, which is no"),
     (np.full((5, 1), 1e39), "holds 1e+39 as the feature '0' of the image 0, which is no finite"),
 ])
@@ -235,7 +235,7 @@ def test_refused_files(classes, tmp_path, capfd):
         assert says in last_error(capfd)
     run(tmp_path / 'digits', tmp_path / 'out', '--split=test',
         f'--features={tmp_path / "words.npy"}', code=2)
-    assert 'words.npy is no array as numpy.save writes it' in last_error(capfd)
+    assert 'words.npy is not a .npy file' in last_error(capfd)
 
 
 def test_tfds_passes_features_on(classes, tmp_path):

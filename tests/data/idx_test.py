@@ -85,7 +85,7 @@ def test_missing_file(tmp_path):
     (b'\0\0\x08\x05' + bytes(30), 'has 5 dimensions'),
     (b'\0\0\x08\x03\0\0\0\x02\0', 'promises 12 bytes of sizes, 5 were read'),
     (b'\0\0\x08\x02' + struct.pack('>2I', 0, 2), 'is empty: its header gives the shape (0, 2)'),
-    (idx_bytes(IMAGES)[:-4], 'promises 30 bytes, 26 were read; fetch it again'),
+    (idx_bytes(IMAGES)[:-4], 'promises 30 bytes, 26 were read; download it again'),
     (idx_bytes(IMAGES) + b'x', 'is too long: its header promises 30 bytes'),
 ])
 def test_refuses(tmp_path, content, says, zipped):

@@ -98,7 +98,7 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     Image.fromarray(deep).save(tmp_path / 'deep.png')
     encoded = encode(tmp_path / 'deep.png', size=(2, 2))
     assert read_png(encoded.png)[..., 0].tolist() == [[0, 0], [1, 255]]
-    assert encoded.notes == ('has 16 bits per channel, of which the upper 8 were taken',)
+    assert encoded.notes == ('has 16 bits per channel, of which the upper 8 were kept',)
 
 
 def test_sixteen_bit_colour(tmp_path):
@@ -159,7 +159,7 @@ def bomb():
     (lambda: save(Image.fromarray(ramp(90, 90)), 'JPEG')[:900], 'is damaged: image file is trunc'),
     (lambda: save(Image.fromarray(ramp(90, 90)), 'PNG')[:900], 'is damaged: '),
     (lambda: b'hello', 'is no image, or of none of the formats JPEG, PNG'),
-    (lambda: b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', 'is no image'),
+    (lambda: b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', 'is not an image'),
     (lambda: b'', 'is empty'),
     (bomb, 'is a decompression bomb: '),
     (lambda: save(Image.fromarray(np.ones((9, 9), np.float32)), 'TIFF'), 'has pixels of F'),
@@ -191,12 +191,12 @@ def test_exact_refuses_other_sizes(tmp_path):
 def test_unreadable_and_changed_files(tmp_path):
     gone = File('gone.png', str(tmp_path / 'gone.png'), 0, UNREADABLE)
     encoded, = image_files.encode_files([gone], Form((8, 8)))
-    assert encoded.reason == 'is a link to nothing, or no regular file'
+    assert encoded.reason == 'is a broken link or not a regular file'
     Image.fromarray(ramp(8, 8)).save(tmp_path / 'a.png')
     longer = File('a.png', str(tmp_path / 'a.png'), 0, os.path.getsize(tmp_path / 'a.png') + 1)
     with pytest.raises(OSError, match='became shorter'):
         image_files.encode_files([longer], Form((8, 8)))
-    with pytest.raises(OSError, match='not there any more'):  # a drive that went away, perhaps
+    with pytest.raises(OSError, match='no longer exists'):  # a drive that went away, perhaps
         image_files.encode_files([longer._replace(path='/nowhere/a.png')], Form((8, 8)))
 
 

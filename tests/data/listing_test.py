@@ -61,11 +61,11 @@ def test_folders_that_cannot_be_listed(classes, tmp_path, monkeypatch):
     monkeypatch.setattr(listing.os, 'scandir', forbid)
     run(classes, tmp_path / 'out', '--size=8')
     assert notes(tmp_path / 'out') == {
-        'train/cat/loop': 'is a link to a folder that holds it and was left out',
+        'train/cat/loop': 'is a link to a folder that contains it and was left out',
         'train/cat/secret': 'cannot be read (Permission denied) and was left out',
     }
     entry = manifest(tmp_path / 'out')['splits']['train']
     assert entry['images'] == 6
     assert entry['skipped']['list'] == [
-        ['train/cat/self.png', 'is a link to nothing, or no regular file']
+        ['train/cat/self.png', 'is a broken link or not a regular file']
     ]

@@ -72,16 +72,16 @@ def test_one_zip_and_unpacked_files(tmp_path):
 
 
 @pytest.mark.parametrize('data, says', [
-    (lambda: npz(0)[:300], 'is truncated, damaged or no file of the ImageNet site'),
+    (lambda: npz(0)[:300], 'is damaged or not a file of the ImageNet site'),
     (lambda: b'hello', 'is truncated or damaged'),
     (lambda: npz(0, labels=np.array([1, 2])), 'it holds 3 images and 2 labels'),
     (lambda: npz(0, labels=np.array([1, 2, 1001])), 'holds the label 1001'),
     (lambda: npz(0, labels=np.array([0.5, 1, 2])), 'it holds labels of float64 [3]'),
     (lambda: npz(0, data=np.zeros((3, 190), np.uint8)), 'rows of 190 numbers, which is no square'),
     (lambda: npz(0, data=np.zeros((3, 192))), 'it holds data of float64 [3, 192]'),
-    (lambda: npz(0, data=np.asfortranarray(np.ones((3, 192), np.uint8))), 'in the order of Fortran'),
-    (lambda: npz(0, data=np.array([None] * 3)), 'it holds objects, which are not loaded'),
-    (lambda: npz(0).replace(b'(3, 192), }', b'(3e9,19), }'), 'is truncated, damaged or no file of'),
+    (lambda: npz(0, data=np.asfortranarray(np.ones((3, 192), np.uint8))), 'in Fortran order'),
+    (lambda: npz(0, data=np.array([None] * 3)), 'it contains Python objects, which are not loaded'),
+    (lambda: npz(0).replace(b'(3, 192), }', b'(3e9,19), }'), 'is damaged or not a file of'),
 ])
 def test_hostile_files(tmp_path, data, says, capfd):
     (tmp_path / 'files').mkdir()
@@ -96,7 +96,7 @@ def test_rows_promised_and_not_there(tmp_path, capfd):
     (tmp_path / 'files').mkdir()
     (tmp_path / 'files' / 'val_data.npz').write_bytes(data)
     run(tmp_path / 'files', tmp_path / 'out', code=2)
-    assert 'val_data.npz is truncated; fetch it again' in last_error(capfd)
+    assert 'val_data.npz is truncated; download it again' in last_error(capfd)
 
 
 def test_zips_of_pickles_are_to_be_unpacked(tmp_path, capfd):

@@ -55,7 +55,7 @@ def test_a_folder_of_the_hub(hub, tmp_path, small_shards):
     assert made['image'] == {'size': 8, 'channels': 3, 'encoding': 'png'}
     assert list(made['splits']) == ['train', 'validation']
     (name, note), = made['splits']['train']['notes']['list']
-    assert name == 'test' and note.startswith('has no labels, which the other splits have')
+    assert name == 'test' and note.startswith('has no labels, but the other splits have')
     run(hub, tmp_path / 'test', '--split=test')
     assert manifest(tmp_path / 'test')['classes'] is None
     assert elements(tmp_path / 'test', 'test')[1] == [-1] * 3
@@ -113,20 +113,20 @@ def damage_page(path):
 
 
 @pytest.mark.parametrize('damage, says', [
-    (lambda path: os.truncate(path, path.stat().st_size // 2), 'is truncated, damaged or no parquet'),
-    (lambda path: path.write_bytes(b'PAR1hello'), 'is truncated, damaged or no parquet file'),
-    (lambda path: path.write_bytes(b''), 'is truncated, damaged or no parquet file'),
-    (damage_page, 'is truncated, damaged or no parquet file'),
+    (lambda path: os.truncate(path, path.stat().st_size // 2), 'is damaged or not a parquet'),
+    (lambda path: path.write_bytes(b'PAR1hello'), 'is damaged or not a parquet file'),
+    (lambda path: path.write_bytes(b''), 'is damaged or not a parquet file'),
+    (damage_page, 'is damaged or not a parquet file'),
     (lambda path: path.unlink(), 'lacks train-00001-of-00003.parquet (1 of 3 files are missing)'),
     (lambda path: pq.write_table(pa.table({'picture': [b'x']}), path), 'none called image or img'),
     (lambda path: pq.write_table(pa.table({'image': ['a']}), path), 'neither bytes nor lists of whole'),
     (lambda path: pq.write_table(pa.table({'image': [[[0.5]]]}), path), 'neither bytes nor lists of'),
-    (lambda path: pq.write_table(pa.table({'image': [b'x'], 'label': [0.5]}), path), 'prepare one set'),
+    (lambda path: pq.write_table(pa.table({'image': [b'x'], 'label': [0.5]}), path), 'prepare one dataset'),
     (lambda path: pq.write_table(table([0], [0]).set_column(1, 'label', [['cat']]), path), 'others with names'),
     (lambda path: pq.write_table(table([0], [3]), path), 'holds the label 3, and its schema names 3'),
-    (lambda path: pq.write_table(table([0], [-2]), path), 'holds labels beyond a million'),
+    (lambda path: pq.write_table(table([0], [-2]), path), 'has labels above a million'),
     (lambda path: pq.write_table(table([0], [-1]), path), 'has no label in its row 0'),
-    (lambda path: pq.write_table(table([0], [0], names=['a']), path), 'prepare one set'),
+    (lambda path: pq.write_table(table([0], [0], names=['a']), path), 'prepare one dataset'),
 ])
 def test_refuses(hub, tmp_path, damage, says, capfd):
     damage(hub / 'data' / 'train-00001-of-00003.parquet')

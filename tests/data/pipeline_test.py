@@ -231,7 +231,7 @@ def test_refusals(source):
     with pytest.raises(ValueError, match='the seed is -1'):
         pipeline.train_batches(source, batch_size=8, seed=-1)
     empty = sources.InMemory(source.image_NxHxWxC[:0], source.label_N[:0])
-    with pytest.raises(ValueError, match='holds no image'):
+    with pytest.raises(ValueError, match='is empty'):
         pipeline.train_batches(empty, batch_size=8, seed=0)
 
 

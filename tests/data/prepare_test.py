@@ -280,7 +280,7 @@ def test_crops(classes, tmp_path, capfd):
         assert 'already prepared' in capfd.readouterr().err
     assert len(plans) == 3
     run(classes, tmp_path / 'edm', '--size=12', '--crop=adm', code=2)
-    assert 'give another --out' in last_error(capfd)
+    assert 'choose another --out' in last_error(capfd)
     run(classes, tmp_path / 'new', '--size=8x4', '--crop=edm', code=2)
     assert '--size is 8x4, but --crop=edm makes squares' in last_error(capfd)
 
@@ -312,16 +312,16 @@ def test_hostile_files_are_named(tmp_path, capfd):
     skipped = dict(entry['skipped']['list'])
     assert entry['skipped']['count'] == 5
     assert skipped['cat/cut.jpg'].startswith('is damaged: image file is truncated')
-    assert skipped['cat/words.jpg'].startswith('is no image')
+    assert skipped['cat/words.jpg'].startswith('is not an image')
     assert skipped['cat/nothing.jpg'] == 'is empty'
     assert skipped['cat/bomb.png'].startswith('is a decompression bomb')
-    assert skipped['cat/link.jpg'] == 'is a link to nothing, or no regular file'
+    assert skipped['cat/link.jpg'] == 'is a broken link or not a regular file'
     notes = dict(entry['notes']['list'])
     assert notes == {
-        'readme.txt': 'lies in no class folder and was left out',
-        'dog': 'is a class without a file in this split; it keeps its label',
+        'readme.txt': 'is not in a class folder and was left out',
+        'dog': 'is a class without files in this split; it keeps its label',
         'cat/print.jpg': 'is CMYK and was converted to RGB',
-        'cat/deep.png': 'has 16 bits per channel, of which the upper 8 were taken',
+        'cat/deep.png': 'has 16 bits per channel, of which the upper 8 were kept',
         'cat/dot.png': 'is 1x1, smaller than 8x8, and was enlarged',
     }
     said = capfd.readouterr().err
@@ -342,7 +342,7 @@ def test_strict(classes, tmp_path, capfd):
     run(classes, tmp_path / 'good', '--size=8', '--strict')
     (classes / 'train' / 'cat' / 'words.jpg').write_text('hello')
     run(classes, tmp_path / 'out', '--size=8', '--strict', code=2)
-    assert 'train/cat/words.jpg is no image' in last_error(capfd)
+    assert 'train/cat/words.jpg is not an image' in last_error(capfd)
     assert not (tmp_path / 'out' / 'manifest.json').exists()
     (classes / 'train' / 'cat' / 'words.jpg').unlink()
     (classes / 'train' / 'fish').mkdir()
@@ -354,7 +354,7 @@ def test_strict_after_skipping(classes, tmp_path, capfd):
     (classes / 'train' / 'cat' / 'words.jpg').write_text('hello')
     run(classes, tmp_path / 'out', '--size=8')
     run(classes, tmp_path / 'out', '--size=8', '--strict', code=2)
-    assert 'words.jpg is no image' in last_error(capfd)
+    assert 'words.jpg is not an image' in last_error(capfd)
 
 
 def test_a_second_split_extends(classes, tmp_path, capfd):
@@ -384,7 +384,7 @@ def test_a_second_split_extends(classes, tmp_path, capfd):
 
 @pytest.mark.parametrize('make, more, says', [
     (lambda path: None, [], 'is not there'),
-    (lambda path: path.mkdir(), [], 'holds no files; what can be prepared is'),
+    (lambda path: path.mkdir(), [], 'has no files; pass one of these'),
     (lambda path: save(path / 'a' / '1.png', picture(0)), [], 'such as --split=train'),
     (lambda path: save(path / 'train' / 'a' / '1.png', picture(0)), ['--split=test'],
      "holds the split(s) train and not 'test'"),
@@ -406,7 +406,7 @@ def test_a_second_split_extends(classes, tmp_path, capfd):
     (lambda path: save(path / 'train_8x8' / '1.png', picture(0)), ['--size=4x8'],
      'holds images of size 8, resized before'),
     (lambda path: (path.mkdir(), (path / 'a.jpg').write_text('x')), ['--split=train'],
-     'the split train holds no image that can be used'),
+     'the split train has no usable image'),
 ])
 def test_refuses(tmp_path, make, more, says, capfd):
     source = tmp_path / 'source.tar' if 'tar' in says or 'gzip' in says else tmp_path / 'source'
@@ -427,15 +427,15 @@ def test_does_not_write_among_other_files(classes, tmp_path, capfd):
     (tmp_path / 'out').mkdir()
     (tmp_path / 'out' / 'thesis.tex').write_text('42')
     run(classes, tmp_path / 'out', code=2)
-    assert 'holds other files' in last_error(capfd)
+    assert 'has other files' in last_error(capfd)
 
 
 def test_does_not_write_into_the_source_or_a_file(classes, tmp_path, capfd):
     run(classes, classes / 'out', code=2)
-    assert f'{classes / "out"} lies inside {classes}' in last_error(capfd)
+    assert f'{classes / "out"} is inside {classes}' in last_error(capfd)
     (tmp_path / 'file').touch()
     run(classes, tmp_path / 'file', code=2)
-    assert 'is not a folder, but a file; give a folder' in last_error(capfd)
+    assert 'is a file, not a folder; pass a folder' in last_error(capfd)
 
 
 @pytest.mark.parametrize('size', ['0', '48x', '0x3', 'x', '48x32x3', '-1'])

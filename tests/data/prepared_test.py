@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures('in_threads')
 @pytest.mark.parametrize('damage, says', [
     (Path.unlink, 'is missing'),
     (lambda path: os.truncate(path, 700), 'has 700 bytes in place of'),
-    (lambda path: path.write_bytes(path.read_bytes()[:-1] + b'x'), 'has another checksum'),
+    (lambda path: path.write_bytes(path.read_bytes()[:-1] + b'x'), 'does not match the checksum'),
 ])
 def test_damage_is_seen_and_mended(classes, tmp_path, small_shards, damage, says):
     out = tmp_path / 'out'
@@ -46,7 +46,7 @@ def test_checksums_are_shared_by_processes(classes, tmp_path, small_shards):
     data = shard.read_bytes()
     shard.write_bytes(data[:-1] + b'x')
     assert len(sources.load('prepared', 'train', path=str(out), verify=(0, 2))) == 6
-    with pytest.raises(ValueError, match='00001-of-00003 has another checksum'):
+    with pytest.raises(ValueError, match='00001-of-00003 does not match the checksum'):
         sources.load('prepared', 'train', path=str(out), verify=(1, 2))
     shard.unlink()  # sizes are looked at by all
     with pytest.raises(ValueError, match='is missing'):
@@ -59,7 +59,7 @@ def test_manifest_is_damaged_or_of_another_version(classes, tmp_path, capfd):
     path = out / 'manifest.json'
     text = path.read_text()
     path.write_text(text[:100])
-    with pytest.raises(ValueError, match='manifest.json is damaged .* prepare the set again'):
+    with pytest.raises(ValueError, match='manifest.json is damaged .* prepare the dataset again'):
         sources.load('prepared', 'train', path=str(out))
     path.write_text(text.replace('"format": 1', '"format": 2'))
     with pytest.raises(ValueError, match='has the format 2, and this version reads 1'):

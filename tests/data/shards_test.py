@@ -40,7 +40,7 @@ def test_interrupt_and_failure_have_codes(classes, tmp_path, monkeypatch, capfd)
             raise error
         monkeypatch.setattr(prepare.shards, 'write', fail)
         run(classes, tmp_path / 'out', '--size=8', code=code)
-        assert 'the same command goes on' in capfd.readouterr().err
+        assert 'run the same command again to resume' in capfd.readouterr().err
     monkeypatch.undo()
 
     class FullDisk(shards.array_record_module.ArrayRecordWriter):
@@ -50,7 +50,7 @@ def test_interrupt_and_failure_have_codes(classes, tmp_path, monkeypatch, capfd)
 
     monkeypatch.setattr(shards.array_record_module, 'ArrayRecordWriter', FullDisk)
     run(classes, tmp_path / 'out', '--size=8', code=1)
-    assert 'No space left on device; the same command goes on.' in last_error(capfd)
+    assert 'No space left on device; run the same command again to resume.' in last_error(capfd)
     monkeypatch.undo()
     run(classes, tmp_path / 'out', '--size=8')
     assert len(elements(tmp_path / 'out', 'train')[1]) == 6
@@ -144,9 +144,9 @@ def test_killed_and_started_again_is_the_same_to_the_byte(kind, classes, tmp_pat
     assert not any(alive(pid) for pid in workers)
 
     run(source, out, '--size=4', code=2)
-    assert 'begun with other images or options' in last_error(capfd)
+    assert 'unfinished preparation with other images or options' in last_error(capfd)
     run(source, out, '--size=8')
-    assert 'shards are finished and kept' in capfd.readouterr().err
+    assert 'shards, which are finished' in capfd.readouterr().err
     assert content(out) == content(tmp_path / 'whole')
     untouched = [name for name, when in kept.items() if (out / name).stat().st_mtime_ns == when]
     assert len(untouched) >= 3
@@ -160,7 +160,7 @@ def test_mending_from_changed_images_is_refused(classes, tmp_path, small_shards,
     size = place.stat().st_size
     place.write_bytes(bytes(size))
     run(classes, out, '--size=8', code=2)
-    assert 'cannot be made again as it was' in last_error(capfd)
+    assert 'cannot be reproduced' in last_error(capfd)
 
 
 def test_bucket(classes, tmp_path, bucket, small_shards, capfd, monkeypatch):
@@ -187,9 +187,9 @@ def test_bucket(classes, tmp_path, bucket, small_shards, capfd, monkeypatch):
     assert read(bucket) == read(tmp_path / 'local')
     monkeypatch.setattr(shutil, 'disk_usage', lambda _: types.SimpleNamespace(free=0))
     (copy / 'pets-train.array_record-00001-of-00003').unlink()
-    with pytest.raises(OSError, match='^gs://.* read at random, and .* set TMPDIR to a folder'):
+    with pytest.raises(OSError, match='^gs://.* random access, .* set TMPDIR to a folder'):
         sources.load('prepared', 'train', path=bucket)
-    with pytest.raises(ValueError, match='is in a bucket, and images are read at random'):
+    with pytest.raises(ValueError, match='is in a bucket, which does not allow random access'):
         sources.load('idx', 'train', path=bucket)
 
 

@@ -185,7 +185,7 @@ def test_check_ignores_labels_without_classes_and_sees_them_all_with_classes():
         fits(source, num_classes=2)
     with pytest.raises(ValueError, match=r'images of float32 \[28, 28, 1\]'):
         fits(sources.InMemory(image.astype(np.float32), source.label_N), num_classes=0)
-    with pytest.raises(ValueError, match='holds no image'):
+    with pytest.raises(ValueError, match='is empty'):
         fits(sources.InMemory(image[:0], source.label_N[:0]))
 
 
@@ -322,7 +322,7 @@ def test_missing_tfds_set_says_how_to_prepare_it(tmp_path, name, capfd):
     with pytest.raises(FileNotFoundError) as error:
         sources.load('tfds', 'train', path=str(tmp_path), name=name)
     message = str(error.value)
-    assert message.startswith(f'{name} is wanted as array_record and {tmp_path} does not hold it')
+    assert message.startswith(f'{tmp_path} does not have {name} as array_record')
     assert f'`tfds build {name} --data_dir={tmp_path} --file_format=array_record`' in message
     assert '\n' not in message
     assert capfd.readouterr() == ('', '')
@@ -339,7 +339,7 @@ def test_unknown_tfds_split(tfds_folder, split):
 def test_damaged_tfds_set(tfds_folder, tmp_path, damage):
     shutil.copytree(tfds_folder, tmp_path, dirs_exist_ok=True)
     damage(next(tmp_path.glob('*/*/*train.array_record*')))
-    with pytest.raises(ValueError, match='tiny_pictures in .* cannot be read: .* prepare the set'):
+    with pytest.raises(ValueError, match='tiny_pictures in .* cannot be read: .* prepare the dataset'):
         sources.load('tfds', 'train', path=str(tmp_path), name='tiny_pictures')
 
 

@@ -41,10 +41,10 @@ def long_name(size):
     (lambda data: with_size(data, b'train/cat/2.png', negative(-2**40)), 'damaged'),
     (lambda data: with_size(data, b'train/cat/2.png', big(2**62)), 'truncated'),
     (lambda data: data.replace(b'train/cat/2.png', b'train/cat/X.png'), 'header at byte'),
-    (lambda data: data[:data.index(b'train/cat/2.png')], 'without the mark of its end'),
+    (lambda data: data[:data.index(b'train/cat/2.png')], 'its end marker is missing'),
     (lambda data: data[:data.index(b'train/cat/2.png')] + bytes(512)
-     + data[data.index(b'train/cat/2.png') + 512:], 'is zeros, and more follows'),
-    (lambda data: data + data, 'is zeros, and more follows'),
+     + data[data.index(b'train/cat/2.png') + 512:], 'is zeros, but more follows'),
+    (lambda data: data + data, 'is zeros, but more follows'),
     (lambda data: long_name(big(2**40)) + data, 'a header says that it has 1099511627776 bytes'),
     (lambda data: long_name(negative(-512)) + data, 'damaged'),
     (lambda data: long_name(big(512)) * 3000 + data, 'damaged'),

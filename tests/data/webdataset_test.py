@@ -86,4 +86,4 @@ def test_shards_of_which_only_some_say_their_split(tmp_path, capfd):
     for name in ('train-0', 'other-1'):
         write_shard(tmp_path / 'shards' / f'{name}.tar', samples(range(2)))
     run(tmp_path / 'shards', tmp_path / 'out', '--size=8', code=2)
-    assert 'whose name says no split' in last_error(capfd)
+    assert 'whose name has no split' in last_error(capfd)

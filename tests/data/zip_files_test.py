@@ -113,10 +113,10 @@ def raw_zip(members=((b'a/1.png', 0, 4, 4, 0),), body=b'\0' * 100, **end):
 
 @pytest.mark.parametrize('data, says', [
     (raw_zip()[:-30], 'has no directory at its end'),
-    (raw_zip(offset=2**31), 'directory lies beyond its end'),
-    (raw_zip(size=2**31), 'directory lies beyond its end'),
+    (raw_zip(offset=2**31), 'directory is beyond its end'),
+    (raw_zip(size=2**31), 'directory is beyond its end'),
     (raw_zip(offset=90), 'directory is damaged'),
-    (raw_zip(entries=7), 'does not hold as many files as it says'),
+    (raw_zip(entries=7), 'claims another number of files than it has'),
     (raw_zip([(b'a/1.png', 8, 2**31, 4, 0)]), "member 'a/1.png' lies beyond its end"),
     (raw_zip([(b'a/1.png', 8, 4, 4, 2**31)]), "member 'a/1.png' lies beyond its end"),
     (raw_zip([(b'a/%d.png' % k, 8, 60, 2**30, 0) for k in range(1000)]), 'its members overlap'),
@@ -128,7 +128,7 @@ def test_hostile_directories(tmp_path, data, says, capfd):
     assert tracemalloc.get_traced_memory()[1] < 2**24
     tracemalloc.stop()
     said = last_error(capfd)
-    assert f'{tmp_path / "train.zip"} is no zip, truncated or damaged' in said and says in said
+    assert f'{tmp_path / "train.zip"} is damaged or not a zip' in said and says in said
 
 
 def test_streams_are_read_in_any_steps():
@@ -153,7 +153,7 @@ def test_a_member_that_is_not_what_it_says():
     right = zip_files.Packed(8, len(packed), zlib.crc32(bytes(1000)))
     assert zip_files.read(file, 0, 1000, right) == bytes(1000)
     for size in (999, 1001):
-        with pytest.raises(ValueError, match='another checksum'):
+        with pytest.raises(ValueError, match='checksum differs'):
             zip_files.read(file, 0, size, right)
     with pytest.raises(ValueError, match='a decompression bomb: .* bytes that make 1073741824'):
         zip_files.read(file, 0, 2**30, right)

@@ -251,7 +251,7 @@ def test_ctrl_c_keeps_what_was_drawn(wanted, tmp_path, monkeypatch, caplog):
         with caplog.at_level(logging.WARNING), pytest.raises(Stopped) as stopped:
             draw(tmp_path)
     assert stopped.value.code == 130
-    assert f'the 8 images drawn so far are kept in {tmp_path} and the same command' in caplog.text
+    assert f'stopped; 8 images are kept in {tmp_path}; run the same command' in caplog.text
     assert draw(tmp_path)['drawn'] == 14
     assert contents(tmp_path) == contents(wanted)
 
@@ -260,11 +260,11 @@ def test_progress_without_a_terminal(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(bulk, 'LOG_SECONDS', 0)
     with caplog.at_level(logging.INFO):
         draw(tmp_path)
-    lines = [record.message for record in caplog.records if ' a second, ' in record.message]
+    lines = [record.message for record in caplog.records if '/s, ' in record.message]
     assert [line.partition(',')[0] for line in lines] == [
         '8 of 22 images', '16 of 22 images', '22 of 22 images'
     ]
-    assert lines[-1].endswith(' a second, 00:00 left')
+    assert lines[-1].endswith('/s, 00:00 left')
 
 
 def test_longer_and_shorter(wanted, tmp_path, monkeypatch):

@@ -70,7 +70,7 @@ def test_images_without_a_label_are_left_out():
     found = score(flow_that_expects_grey(), source)
     assert (found['accuracy'], found['images']) == (1.0, 15)
     source.label_N[:] = -1
-    with pytest.raises(ValueError, match='no image of the set has one'):
+    with pytest.raises(ValueError, match='no image of the dataset has one'):
         score(flow_that_expects_grey(), source)
 
 

@@ -45,7 +45,7 @@ def test_caution(about, trained, says):
         assert cautions == []
     else:
         [caution] = cautions
-        assert re.search(says, caution) and 'the distance measures' in caution
+        assert re.search(says, caution) and 'the distance includes' in caution
 
 
 def test_the_training_set_itself_needs_no_caution():

@@ -148,5 +148,5 @@ def test_picture(tmp_path):
 
 
 def test_flow_that_has_diverged():
-    with pytest.raises(ValueError, match='log p of no image is finite'):
+    with pytest.raises(ValueError, match='log p is not finite for any image'):
         summary({'train': np.array([np.nan]), 'test': np.array([np.inf])})

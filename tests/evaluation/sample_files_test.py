@@ -69,7 +69,7 @@ def test_open_fortran_order(tmp_path):
 
 
 @pytest.mark.parametrize('arrays, words', [
-    (dict(images=IMAGES), 'it holds images'),
+    (dict(images=IMAGES), 'it has images'),
     (dict(), 'it holds nothing'),
     (dict(arr_0=IMAGES / 255.0), 'arr_0 is float64'),
     (dict(arr_0=IMAGES.transpose(0, 3, 1, 2)), r'arr_0 is uint8 \[7, 3, 4, 5\]'),
@@ -85,7 +85,7 @@ def test_other_layouts_are_refused(tmp_path, arrays, words):
     with pytest.raises(ValueError, match=words) as refused:
         sample_files.open_samples(path)
     sentence = str(refused.value)
-    assert str(path) in sentence and 'samples are arr_0, uint8 [N, H, W, 1 or 3]' in sentence
+    assert str(path) in sentence and 'samples need arr_0, uint8 [N, H, W, 1 or 3]' in sentence
 
 
 def test_what_cannot_be_opened(tmp_path):

@@ -131,7 +131,7 @@ MANIFEST = json.dumps({'format': 'tarflow_jax', 'count': 50, 'about': {}})
     ({'sigma': COVARIANCE * np.inf}, 'the covariance holds numbers that are not finite'),
     ({'mu': MEAN.astype(complex)}, 'mu is complex128; it must hold real numbers'),
     ({'mu': np.array(list('abcde'))}, 'mu is <U1'),
-    ({'mu': np.array([object()] * 5)}, 'holds objects, which are not loaded'),
+    ({'mu': np.array([object()] * 5)}, 'has Python objects, which are not loaded'),
     ({'manifest': np.array('{')}, 'has a manifest that was not written here'),
     ({'manifest': np.array('[' * 9999)}, 'has a manifest that was not written here'),
     ({'manifest': np.array(MANIFEST.replace('50', '"50"'))}, 'has a manifest that was not'),
@@ -151,7 +151,7 @@ def test_archives_refused(tmp_path, changed, message):
 def test_other_files_refused(tmp_path):
     path = tmp_path / 'file'
     path.write_bytes(pickle.dumps({'fid': {'mu': MEAN}}))
-    refused(path, 'is a pickle, as the suite of EDM2 writes')
+    refused(path, 'is a pickle, as written by the suite of EDM2')
     path.write_bytes(b'hello')
     refused(path, "starts with b'he' and is neither .npz nor .pth")
     path.write_bytes(b'')
