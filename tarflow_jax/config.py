@@ -61,7 +61,7 @@ def default() -> ConfigDict:
     m.first_token = 'identity'  # or 'start'
     m.volume_preserving = False
     m.dtype = 'float32'  # or 'bfloat16'
-    m.residual_dtype = 'bfloat16'  # of the residual stream, where dtype is no wider; or 'float32'
+    m.residual_dtype = 'float32'  # of the residual stream, as in the official code; or 'bfloat16'
     m.precision = 'highest'  # of float32 products on TPU: or 'high', 'default'
     m.remat = 'none'  # or 'layer', 'dots', 'attention'
     m.unroll = 1  # layers per loop iteration
