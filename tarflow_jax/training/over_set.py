@@ -1,4 +1,4 @@
-"""One pass over a whole set: a score of every image, by all devices, brought to every process."""
+"""Scores every image of a set on all devices, and brings the scores to every process."""
 
 import dataclasses
 import functools
@@ -14,20 +14,21 @@ from tarflow_jax.training import sharding
 
 
 def over_set(
-    score: Callable, source, *, mesh, batch_size: int, key: jax.Array, draws: int = 1, what: str
+    score: Callable, source, *, mesh, batch_size: int, key: jax.Array, draws: int = 1,
+    what: str | None = None,
 ):
-    """`score(batch, keys)` of every image of a source, under several draws of the noise.
+    """Computes `score(batch, keys)` of every image of a source, under several draws of the noise.
 
     The key of an image depends on `key`, the draw and the image's place in the source alone, so
     that the numbers do not depend on the batch size, the mesh or the number of processes.
 
     Args:
-      score: a jitted function of {'image': uint8 [B, H, W, C], 'label': int32 [B]} and keys [B] to
-        a tree of arrays [B, ...].
+      score: compiled; from {'image': uint8 [B, H, W, C], 'label': int32 [B]}, with 'features'
+        where the source has them, and keys [B] to a tree of arrays [B, ...].
       source: see `data.sources`.
       batch_size: at most that of the source, rounded up to a multiple of what the mesh splits a
         batch into.
-      what: for the progress bar.
+      what: name of the progress bar; None shows none.
     Returns:
       the tree with numpy arrays [draws, len(source), ...], the same on every process.
     """
@@ -42,16 +43,18 @@ def over_set(
     return jax.tree.map(lambda *draws: np.stack(draws), *together)
 
 
-def batches(source, *, mesh, batch_size: int, what: str) -> Iterator[tuple[int, dict, np.ndarray]]:
-    """A source in order, split over the mesh: (place of the first image, batch, mask).
+def batches(
+    source, *, mesh, batch_size: int, what: str | None
+) -> Iterator[tuple[int, dict, np.ndarray]]:
+    """Yields a source in order, split over the mesh: (place of the first image, batch, mask).
 
-    The mask, bool [B], is false for what fills up the last batch.
+    The mask, bool [B], is false for the padding of the last batch.
     """
     batch_size = sharding.round_up(min(batch_size, len(source)), mesh)
     rows = sharding.local_rows(mesh, batch_size)
     bar = tqdm(
         total=len(source), desc=what, unit='image', leave=False,
-        disable=None if jax.process_index() == 0 else True,
+        disable=None if what is not None and jax.process_index() == 0 else True,
     )
     with bar:
         for i, batch in enumerate(
@@ -67,7 +70,7 @@ def batches(source, *, mesh, batch_size: int, what: str) -> Iterator[tuple[int, 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """Some images of a source, each changed if `change` is given, as a source.
+    """A source of some images of another source, each changed if `change` is given.
 
     Args:
       indices: of the images in the source.
@@ -91,7 +94,7 @@ class View:
 
 
 def evenly_spaced(source, count: int) -> View:
-    """`count` images of a source from its first to its last, or all if there are fewer.
+    """Takes `count` images from the whole length of a source, or all if there are fewer.
 
     The first images of a set are often all of a few classes.
     """
@@ -101,7 +104,7 @@ def evenly_spaced(source, count: int) -> View:
 
 
 def images_of(source, indices) -> np.ndarray:
-    """The images with these numbers: uint8 [*indices.shape, H, W, C]."""
+    """Returns the images with these numbers: uint8 [*indices.shape, H, W, C]."""
     shape = (*np.shape(indices), *source[0]['image'].shape)
     return np.array([source[int(i)]['image'] for i in np.ravel(indices)], np.uint8).reshape(shape)
 
