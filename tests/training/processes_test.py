@@ -152,12 +152,12 @@ def test_a_killed_worker_ends_the_run_and_fewer_go_on(uninterrupted, images, tmp
         process.send_signal(signal.SIGTERM)
     results = ended(started)
     assert [code for code, _ in results] == [START_AGAIN] * 2, results
-    first = int(re.search(r'continuing from the checkpoint at step (\d+)', results[0][1])[1])
+    first = int(re.search(r'resuming from the checkpoint at step (\d+)', results[0][1])[1])
     assert first in (40, 80)
     stopped = int(re.search(r'stopped after step (\d+), which is saved', results[0][1])[1])
     assert stopped >= 120 and (tmp_path / 'checkpoints' / str(stopped)).is_dir()
     [(code, output)] = ended(run(tmp_path, images, **LONG))
-    assert code == 0 and f'continuing from the checkpoint at step {stopped}' in output
+    assert code == 0 and f'resuming from the checkpoint at step {stopped}' in output
     step, found = parameters(tmp_path)
     assert step == 240
     assert_close(found, parameters(uninterrupted)[1], atol=1e-5)
@@ -268,7 +268,7 @@ def test_launcher_starts_again_what_was_killed(uninterrupted, images, tmp_path):
     os.kill(process_number(1, workdir), signal.SIGKILL)
     [(code, output)] = ended([launcher])
     assert code == 0, output
-    assert re.search('continuing from the checkpoint at step (40|80|120)', output)
+    assert re.search('resuming from the checkpoint at step (40|80|120)', output)
     step, found = parameters(workdir)
     assert step == 240
     assert_close(found, parameters(uninterrupted)[1], atol=1e-5)
