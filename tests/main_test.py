@@ -122,7 +122,7 @@ def refused(capfd):
     (['--config.train.batch_size=12'], ['train.batch_size 12', '8 devices', 'multiple of 8']),
     (['--config.train.accumulation=0'], ['train.accumulation 0']),
     (['--config.train.accumulation=3'], ['train.accumulation 3', 'not a multiple']),
-    (['--config.train.accumulation=4'], ['train.batch_size 16 cannot be shared', '8 devices in 4 parts', 'multiple of 32']),
+    (['--config.train.accumulation=4'], ['train.batch_size 16 is not divisible', '8 devices times 4 parts', 'multiple of 32']),
     (['--config.train.noise=pink'], ["train.noise 'pink'", 'gaussian, uniform, levels']),
     (['--config.train.noise=levels'], ["train.noise 'levels'", 'model.noise_conditioned False']),
     (['--config.model.noise_conditioned=True'],
