@@ -206,6 +206,7 @@ class Checkpoints:
                 )
         about = self._about | {'arrays': digests.digests(_parts(state))}
         validated = self._validated()  # all processes read it now, not somewhere within Orbax
+        validated.pop(step, None)  # of a damaged one that was at this step
         if validation is not None:
             about['validation'] = validated[step] = validation
         parts = _parts(jax.tree.map(_from_one_device, state))

@@ -18,7 +18,7 @@ from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.metrics import MetricWriter, NoWriter, model_flops
 from tarflow_jax.training.processes import Stop
 from tarflow_jax.training.profiling import Profile
-from tarflow_jax.training.progress import Clock, Lines, timed
+from tarflow_jax.training.progress import BAR, Clock, Lines, timed
 from tarflow_jax.training.state import (
     abstract_state,
     all_finite,
@@ -99,7 +99,7 @@ def train(
         _writer(config, workdir, start) if first else NoWriter() as writer,
         contextlib.closing(Profile(profile_steps, workdir / 'tensorboard')) as profile,
         logging_redirect_tqdm(),
-        tqdm(steps, initial=start, total=schedule.total_steps, unit='step',
+        tqdm(steps, initial=start, total=schedule.total_steps, bar_format=BAR,
              disable=None if first else True) as bar,
         Stop() as stop,
     ):
@@ -127,7 +127,8 @@ def train(
                 metrics['epoch'] = step / schedule.steps_per_epoch
                 metrics |= clock.speed(step)
                 writer.write_scalars(step, metrics)
-                tell(step, metrics, clock.left(step, schedule.total_steps))
+                told = tell(step, metrics, clock.left(step, schedule.total_steps))
+                bar.set_postfix_str(told, refresh=False)
             if last:
                 watch.check_end(state)
             if step % t.sample_every == 0 or last:

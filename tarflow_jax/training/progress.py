@@ -5,6 +5,8 @@ import logging
 import time
 
 BETWEEN_LINES = 10  # seconds
+# Without tqdm's time left, which jumps after every pause; the postfix has ours.
+BAR = '{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]'
 
 log = logging.getLogger(__name__)
 
@@ -80,23 +82,24 @@ class Clock:
 
 
 class Lines:
-    """Logs a line of progress at most every few seconds, but always the first and the last."""
+    """Logs lines of progress: the first, the last, and between them one in so many seconds."""
 
     def __init__(self, total_steps: int):
         self._total, self._told = total_steps, -float('inf')
 
-    def __call__(self, step: int, scalars: dict, left: float | None) -> None:
-        now = time.perf_counter()
-        if now - self._told < BETWEEN_LINES and step < self._total:
-            return
-        self._told = now
+    def __call__(self, step: int, scalars: dict, left: float | None) -> str:
+        """Returns loss, speed and time left in words; logs them unless it is too early."""
         words = [f'loss {scalars["loss"]:.5g}']
         if 'images_per_second' in scalars:
             rate = scalars['images_per_second']
             words.append(f'{rate:,.0f} images/s' if rate >= 10 else f'{rate:.2g} images/s')
         if left is not None and step < self._total:
             words.append(f'{in_words(left)} left')
-        log.info('step %d/%d: %s', step, self._total, ', '.join(words))
+        now = time.perf_counter()
+        if now - self._told >= BETWEEN_LINES or step == self._total:
+            self._told = now
+            log.info('step %d/%d: %s', step, self._total, ', '.join(words))
+        return ', '.join(words)
 
 
 def in_words(seconds: float) -> str:

@@ -53,7 +53,7 @@ def test_a_line_at_most_every_ten_seconds(passing, caplog):
     tell = Lines(total_steps=1_000_000)
     tell(1, {'loss': -0.123456789}, None)
     passing(9.0)
-    tell(2, {'loss': 0.0}, 1.0)
+    assert tell(2, {'loss': 0.5}, 1.0) == 'loss 0.5, 1 s left'  # for the bar of a terminal
     passing(1.0)
     tell(3, {'loss': 2.0, 'images_per_second': 11234.5}, 7384.0)
     tell(1_000_000, {'loss': float('nan'), 'images_per_second': 0.98765}, 0.0)  # the last
