@@ -24,8 +24,8 @@ import tarflow_jax as tfj
 from tarflow_jax import config as configs
 from tarflow_jax.evaluation import features, networks
 from tarflow_jax.evaluation.frechet import frechet_distance
-from tarflow_jax.evaluation.over_set import evenly_spaced
 from tarflow_jax.training import pictures, sharding
+from tarflow_jax.training.over_set import evenly_spaced
 
 METHODS = ('sequential', 'auto', 'jacobi')
 

@@ -22,11 +22,11 @@ import numpy as np
 import tarflow_jax as tfj
 from tarflow_jax.evaluation import features, networks
 from tarflow_jax.evaluation.frechet import frechet_distance
-from tarflow_jax.evaluation.over_set import evenly_spaced
 from tarflow_jax.evaluation.precision_recall import precision_recall
 from tarflow_jax.flow.condition import at_noise_level, per_example
 from tarflow_jax.sampling.generate import Denoising, denoised
 from tarflow_jax.training import sharding
+from tarflow_jax.training.over_set import evenly_spaced
 
 BATCH = 100
 

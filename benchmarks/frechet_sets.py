@@ -15,9 +15,9 @@ from tarflow_jax.data import sources
 from tarflow_jax.evaluation import features, networks
 from tarflow_jax.evaluation.frechet import frechet_distance
 from tarflow_jax.evaluation.outliers import corrupted
-from tarflow_jax.evaluation.over_set import evenly_spaced
 from tarflow_jax.evaluation.precision_recall import precision_recall
 from tarflow_jax.training import sharding
+from tarflow_jax.training.over_set import evenly_spaced
 
 NOISE = 25  # grey levels, standard deviation
 

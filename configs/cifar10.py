@@ -48,6 +48,7 @@ def get_config(arg: str = 'bpd'):
     c.data.update(source='prepared', path='data/cifar10', flip=True, expects=('cifar10',))
     c.train.update(batch_size=256, epochs=400.0, peak_learning_rate=5e-4)
     c.train.update(log_every=100, sample_every=5000, checkpoint_every=2500)
+    c.train.validate_every = 2500
     if variant == 'bpd':
         c.train.noise = 'uniform'
     else:

@@ -20,6 +20,7 @@ def get_config(arg: str = 'bpd'):
     c.train.update(batch_size=16, epochs=6.0, noise='uniform', warmup_epochs=0.5)
     c.train.update(peak_learning_rate=1e-3, ema_decay=0.99)
     c.train.update(log_every=25, sample_every=400, checkpoint_every=400)
+    c.train.update(validate_every=400, validation_images=200)
     c.sample.update(count=36, batch_size=36)
     c.evaluate.update(batch_size=50, draws=4)
     return configs.smoke(c) if smoke else c

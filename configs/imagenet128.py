@@ -24,6 +24,7 @@ def get_config(arg: str = 'cond'):
     c.data.expects = ('photographs/torchvision',)
     c.train.update(batch_size=768, epochs=320.0, noise_std=0.15)
     c.train.update(log_every=100, sample_every=5000, checkpoint_every=2500)
+    c.train.validate_every = 2500
     c.mesh.fsdp = 4
     c.guidance.update(weight=1.5, annealed=True)
     c.sample.update(denoise_strength=0.97, method='auto', tolerance=0.01)

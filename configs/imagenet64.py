@@ -40,6 +40,7 @@ def get_config(arg: str = 'cond'):
     c.data.update(source='prepared', path='data/imagenet64', test_split='validation', flip=True)
     c.data.expects = ('imagenet_resized',)
     c.train.update(batch_size=256, log_every=100, sample_every=5000, checkpoint_every=2500)
+    c.train.validate_every = 2500
     if variant == 'bpd':
         c.train.update(epochs=100.0, noise='uniform')
         # model.precision='high' halves the passes of a TPU's products: 4360 chip-hours in place of

@@ -29,6 +29,7 @@ def get_config(arg: str = 'cond'):
     # the gradients too, so that a clip_norm of 1 would bound them less than it does TarFlow's.
     c.train.update(ema_decay=0.0, clip_norm=0.0)
     c.train.update(log_every=100, sample_every=5000, checkpoint_every=2500)
+    c.train.validate_every = 2500
     c.mesh.fsdp = 8
     c.guidance.update(weight=2.1, annealed=True, rule='linear_sigma')
     c.sample.update(method='auto', tolerance=0.01, batch_size=512)  # bfloat16 rounds by as much

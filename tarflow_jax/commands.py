@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +22,14 @@ from tarflow_jax import convert as official
 from tarflow_jax.data import kinds, sizes
 from tarflow_jax.evaluation import bulk, sample_files, schedules
 from tarflow_jax.evaluation.scores import Subject, check_names
-from tarflow_jax.training import loop, memory, profiling, sharding, wandb_writer
+from tarflow_jax.training import (
+    best_checkpoint,
+    loop,
+    memory,
+    profiling,
+    sharding,
+    wandb_writer,
+)
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.state import all_finite, from_variables
 
@@ -36,6 +44,8 @@ def train(config, given) -> Callable[[], None]:
     source = configs.source(config, 'train', plan.model)
     test_source = configs.source(config, 'test', plan.model)
     needed = run_checks.training(config, plan, mesh)
+    if config.train.validate_every:
+        run_checks.scoring(config, plan, mesh, test_source)
     run_checks.sample_set(config, plan, mesh, workdir)
     plan = plan.with_features_of(test_source).with_class_names(source.class_names)
     schedule = configs.schedule(config, source)
@@ -68,7 +78,7 @@ def train(config, given) -> Callable[[], None]:
         )
         with checkpoints:
             state = loop.train(
-                config, plan, schedule, source, checkpoints, workdir, mesh, profiled
+                config, plan, schedule, source, test_source, checkpoints, workdir, mesh, profiled
             )
         variables, origin = state.variables(), _at_step(int(state.step), workdir)
         draw = functools.partial(sample_set, config, plan, variables, origin, mesh, workdir)
@@ -84,11 +94,11 @@ def train(config, given) -> Callable[[], None]:
 
 def sample(config, given) -> Callable[[], None]:
     """Draws config.sample.count images, or those that are missing: see `evaluation.bulk`."""
-    workdir, plan, mesh = _setup(config, given, 'input')
+    workdir, plan, mesh = _setup(config, given, 'input', 'step')
     needed = run_checks.sample_set(config, plan, mesh, workdir, always=True)
     if plan.model.num_features:
         plan = plan.with_features_of(configs.source(config, 'test', plan.model))
-    variables, origin, known = _variables(plan, workdir, given.input, mesh)
+    variables, origin, known = _variables(plan, workdir, given, mesh)
     variables, known = class_order.at_hand(config.data, plan.model, variables, known, origin)
     plan = plan.with_class_names(known.known_names)
 
@@ -140,13 +150,13 @@ def sample_set(config, plan, variables, origin: dict, mesh, workdir: Path):
 
 def evaluate(config, given) -> Callable[[], None]:
     """Scores the flow on the test set with config.evaluate.metrics; writes evaluation.json."""
-    workdir, plan, mesh = _setup(config, given, 'input')
+    workdir, plan, mesh = _setup(config, given, 'input', 'step')
     source = configs.source(config, 'test', plan.model)
     needed = run_checks.scoring(config, plan, mesh, source)
     run_checks.sample_set(config, plan, mesh, workdir)
     plan = plan.with_features_of(source).with_class_names(source.class_names)
     scores = scoring.prepare(Subject(config, plan, mesh, workdir, source))
-    variables, origin, known = _variables(plan, workdir, given.input, mesh)
+    variables, origin, known = _variables(plan, workdir, given, mesh)
     variables = class_order.in_order(plan.model, variables, known, source, origin)
     draw = functools.partial(sample_set, config, plan, variables, origin, mesh, workdir)
 
@@ -164,14 +174,14 @@ def evaluate(config, given) -> Callable[[], None]:
 
 def report(config, given) -> Callable[[], None]:
     """Writes report.html: what the workdir's flow has learned, on one page."""
-    workdir, plan, mesh = _setup(config, given)
+    workdir, plan, mesh = _setup(config, given, 'step')
     train_source = configs.source(config, 'train', plan.model)
     test_source = configs.source(config, 'test', plan.model)
     run_checks.scoring(config, plan, mesh, test_source)
     plan = plan.with_features_of(test_source).with_class_names(train_source.class_names)
     subject = Subject(config, plan, mesh, workdir, test_source)
     show = reporting.prepare(subject, train_source)
-    variables, origin, known = _variables(plan, workdir, None, mesh)
+    variables, origin, known = _variables(plan, workdir, given, mesh)
     variables = class_order.in_order(plan.model, variables, known, train_source, origin)
 
     def job():
@@ -188,7 +198,7 @@ def report(config, given) -> Callable[[], None]:
 
 def convert(config, given) -> Callable[[], None]:
     """Official checkpoint into a workdir as step 0, or out of a workdir (averaged parameters)."""
-    _only(given, 'workdir', 'input', 'output')
+    _only(given, 'workdir', 'input', 'output', 'step')
     input_file, output_file = given.input, given.output
     plan, mesh = _plan(config)
     if jax.process_count() > 1:
@@ -198,12 +208,16 @@ def convert(config, given) -> Callable[[], None]:
             '--mode=convert needs --input=FILE (an official checkpoint, to --workdir) or '
             '--output=FILE.safetensors (from --workdir, or from --input).'
         )
+    if given.step and not output_file:
+        raise ValueError(
+            f'--step={given.step} has no meaning without --output; leave it out.'
+        )
     if output_file:
         if not output_file.endswith('.safetensors'):
             raise ValueError(f'--output {output_file} must end with .safetensors.')
         paths.check_writable_file(output_file, f'--output={output_file}')
         origin_dir = None if input_file else _workdir(given.workdir)
-        variables, origin, known = _variables(plan, origin_dir, input_file, mesh)
+        variables, origin, known = _variables(plan, origin_dir, given, mesh)
         found, names = class_order.official_rows(known)
 
         def write():
@@ -316,7 +330,8 @@ INTERRUPTED = {
 }
 
 _FLAGS = (
-    'workdir', 'input', 'output', 'topology', 'batch_per_chip', 'json', 'out', 'profile_steps'
+    'workdir', 'input', 'output', 'step', 'topology', 'batch_per_chip', 'json', 'out',
+    'profile_steps',
 )
 
 
@@ -349,7 +364,13 @@ def _announce(mode: str, model, mesh, **rows: str) -> None:
             f'{jax.process_count()} process(es) as {axes}'
         )
     width = max(map(len, lines | rows))
-    text = (f'  {name:{width}}  {value}' for name, value in (lines | rows).items())
+    text = (
+        textwrap.fill(
+            value, 99, initial_indent=f'  {name:{width}}  ', subsequent_indent=' ' * (width + 4),
+            break_long_words=False, break_on_hyphens=False,
+        )
+        for name, value in (lines | rows).items()
+    )
     log.info('%s\n%s', mode, '\n'.join(text))
 
 
@@ -375,13 +396,19 @@ def _plan(config):
     return plan, mesh
 
 
-def _variables(plan, workdir, input_file, mesh):
+def _variables(plan, workdir, given, mesh):
     """The variables to work with, on the devices; where they come from, as JSON values; classes.
+
+    They are those of --input if it is given, else of the checkpoint that --step names.
 
     Raises:
       ValueError: if one of them is not finite.
+      FileNotFoundError: if there is no such checkpoint.
     """
+    input_file, step = given.input, given.step
     if input_file:
+        if step:
+            raise ValueError(f'--step={step} has no meaning with --input; leave one of them out.')
         variables = official.load_official(input_file, plan.model)
         variables = jax.device_put(variables, sharding.shardings(variables, mesh))
         known = _classes_in(input_file)
@@ -390,8 +417,12 @@ def _variables(plan, workdir, input_file, mesh):
                 'name': input_file, 'sha256': hashlib.file_digest(file, 'sha256').hexdigest()
             }, known
     with Checkpoints(workdir, plan.model) as checkpoints:
-        variables = checkpoints.restore_variables(functools.partial(sharding.placed, mesh=mesh))
-        step, known = checkpoints.latest(), run_checks.classes_of(checkpoints)
+        step = checkpoints.named(_step(step))
+        variables = checkpoints.restore_variables(
+            functools.partial(sharding.placed, mesh=mesh), step
+        )
+        step = checkpoints.latest() if step is None else step
+        known = run_checks.classes_of(checkpoints)
     if not jax.jit(all_finite)(variables):
         raise ValueError(
             f'{checkpoints.folder / str(step)} holds parameters that are not finite; delete this '
@@ -399,6 +430,15 @@ def _variables(plan, workdir, input_file, mesh):
             'train.peak_learning_rate.'
         )
     return variables, _at_step(step, workdir), known
+
+
+def _step(text: str | None) -> int | str | None:
+    """What --step means; ValueError if nothing."""
+    if not text or text == best_checkpoint.NAME:
+        return text or None
+    if not re.fullmatch(r'\d{1,10}', text):
+        raise ValueError(f"--step={text:.100} must be the number of a step, or 'best'.")
+    return int(text)
 
 
 def _classes_in(input_file: str) -> class_order.Classes:

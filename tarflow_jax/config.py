@@ -102,9 +102,11 @@ def default() -> ConfigDict:
     t.ema_decay = 0.9999  # 0 keeps no average
     t.accumulation = 1  # parts a batch is worked through in
     t.stop_after_skipped = 100  # steps in a row whose gradient is not finite
-    t.log_every = 50  # steps, as the next two
+    t.log_every = 50  # steps, as the next three
     t.sample_every = 1000
     t.checkpoint_every = 1000
+    t.validate_every = 1000  # and for every checkpoint, in evaluate.batch_size; 0 never validates
+    t.validation_images = 1000  # of the test set, and as many of the training set
     t.wandb_project = ''  # metrics and pictures also go to this project of Weights & Biases
 
     c.sample = s = ConfigDict()
@@ -183,6 +185,8 @@ def smoke(config: ConfigDict) -> ConfigDict:
     c.model.update(num_features=0, orders='alternate')
     c.train.update(batch_size=8, epochs=0.008, warmup_epochs=0.004)
     c.train.update(log_every=2, sample_every=1000, checkpoint_every=1000)
+    # As many as evaluate.batch_size: the score bits_per_dim then compiles nothing more.
+    c.train.update(validate_every=1000 if c.train.validate_every else 0, validation_images=200)
     c.sample.update(count=20, batch_size=10, method='sequential')
     c.report.update(rows=2, columns=2, guidance_weights=(1.0,), training_images=50, test_images=20)
     return c

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from tarflow_jax import config as configs
 from tarflow_jax import config_ranges, json_files, paths
+from tarflow_jax.training import best_checkpoint
 
 # Fields about how to compute, which may differ between machines.
 _COMPUTING = ('attention', 'precision', 'remat', 'unroll')
@@ -17,8 +18,8 @@ _NOISE = ('noise', 'noise_std', 'lowest_noise_std', 'levels', 'weight')
 # Fields that do not change the steps of training.
 _ASIDE = (
     'data.workers', 'data.test_split', 'data.expects', 'train.log_every', 'train.sample_every',
-    'train.checkpoint_every', 'train.stop_after_skipped', 'model.attention', 'model.remat',
-    'model.unroll',
+    'train.checkpoint_every', 'train.validate_every', 'train.validation_images',
+    'train.stop_after_skipped', 'model.attention', 'model.remat', 'model.unroll',
 )
 
 
@@ -29,23 +30,29 @@ class Saved(NamedTuple):
     name: str
 
 
-def saved(workdir: str) -> Saved | None:
-    """Reads the config of a workdir's newest checkpoint; None if there is none.
+def saved(workdir: str, step: int | str | None = None) -> Saved | None:
+    """Reads the config of a checkpoint; None if there is none.
 
     It does not start JAX, because the config determines flags that JAX reads at its start.
+
+    Args:
+      step: the step of the checkpoint, or 'best'. None is the newest, and so is a step without a
+        checkpoint: whatever restores that checkpoint reports the error.
     """
     folder = paths.of(workdir) / 'checkpoints'
     try:
         steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
     except OSError:
         return None
-    for step in sorted(steps, reverse=True):
+    if step == best_checkpoint.NAME:
+        step = best_checkpoint.best_of(best_checkpoint.validations(folder, steps))
+    for found in sorted(steps, key=lambda number: (number != step, -number)):
         try:
-            path = folder / str(step) / 'about' / 'metadata'
+            path = folder / str(found) / 'about' / 'metadata'
             values = json_files.read(path, {'config': dict})['config']
         except (OSError, json_files.Damaged):
             continue  # reading the checkpoint reports the damage later
-        return Saved(config_ranges.fields(values), f'step {step} of {workdir}') if values else None
+        return Saved(config_ranges.fields(values), f'step {found} of {workdir}') if values else None
     return None
 
 

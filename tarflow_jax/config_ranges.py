@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 # that is its default. JAX counts in 31 bits.
 WHOLE = {
     '[-1, 2147483648)': ('mesh.data', 'mesh.fsdp', 'mesh.tensor', 'sample.label'),
-    '[0, 2147483648)': ('model.num_classes', 'model.num_features'),
+    '[0, 2147483648)': ('model.num_classes', 'model.num_features', 'train.validate_every'),
     '[0, 1025)': ('data.workers',),
     '[0, 10001)': ('sample.denoise_steps',),
     '[0, 4294967296)': ('seed',),
@@ -22,10 +22,10 @@ WHOLE = {
         'model.image_size', 'model.image_channels', 'model.patch_size', 'model.width',
         'model.layers_per_block', 'model.head_dim', 'model.unroll', 'train.batch_size',
         'train.accumulation', 'train.stop_after_skipped', 'train.log_every', 'train.sample_every',
-        'train.checkpoint_every', 'sample.count', 'sample.batch_size', 'guidance.blocks',
-        'evaluate.batch_size', 'evaluate.round_trip_images', 'evaluate.outliers.images',
-        'evaluate.frechet.neighbours', 'evaluate.frechet.batch_size', 'report.training_images',
-        'report.test_images',
+        'train.checkpoint_every', 'train.validation_images', 'sample.count', 'sample.batch_size',
+        'guidance.blocks', 'evaluate.batch_size', 'evaluate.round_trip_images',
+        'evaluate.outliers.images', 'evaluate.frechet.neighbours', 'evaluate.frechet.batch_size',
+        'report.training_images', 'report.test_images',
     ),
 }
 REAL = {

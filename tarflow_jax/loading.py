@@ -12,7 +12,7 @@ from tarflow_jax.training import sharding
 from tarflow_jax.training.checkpoint import Checkpoints
 
 
-def load(workdir: str, step: int | None = None) -> tuple[TarFlow, Variables]:
+def load(workdir: str, step: int | str | None = None) -> tuple[TarFlow, Variables]:
     """Loads the flow of a run and its parameters, the averaged ones if there are any.
 
         model, variables = tfj.load('runs/fashion_mnist')
@@ -22,28 +22,31 @@ def load(workdir: str, step: int | None = None) -> tuple[TarFlow, Variables]:
 
     Args:
       workdir: folder of the run, on a disk or gs://BUCKET/FOLDER.
-      step: of the checkpoint; None is the newest that is not damaged.
+      step: of the checkpoint. None is the newest that is not damaged; 'best' is the one with the
+        lowest validation loss.
     Raises:
-      FileNotFoundError: if there is no checkpoint.
+      FileNotFoundError: if there is no such checkpoint.
       ValueError: if the workdir cannot be read or its config is not understood.
       OSError: if all checkpoints are damaged.
     """
-    model = configs.plan(load_config(workdir)).model
+    model = configs.plan(load_config(workdir, step)).model
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     with Checkpoints(_resolved(workdir), model) as checkpoints:
         place = functools.partial(sharding.placed, mesh=mesh)
-        variables = checkpoints.restore_variables(place, step)
+        variables = checkpoints.restore_variables(place, checkpoints.named(step))
     return model, jax.device_put(variables, jax.local_devices()[0])
 
 
-def load_config(workdir: str) -> ConfigDict:
-    """Loads the config of a run; fields that its newest checkpoint lacks keep their default.
+def load_config(workdir: str, step: int | str | None = None) -> ConfigDict:
+    """Loads the config of a run; fields that its checkpoint lacks keep their default.
 
+    Args:
+      step: of the checkpoint, as for `load`.
     Raises:
       FileNotFoundError: if there is no checkpoint.
       ValueError: if the workdir cannot be read.
     """
-    saved = config_of_run.saved(_resolved(workdir))
+    saved = config_of_run.saved(_resolved(workdir), step)
     if saved is None:
         raise FileNotFoundError(
             f'{workdir} holds no checkpoint that says its config; give the --workdir of a run.'

@@ -80,8 +80,7 @@ def main(argv: list[str]) -> int:
         log.info('stopped before anything was done; the same command starts again')
         return 130
     try:
-        with compiled.savings():
-            job()
+        job()
     except Stopped as stopped:
         return stopped.code
     except KeyboardInterrupt:
@@ -121,6 +120,8 @@ _TEXT_FLAGS = {
     'input': "Official checkpoint (.pth or .safetensors) to use in place of the workdir's, with "
     'sample, evaluate and convert.',
     'output': 'Official checkpoint (.safetensors) for convert to write.',
+    'step': "Checkpoint of the workdir to sample, evaluate, report or convert: a step, or 'best' "
+    'for the lowest validation loss; without it the newest.',
     'json': 'File for what compile found, one object per topology.',
     'out': 'Folder for the text of compiled programs.',
     'profile_steps': 'START:END, train steps to trace into WORKDIR/tensorboard for its profiler.',
@@ -178,7 +179,8 @@ def _parse(argv: list[str]) -> flags.FlagValues:
         label = f'--workdir={workdirs[-1]}'
         workdir = paths.resolved(workdirs[-1], label, 'folder')
         paths.reach(workdir, label, write=False)
-        saved = config_of_run.saved(workdir)
+        step = (_values_of('step', argv) or [''])[-1]
+        saved = config_of_run.saved(workdir, int(step) if step.isdecimal() else step)
     try:
         given = _flags(argv, saved)
         known = list(given)

@@ -15,12 +15,12 @@ import numpy as np
 
 from tarflow_jax import files, paths, scoring
 from tarflow_jax.data import kinds
-from tarflow_jax.evaluation.over_set import evenly_spaced, images_of
 from tarflow_jax.evaluation.report import drawn, measured
 from tarflow_jax.evaluation.scores import Subject
 from tarflow_jax.evaluation.versions import versions
 from tarflow_jax.flow.flow import architecture
 from tarflow_jax.training import metrics, pictures
+from tarflow_jax.training.over_set import evenly_spaced, images_of
 
 NEIGHBOURS = 3  # training images beside a sample
 STEPS = 8  # pictures from one sample to another

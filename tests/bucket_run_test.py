@@ -23,7 +23,7 @@ def test_killed_and_resumed(bucket, images, trained, capfd):
     assert process.wait() == -signal.SIGKILL
     fields = dict(evaluate__metrics='("bits_per_dim",)', sample__method='auto')
     assert call(*flags(bucket, images, **fields)) == 0
-    assert 'continuing from the checkpoint at step' in capfd.readouterr().err
+    assert 'resuming from the checkpoint at step' in capfd.readouterr().err
     for step in (9, 12):
         assert saved(bucket, step) == saved(trained, step)
     assert metrics(bucket) == metrics(trained)

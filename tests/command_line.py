@@ -26,7 +26,7 @@ COND_GRAY = dict(
     model__patch_size=4, model__width=64, model__head_dim=64, model__layers_per_block='(1,1,1)'
 )
 # What differs between two runs of the same training.
-CLOCK = ('images_per_second', 'model_flops_per_second', 'data_wait', 'goodput')
+CLOCK = ('wall_time', 'images_per_second', 'model_flops_per_second', 'data_wait', 'goodput')
 
 compilations = []  # an entry or more for every program that was compiled, or fetched as compiled
 jax.monitoring.register_event_duration_secs_listener(
@@ -52,7 +52,7 @@ def flags(workdir, images=None, **fields) -> list[str]:
         model__layers_per_block='(1,)', model__num_classes=5, model__unroll=1,
         train__batch_size=16, train__epochs=2.0, train__warmup_epochs=0.5, train__ema_decay=0.9,
         train__log_every=1, train__sample_every=1000, train__checkpoint_every=3,
-        train__label_dropout=0.3, guidance__weight=0.0, evaluate__metrics='()',
+        train__validate_every=0, train__label_dropout=0.3, guidance__weight=0.0, evaluate__metrics='()',
         evaluate__batch_size=8, sample__count=13, sample__batch_size=8,
         report__after_training=False,
     )

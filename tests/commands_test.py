@@ -96,9 +96,9 @@ def test_evaluate(trained, images, tmp_path):
 
 def announced(printed, mode):
     """What a mode says that it is about to do, as {name: value}; one screen at most."""
-    block = re.search(rf'^\d\d:\d\d:\d\d {mode}\n((  \w+ .*\n)+)', printed, re.MULTILINE)[1]
-    lines = block.splitlines()
-    assert len(lines) < 12
+    block = re.search(rf'^\d\d:\d\d:\d\d {mode}\n((  +\S.*\n)+)', printed, re.MULTILINE)[1]
+    lines = re.sub(r'\n    +', ' ', block).splitlines()
+    assert len(lines) < 12 and all(len(line) <= 99 for line in block.splitlines())
     return dict(line.split(maxsplit=1) for line in lines)
 
 

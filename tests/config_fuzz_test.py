@@ -97,7 +97,7 @@ def test_nonsense_is_refused(images, tmp_path):
     ('model.head_dim', '0', 'model.head_dim 0 must be at least 1'),
     ('model.attention', 'splash', "attention 'splash' is for TPUs, and the devices are CPUs"),
     ('model.attention', 'splash_interpreted', 'needs a multiple of 128 patches, and the model has 4'),
-    ('mesh.tensor', '3', 'tensor 3 cannot share 8 device(s)'),
+    ('mesh.tensor', '3', 'tensor 3 do not fit 8 device(s)'),
     ('train.epochs', '1e308', 'must be above 0 and finite'),
     ('train.epochs', '1e30', 'are more than 2147483647 steps of 16 images; choose fewer'),
     ('data.workers', '1000', 'data.workers 1000 are too many for'),

@@ -1,7 +1,6 @@
 """What JAX reads from the environment before it starts, what Ctrl-C means, and runs to look at."""
 
 import atexit
-import logging
 import os
 import re
 import shutil
@@ -29,8 +28,6 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     os.environ['JAX_COMPILATION_CACHE_DIR'] = folder
     os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-# What they saved would be the last line of every run.
-logging.getLogger('tarflow_jax.training.compiled').setLevel(logging.WARNING)
 
 # A shell's background jobs ignore Ctrl-C, and so would the tests that press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -122,7 +122,7 @@ def refused(capfd):
     (['--config.train.batch_size=12'], ['train.batch_size 12', '8 devices', 'multiple of 8']),
     (['--config.train.accumulation=0'], ['train.accumulation 0']),
     (['--config.train.accumulation=3'], ['train.accumulation 3', 'not a multiple']),
-    (['--config.train.accumulation=4'], ['train.batch_size 16 cannot be shared', '8 devices in 4 parts', 'multiple of 32']),
+    (['--config.train.accumulation=4'], ['train.batch_size 16 is not divisible', '8 devices times 4 parts', 'multiple of 32']),
     (['--config.train.noise=pink'], ["train.noise 'pink'", 'gaussian, uniform, levels']),
     (['--config.train.noise=levels'], ["train.noise 'levels'", 'model.noise_conditioned False']),
     (['--config.model.noise_conditioned=True'],
@@ -280,7 +280,7 @@ def test_damaged_checkpoints(trained, images, tmp_path, capfd, monkeypatch):
     assert call(*flags(workdir, images), '--mode=sample') == 0
     said = capfd.readouterr().err
     assert f'{workdir}/checkpoints/12 is damaged or cannot be read (' in said
-    assert '; going on from the one at step 9' in said and 'samples of step 9 of' in said
+    assert '; using the one at step 9' in said and 'samples of step 9 of' in said
     empty('9')
     monkeypatch.setattr(main.os, '_exit', sys.exit)
     for mode in ('sample', 'train'):  # of 2, supervise.sh makes no second try
@@ -292,7 +292,7 @@ def test_damaged_checkpoints(trained, images, tmp_path, capfd, monkeypatch):
         assert code == 2
         last = capfd.readouterr().err.splitlines()[-1]  # Orbax has its say before
         assert f'{workdir}/checkpoints/9 is damaged or cannot be read (' in last
-        assert last.endswith(f'or delete {workdir}/checkpoints to begin anew.')
+        assert last.endswith(f'or delete {workdir}/checkpoints to start over.')
     assert sorted(path.name for path in (workdir / 'checkpoints').iterdir()) == ['12', '9']
 
 

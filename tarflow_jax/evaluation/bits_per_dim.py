@@ -6,32 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tarflow_jax.evaluation.over_set import over_set
 from tarflow_jax.flow import likelihood
 from tarflow_jax.flow.flow import TarFlow
-from tarflow_jax.training.corruption import Recipe, condition_of, corrupt_each, dequantize
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def dequantized_log_prob(model: TarFlow, variables, batch, keys, noise_std=None) -> jax.Array:
-    """Computes log p of the dequantized images in nats, each with its own key: [B].
-
-    Args:
-      batch: a batch of a data source.
-      noise_std: the noise level, for noise-conditioned flows.
-    """
-    images = jax.vmap(dequantize)(keys, batch['image'])
-    condition = condition_of(model, batch, noise_std)
-    return likelihood.log_prob(model, variables, images, condition)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def training_losses(model: TarFlow, recipe: Recipe, variables, batch, keys) -> jax.Array:
-    """Computes the training loss of each image with fresh noise, in nats per dimension: [B]."""
-    images, noise_std, weight = corrupt_each(keys, batch['image'], recipe)
-    z, logdet = model.apply(variables, images, condition_of(model, batch, noise_std))
-    losses = likelihood.example_losses(z, logdet)
-    return losses if weight is None else weight * losses
+from tarflow_jax.training.corruption import Recipe
+from tarflow_jax.training.over_set import over_set
+from tarflow_jax.training.validation import dequantized_log_prob, training_losses
 
 
 def bits_per_dim(

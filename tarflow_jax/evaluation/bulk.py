@@ -26,7 +26,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tarflow_jax import files, json_files, lock, paths
 from tarflow_jax.evaluation import sample_files, sample_parts
-from tarflow_jax.evaluation.over_set import images_of
 from tarflow_jax.evaluation.versions import versions
 from tarflow_jax.flow.flow import architecture
 from tarflow_jax.sampling.generate import generate
@@ -36,6 +35,7 @@ from tarflow_jax.sampling.schedule import Schedule
 from tarflow_jax.training import pictures, sharding
 from tarflow_jax.training.digests import sums_of_hashes
 from tarflow_jax.training.loop import Stopped
+from tarflow_jax.training.over_set import images_of
 from tarflow_jax.training.processes import Stop, by_first, from_first
 
 SHEETS, PER_SHEET = 10, 100  # image grids, and images per grid

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tarflow_jax.evaluation.bits_per_dim import standard_error
-from tarflow_jax.evaluation.over_set import over_set
 from tarflow_jax.flow import likelihood
 from tarflow_jax.flow.flow import TarFlow
 from tarflow_jax.training.corruption import Recipe, condition_of, corrupt_each
+from tarflow_jax.training.over_set import over_set
 
 SHOWN_CLASSES = 3
 BINS = 15  # bins of the calibration error, as in Guo et al., arXiv 1706.04599

@@ -18,8 +18,8 @@ import numpy as np
 from tarflow_jax import paths
 from tarflow_jax.evaluation import statistics_files
 from tarflow_jax.evaluation.frechet import Statistics, Sums
-from tarflow_jax.evaluation.over_set import View, batches
 from tarflow_jax.training import sharding
+from tarflow_jax.training.over_set import View, batches
 from tarflow_jax.training.processes import from_first
 
 log = logging.getLogger(__name__)

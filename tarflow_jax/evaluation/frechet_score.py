@@ -8,8 +8,8 @@ from tarflow_jax import paths
 from tarflow_jax.data import kinds
 from tarflow_jax.evaluation import features, networks, sample_files, statistics_files
 from tarflow_jax.evaluation.frechet import Statistics, frechet_distance
-from tarflow_jax.evaluation.over_set import evenly_spaced
 from tarflow_jax.evaluation.precision_recall import precision_recall
+from tarflow_jax.training.over_set import evenly_spaced
 
 # Published names of the references of the Frechet distance.
 CONVENTIONS = {

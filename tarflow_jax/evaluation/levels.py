@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tarflow_jax.evaluation.bits_per_dim import standard_error
-from tarflow_jax.evaluation.over_set import over_set
 from tarflow_jax.flow import likelihood
 from tarflow_jax.flow.flow import TarFlow
 from tarflow_jax.training.corruption import condition_of, to_unit_range
+from tarflow_jax.training.over_set import over_set
 
 MEANING = (
     'The curve shows the cost of a noisy image in bits per dimension. As the noise level grows, it '

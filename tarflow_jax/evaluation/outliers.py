@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from tarflow_jax import files
-from tarflow_jax.evaluation.bits_per_dim import dequantized_log_prob
-from tarflow_jax.evaluation.over_set import View, over_set
 from tarflow_jax.flow import likelihood
 from tarflow_jax.flow.flow import TarFlow
+from tarflow_jax.training.over_set import View, over_set
+from tarflow_jax.training.validation import dequantized_log_prob
 
 BINS = 60
 MARGIN = 1.5  # margin of the histogram around the known datasets, in units of their width

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from tarflow_jax import files, json_files, paths, wrong_files
 from tarflow_jax.data import arrays, image_files, kinds, manifest, shards, sizes, sources, splits
-from tarflow_jax.evaluation.over_set import View
+from tarflow_jax.training.over_set import View
 
 ABOUT = 'samples.json'
 SPLIT = 'samples'

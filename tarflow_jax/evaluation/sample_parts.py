@@ -15,7 +15,7 @@ import numpy as np
 from tarflow_jax import files, paths
 from tarflow_jax.data import arrays
 from tarflow_jax.evaluation import sample_files
-from tarflow_jax.evaluation.over_set import images_of
+from tarflow_jax.training.over_set import images_of
 
 READ_AT_ONCE = 1000  # finished images to read at once
 

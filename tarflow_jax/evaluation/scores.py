@@ -16,8 +16,8 @@ from tarflow_jax import config as configs
 from tarflow_jax.data import sources
 from tarflow_jax.evaluation import classification, frechet_score, levels, outliers, round_trip
 from tarflow_jax.evaluation.bits_per_dim import bits_per_dim
-from tarflow_jax.evaluation.over_set import batches, evenly_spaced
 from tarflow_jax.training.corruption import condition_of, corrupt
+from tarflow_jax.training.over_set import batches, evenly_spaced
 
 FEW_LEVELS = 5  # number of levels of the score `levels` if the config has none
 

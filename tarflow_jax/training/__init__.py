@@ -1,1 +1,1 @@
-"""Training: the step, its state, checkpoints, metrics and the loop around them."""
+"""Training: the step, its state, the loop, validation, checkpoints and metrics."""

@@ -1,4 +1,4 @@
-"""What a flow is trained and scored on: 8-bit images with noise, their noise level and weight."""
+"""Adds the noise of training to 8-bit images, with its level and the weight of the loss."""
 
 import dataclasses
 from typing import NamedTuple
@@ -13,12 +13,12 @@ Array = jax.Array
 
 
 class Corrupted(NamedTuple):
-    """A batch as a flow sees it.
+    """A batch with noise.
 
     Args:
       images: float32 [B, H, W, C].
-      noise_std: of noise-conditioned flows, the level of each image, [B]; else None.
-      weight: of each image's loss, [B]; None is 1.
+      noise_std: level of each image for noise-conditioned flows, [B]; else None.
+      weight: weight of each image's loss, [B]; None is 1.
     """
 
     images: Array
@@ -47,9 +47,9 @@ def _with_noise(key: Array, pixels: Array, noise_std) -> Array:
     return images + noise_std * jax.random.normal(key, images.shape, images.dtype)
 
 
-# What `Recipe.noise` can be.
+# The choices of `Recipe.noise`.
 NOISES = {'gaussian': _gaussian, 'uniform': _uniform, 'levels': _levels}
-# What `Recipe.levels` can be: draws of noise levels, of (key, shape, lowest, highest).
+# The choices of `Recipe.levels`: functions of (key, shape, lowest, highest) that draw levels.
 LEVELS = {
     'uniform': lambda key, shape, low, high: jax.random.uniform(
         key, shape, minval=low, maxval=high
@@ -59,7 +59,7 @@ LEVELS = {
     ),
     'log_normal': lambda key, shape, low, high: jnp.exp(jax.random.normal(key, shape) - 1.2),
 }
-# What `Recipe.weight` can be: weights of the loss, of (level, lowest, highest).
+# The choices of `Recipe.weight`: the weight of the loss as a function of (level, lowest, highest).
 WEIGHTS = {
     'one': lambda t, low, high: jnp.ones_like(t),
     'level': lambda t, low, high: t,
@@ -75,19 +75,19 @@ class Recipe:
 
     Args:
       noise: 'gaussian' adds noise_std * N(0, 1) to images in [-1, 1] (generation); 'uniform'
-        dequantizes (likelihood); 'levels' draws a noise level for each image, for flows that are
-        conditioned on it (iTARFlow).
-      noise_std: of 'gaussian'; the highest of the 'levels'.
-      lowest_noise_std: of the 'levels'.
-      levels: their distribution, one of LEVELS: 'uniform' in the level, 'uniform_square' in its
-        square, or 'log_normal', exp(N(-1.2, 1)), which ignores the bounds.
-      weight: of an image's loss at its level, one of WEIGHTS.
-      label_dropout: probability that an image's label and features are dropped.
-      ema_decay: of the moving average of the parameters; 0 keeps none.
-      accumulation: the batch is worked through in this many equal parts, their gradients averaged.
+        dequantizes (likelihood); 'levels' draws a noise level for each image, for
+        noise-conditioned flows (iTARFlow).
+      noise_std: standard deviation of 'gaussian', or the highest of the 'levels'.
+      lowest_noise_std: the lowest of the 'levels'.
+      levels: distribution of the levels, one of LEVELS: 'uniform' in the level, 'uniform_square'
+        in its square, or 'log_normal', exp(N(-1.2, 1)), which ignores the bounds.
+      weight: weight of an image's loss as a function of its level, one of WEIGHTS.
+      label_dropout: probability of dropping an image's label and features.
+      ema_decay: decay of the moving average of the parameters; 0 keeps no average.
+      accumulation: number of equal parts of the batch, whose gradients are averaged.
 
     Raises:
-      ValueError: for a value outside these.
+      ValueError: if a field has another value.
     """
 
     noise: str = 'gaussian'
@@ -119,12 +119,12 @@ class Recipe:
 
     @property
     def gaussian_noise_std(self) -> float:
-        """Of the noise in samples, which denoising removes; 0 for uniform noise."""
+        """Standard deviation of the noise in samples, to be removed; 0 for uniform noise."""
         return 0.0 if self.noise == 'uniform' else self.noise_std
 
     @property
     def scored_noise_std(self) -> float | None:
-        """The noise level at which flows conditioned on one are asked for likelihoods."""
+        """Noise level for the likelihoods of noise-conditioned flows; None for other flows."""
         return self.lowest_noise_std if self.noise == 'levels' else None
 
 
@@ -134,17 +134,17 @@ def corrupt(key: Array, pixels: Array, recipe: Recipe) -> Corrupted:
 
 
 def corrupt_each(keys: Array, pixels: Array, recipe: Recipe) -> Corrupted:
-    """As `corrupt`, the noise of each image from a key of its own, [B]."""
+    """Adds the recipe's noise, the noise of each image from its own key: `keys` is [B]."""
     found = jax.vmap(lambda key, one: corrupt(key, one[None], recipe))(keys, pixels)
     return jax.tree.map(lambda x: x[:, 0], found)
 
 
 def condition_of(model: Flow, batch: dict, noise_std=None) -> Condition:
-    """What a flow is conditioned on for a batch of a data source: what it looks at, nothing else.
+    """Makes a flow's condition from a batch of a data source; leaves out what the flow ignores.
 
     Args:
       batch: 'label' int32 [B], and 'features' float32 [B, F] if the source has them.
-      noise_std: of noise-conditioned flows.
+      noise_std: noise levels for noise-conditioned flows, [B] or a scalar.
     """
     return Condition(
         labels=batch['label'] if model.num_classes else None,
@@ -154,11 +154,11 @@ def condition_of(model: Flow, batch: dict, noise_std=None) -> Condition:
 
 
 def to_unit_range(pixels: Array) -> Array:
-    """8-bit pixels 0..255 to float32 in [-1, 1], ends included (the scale of generation models)."""
+    """Maps 8-bit pixels 0..255 to float32 in [-1, 1], both ends included; for generation."""
     return pixels.astype(jnp.float32) * (2.0 / 255.0) - 1.0
 
 
 def dequantize(key: Array, pixels: Array) -> Array:
-    """8-bit pixels v to 2 (v + u) / 256 - 1 with u uniform in [0, 1): the scale of likelihoods."""
+    """Maps 8-bit pixels v to 2 (v + u) / 256 - 1, with u uniform in [0, 1); for likelihoods."""
     u = jax.random.uniform(key, pixels.shape, jnp.float32)
     return (pixels.astype(jnp.float32) + u) * (2.0 / 256.0) - 1.0

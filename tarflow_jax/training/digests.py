@@ -1,29 +1,30 @@
-"""Checksums of arrays, wherever they are and however they are split over devices.
+"""Checksums of arrays that do not depend on how the arrays are sharded.
 
-Each is a sum, modulo 2^32, of a hash of every number and its place: it changes with any one number
-and with a permutation, not with the mesh. On the devices it costs one pass over the array.
+A checksum is the sum, modulo 2^32, of a hash of every number and its position. It changes if any
+number changes or numbers are permuted, but not with the mesh. On the devices it costs one pass over
+the array.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Smaller arrays are brought here: to compile a program for each of their shapes takes longer.
+# Smaller arrays are hashed on the host: compiling a program for each shape would take longer.
 _LARGE = 2**20  # bytes
 _GOLDEN, *_MIX = np.array([0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35], np.uint32)
 
 
 def digests(tree) -> dict[str, str]:
-    """'DTYPE SHAPE CHECKSUM' of every array by its path, such as params/block_0/proj_in/bias.
+    """Returns 'DTYPE SHAPE CHECKSUM' of every array by its path, as params/block_0/proj_in/bias.
 
-    All processes call it, with arrays of the same shapes and shardings.
+    All processes must call it, with arrays of the same shapes and shardings.
     """
     sums = jax.tree.leaves(sums_of_hashes(tree))
     return {name: f'{kind} {total:08x}' for (name, kind), total in zip(kinds(tree).items(), sums)}
 
 
 def kinds(tree) -> dict[str, str]:
-    """'DTYPE SHAPE' of every array by its path; they may be abstract."""
+    """Returns 'DTYPE SHAPE' of every array by its path; the arrays may be abstract."""
     return {
         jax.tree_util.keystr(path, simple=True, separator='/'):
         f'{np.dtype(leaf.dtype).name} {"x".join(map(str, leaf.shape)) or "scalar"}'
@@ -32,9 +33,9 @@ def kinds(tree) -> dict[str, str]:
 
 
 def sums_of_hashes(tree):
-    """The checksum of every array of a tree, as whole numbers."""
-    # One at a time: on CPUs, programs that run at once and wait for other processes may each wait
-    # for another program's turn.
+    """Returns the checksum of every array of a tree, as an integer."""
+    # One at a time: on CPUs, programs that run concurrently and communicate with other processes
+    # can deadlock.
     sums = jax.tree.map(
         lambda x: jax.block_until_ready(_sum_there(x)) if _stays(x) else _here(x), tree
     )
@@ -74,7 +75,7 @@ def _sum_here(x) -> int:
 
 
 def _hashed(bits, place):
-    """Of each place a permutation of all uint32; the last steps of MurmurHash3."""
+    """Hashes with the finalizer of MurmurHash3; at each position it permutes all uint32."""
     h = bits ^ place * _GOLDEN
     h = (h ^ h >> 16) * _MIX[0]
     h = (h ^ h >> 13) * _MIX[1]

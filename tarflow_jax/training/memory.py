@@ -1,7 +1,7 @@
-"""The least memory that a config needs, reckoned before anything is allocated.
+"""Estimates the least memory that a config needs, before anything is allocated.
 
-Only what cannot be avoided counts, so that nothing is refused that would run; `ahead_of_time` asks
-the compiler for the rest.
+The estimate is a lower bound, so that no config is refused that would run. `ahead_of_time` gets the
+exact number from the compiler.
 """
 
 import os
@@ -23,21 +23,21 @@ _CGROUP = ('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory/memory.limit_in_b
 
 
 def parameter_count(model: Flow) -> int:
-    """Numbers that are trained."""
+    """Counts the trained parameters."""
     return sum(p.size for p in jax.tree.leaves(model.parameters(), is_leaf=is_parameter))
 
 
 def of_parameters(model: Flow, mesh) -> int:
-    """Bytes of one float32 copy of the parameters on a device."""
+    """Returns the bytes per device of one float32 copy of the parameters."""
     parts = jax.tree.leaves(model.parameters(), is_leaf=is_parameter)
     return sum(4 * p.size // sharding.split_into(p.axes, mesh) for p in parts)
 
 
 def of_training(model: Flow, mesh, batch_size: int, *, ema: bool, accumulation: int) -> int:
-    """Bytes that a train step needs on a device.
+    """Returns the bytes per device that a train step needs.
 
-    Parameters, gradients, two moments and perhaps the average; and what every layer starts from,
-    which the backward pass needs, even where it recomputes the rest.
+    Counts the parameters, gradients, two moments and the average if there is one; and the input of
+    every layer, which the backward pass needs even if it recomputes the rest.
     """
     images = max(1, batch_size // accumulation // sharding.batch_multiple(mesh))
     tokens, _ = model.token_shape
@@ -46,7 +46,7 @@ def of_training(model: Flow, mesh, batch_size: int, *, ema: bool, accumulation: 
 
 
 def of_sampling(model: Flow, mesh, batch_size: int) -> int:
-    """Bytes that drawing a batch needs on a device: parameters, noise, keys and values."""
+    """Returns the bytes per device to sample a batch: parameters, noise, keys and values."""
     images = max(1, batch_size // sharding.batch_multiple(mesh))
     tokens, size = model.token_shape
     cached = 2 * max(model.layers_per_block) * model.width * _itemsize(model)
@@ -55,7 +55,7 @@ def of_sampling(model: Flow, mesh, batch_size: int) -> int:
 
 
 def of_scoring(model: Flow, mesh, batch_size: int) -> int:
-    """Bytes that the likelihood of a batch needs on a device."""
+    """Returns the bytes per device for the likelihood of a batch."""
     images = max(1, batch_size // sharding.batch_multiple(mesh))
     tokens, size = model.token_shape
     activations = images * tokens * (4 * size + model.width * _itemsize(model))
@@ -63,10 +63,10 @@ def of_scoring(model: Flow, mesh, batch_size: int) -> int:
 
 
 def check(needed: int, model: Flow, mesh, what: str) -> str:
-    """Says what is needed and what there is: '1.2 GiB of 15.8 GiB'.
+    """Describes the needed and the available memory: 'at least 1.2 GiB of 15.8 GiB on each device'.
 
     Raises:
-      ValueError: if the devices cannot hold it.
+      ValueError: if the devices have less.
     """
     there = device_memory(mesh)
     if there is None:
@@ -83,7 +83,7 @@ def check(needed: int, model: Flow, mesh, what: str) -> str:
 
 
 def device_memory(mesh) -> int | None:
-    """Bytes that a device of this process has; None if it does not say."""
+    """Returns the bytes that a device of this process has; None if it does not tell."""
     device = next(d for d in mesh.devices.flat if d.process_index == jax.process_index())
     if device.platform != 'cpu':
         return (device.memory_stats() or {}).get('bytes_limit')
@@ -111,5 +111,5 @@ def _itemsize(model: Flow) -> int:
 
 
 def _logits(model: Flow, tokens: int) -> int:
-    """Of one head of one image, where the kernel holds them all."""
+    """Returns the bytes of one head's attention logits for one image; 0 if never held at once."""
     return 4 * tokens**2 if model.layout.kernel(model.dtype, tokens) == 'xla' else 0

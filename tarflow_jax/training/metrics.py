@@ -1,4 +1,4 @@
-"""Where metrics and pictures go: the log, `metrics.jsonl` and TensorBoard event files."""
+"""Writes metrics and pictures to `metrics.jsonl` and TensorBoard event files."""
 
 import json
 import logging
@@ -15,24 +15,25 @@ from tarflow_jax import files, json_files, paths
 from tarflow_jax.flow.flow import Flow
 
 FILE = 'metrics.jsonl'
-BETWEEN_UPLOADS = 60  # seconds, but for checkpoints
+BETWEEN_UPLOADS = 60  # seconds; a checkpoint uploads at once
 
 log = logging.getLogger(__name__)
-# It would say of every number of a run that diverges that it is not finite.
+# It would warn of every number that is not finite, of which a diverging run has many.
 logging.getLogger('tensorboardX.x2num').setLevel(logging.ERROR)
 
 
 class MetricWriter:
-    """Writes scalars and images under the method names of clu's MetricWriter.
+    """Writes scalars and images; its methods are named as those of clu's MetricWriter.
 
-    clu's own needs TensorFlow. A resumed run drops what an earlier process wrote beyond its
-    checkpoint, so that the files read as if nothing had happened. tensorboardX's SummaryWriter
-    hands events to a thread of its own; should that fail to write, training would wait for it
-    without end, so they are written here.
+    clu's own writer needs TensorFlow. tensorboardX's SummaryWriter writes in a thread, and training
+    would hang if that failed; so this writes the events itself.
 
-    Nothing can be appended to what is in a bucket. There the files are written to the disk, and
-    `metrics.jsonl` is copied as a whole: with every checkpoint, and once a minute. The events since
-    the last checkpoint become an event file of their own.
+    A resumed run drops the entries after its checkpoint, so that the files read as if it had never
+    been interrupted.
+
+    Files in a bucket cannot be appended to. For a bucket this writes to the local disk, and uploads
+    all of `metrics.jsonl` with every checkpoint and once a minute. With every checkpoint the events
+    since the previous one are uploaded as an event file of their own.
 
     Args:
       workdir: holds `metrics.jsonl` and the event files.
@@ -51,13 +52,13 @@ class MetricWriter:
         (self._disk / 'tensorboard').mkdir(exist_ok=True)
         self._first, self._event_files = resume_step, 0
         self._events = self._new_events()
-        # TensorBoard drops what older files hold from this step on.
+        # TensorBoard then drops what older files hold from this step on.
         self._write_event(resume_step + 1, session_log=SessionLog(status=SessionLog.START))
         if self._uploads:
             self._upload_metrics()
 
     def _new_events(self) -> EventsWriter:
-        # The name has the time in seconds; the suffix keeps a quick restart from the older file.
+        # The name holds the time in seconds only; the suffix tells quick restarts apart.
         suffix = f'.{self._first}' + (f'.{self._event_files:06d}' if self._uploads else '')
         self._event_files += 1
         return EventsWriter(str(self._disk / 'tensorboard' / 'events'), suffix)
@@ -73,29 +74,29 @@ class MetricWriter:
             path.unlink()
         self._new = False
 
-    def _write_event(self, step: int, **content) -> None:
+    def _write_event(self, step: int, wall_time: float | None = None, **content) -> None:
         self._new = True
-        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
+        wall_time = time.time() if wall_time is None else wall_time
+        self._events.write_event(Event(wall_time=wall_time, step=step, **content))
 
     def write_scalars(self, step: int, scalars: dict) -> None:
+        """Writes numbers by name, with the time in seconds since 1970 as `wall_time`."""
+        now = time.time()
         scalars = {name: float(value) for name, value in scalars.items()}
-        self._jsonl.write(json.dumps({'step': step, **scalars}) + '\n')
+        self._jsonl.write(json.dumps({'step': step, 'wall_time': now, **scalars}) + '\n')
         self._jsonl.flush()
         if self._uploads and time.monotonic() - self._uploaded > BETWEEN_UPLOADS:
             self._upload_metrics()
         for name, value in scalars.items():
-            self._write_event(step, summary=summary.scalar(name, value))
-        shown = ('loss', 'prior', 'logdet', 'gradient_norm', 'images_per_second', 'data_wait')
-        shown = [n for n in shown if n in scalars] or list(scalars)
-        log.info('step %d: %s', step, ', '.join(f'{n} {scalars[n]:.5g}' for n in shown))
+            self._write_event(step, now, summary=summary.scalar(name, value))
 
     def write_images(self, step: int, images: dict[str, np.ndarray]) -> None:
-        """Pictures uint8 [H, W, C] by name."""
+        """Writes pictures by name, each uint8 [H, W, C]."""
         for name, image in images.items():
             self._write_event(step, summary=summary.image(name, image, dataformats='HWC'))
 
     def flush(self) -> None:
-        """Brings on disk what was written; call it before a checkpoint that comes after it."""
+        """Flushes to disk; call it before saving the checkpoint of the same step."""
         self._events.flush()
         if self._uploads:
             self._upload_metrics()
@@ -119,7 +120,7 @@ class MetricWriter:
 
 
 class NoWriter:
-    """Has MetricWriter's methods and writes nothing: for all processes but the first."""
+    """A MetricWriter that writes nothing, for all processes but the first."""
 
     def write_scalars(self, step: int, scalars: dict) -> None:
         pass
@@ -138,7 +139,7 @@ class NoWriter:
 
 
 def read(workdir) -> list[dict]:
-    """The lines of metrics.jsonl; none if it is missing, and not half a line of a killed run."""
+    """Reads the lines of metrics.jsonl; skips damaged ones, such as half a line of a killed run."""
     path = paths.of(workdir) / FILE
     found, damaged = [], 0
     lines = path.read_bytes().splitlines() if path.exists() and path.is_file() else []
@@ -150,15 +151,15 @@ def read(workdir) -> list[dict]:
         except json_files.Damaged:
             damaged += 1
     if damaged:
-        log.warning('%s: %d of %d lines are damaged and ignored', path, damaged, len(lines))
+        log.warning('%s: ignored %d damaged lines of %d', path, damaged, len(lines))
     return found
 
 
 def model_flops(model: Flow) -> float:
-    """Floating-point operations that one image costs in a train step, forward and backward.
+    """Counts the floating-point operations of a train step per image, forward and backward.
 
-    Two per multiply-add; the backward pass counts twice the forward one; causal attention counts
-    the half that the mask leaves; recomputation is not counted.
+    A multiply-add counts as two, the backward pass as two forward passes, and causal attention by
+    the half that the mask leaves. Recomputation does not count.
     """
     (T, D), C = model.token_shape, model.width
     outputs = D if model.volume_preserving else 2 * D

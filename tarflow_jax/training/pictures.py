@@ -1,4 +1,4 @@
-"""Samples as pictures: noise, raw, denoised and guided grids, as PNG files and arrays."""
+"""Draws samples and arranges them in image grids: noise, raw, denoised and guided."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ CAPTION = 14  # height of a line of text, in pixels
 
 
 def to_pixels(images: np.ndarray) -> np.ndarray:
-    """Images in [-1, 1] to uint8, values outside cut off; grey where there is no number."""
+    """Maps images in [-1, 1] to uint8; clips other values, and NaN pixels become grey."""
     known = np.where(np.isnan(images), 0, images)
     return np.round((np.clip(known, -1, 1) + 1) * 127.5).astype(np.uint8)
 
@@ -25,11 +25,11 @@ def to_pixels(images: np.ndarray) -> np.ndarray:
 def grid(
     pixels: np.ndarray, columns: int, *, scale: int = 1, captions: Sequence[str] | None = None
 ) -> np.ndarray:
-    """Pictures [N, H, W, C] as one, row by row, with white between: uint8 [h, w, C].
+    """Arranges pictures [N, H, W, C] row by row, with white between: uint8 [h, w, C].
 
     Args:
-      scale: how wide each pixel is.
-      captions: one for each picture, above it, or above its column where all rows have the same.
+      scale: enlarges every pixel to this many.
+      captions: one for each picture, shown above it; above the column if all rows have the same.
     """
     pixels = pixels.repeat(scale, 1).repeat(scale, 2)
     count, height, width, channels = pixels.shape
@@ -52,12 +52,12 @@ def grid(
 
 
 def sheet(pixels: np.ndarray, columns: int, captions: Sequence[str] | None) -> np.ndarray:
-    """A grid to look at: small pictures are twice as large."""
+    """Arranges pictures as `grid` does; shows small ones at twice their size."""
     return grid(pixels, columns, scale=2 if pixels.shape[1] < 128 else 1, captions=captions)
 
 
 def _words(text: str, height: int, width: int) -> np.ndarray:
-    """A line of text, cut to the width: uint8 [height, width, 1]."""
+    """Draws a line of text, shortened to the width: uint8 [height, width, 1]."""
     picture = Image.new('L', (width, height), 255)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(CAPTION - 3)
     whole = text
@@ -69,7 +69,7 @@ def _words(text: str, height: int, width: int) -> np.ndarray:
 
 
 def save_png(path, picture: np.ndarray) -> None:
-    """Writes a picture [H, W, 1 or 3]; a file there is replaced whole."""
+    """Writes a picture [H, W, 1 or 3]; replaces an existing file atomically."""
     image = Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
     with files.replacing(path) as file:
         image.save(file, format='PNG')
@@ -78,10 +78,10 @@ def save_png(path, picture: np.ndarray) -> None:
 def draw(
     plan: Plan, variables, key: jax.Array, count: int, *, mesh, guidance: Guidance | None = None
 ) -> dict[str, np.ndarray]:
-    """Draws `count` images by all devices of the mesh and brings them to every process.
+    """Draws `count` images on all devices of the mesh, and brings them to every process.
 
     Args:
-      plan: its flow is laid out over the mesh; its conditions are those of the images.
+      plan: with the flow laid out over the mesh, and the conditions of the images.
     Returns:
       'noise', 'raw' and, where the plan denoises, 'denoised', each [count, H, W, C], and 'redraws'
       [count].
@@ -103,12 +103,12 @@ def draw(
 def sheets(
     plan: Plan, variables, key, count: int, mesh, columns: int = 10
 ) -> tuple[dict[str, np.ndarray], int]:
-    """The image grids that show where a flow stands, and how many samples were drawn again.
+    """Draws the image grids that training writes, captioned with the names of the classes if any.
 
-    Where the classes have names, these are the captions.
-
-    'noise', 'raw', 'denoised' (of flows trained with Gaussian noise) and 'guided' (where the
-    guidance has a weight; denoised if 'denoised' is there), all from the same noise.
+    Returns:
+      (grids, redraws): by name the grids 'noise', 'raw', 'denoised' (if the plan denoises) and
+      'guided' (if the guidance weight is above 0; denoised if the plan denoises), all from the same
+      noise; and how many samples were drawn again as they were not finite.
     """
     images = draw(plan, variables, key, count, mesh=mesh)
     redraws = int(images.pop('redraws').sum())

@@ -1,4 +1,4 @@
-"""Many processes as one run: starting, stopping together, and what the exit codes mean."""
+"""Runs of several processes: starting, agreeing, and stopping together."""
 
 import contextlib
 import logging
@@ -14,35 +14,33 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 MODES = ('auto', 'on', 'off')
-START_AGAIN = 75  # exit code: stopped by SIGTERM and saved; the same command goes on from there
-DIVERGED = 76  # exit code: starting again would only diverge again
-# A worker that is gone is noticed, and all others end, after so many seconds.
-HEARTBEAT_SECONDS = 30
-WAIT_SECONDS = 290  # for the others to start; JAX itself gives up after 300
+START_AGAIN = 75  # exit code: stopped by SIGTERM and saved; the same command resumes
+DIVERGED = 76  # exit code: the same command would diverge again
+HEARTBEAT_SECONDS = 30  # timeout after which a lost process is noticed, and all others end
+WAIT_SECONDS = 290  # for the other processes to start; JAX itself gives up after 300
 
 _EXPLICIT = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
-
 
 log = logging.getLogger(__name__)
 
 
 class Alone(RuntimeError):
-    """The other processes of a run cannot be reached."""
+    """The other processes of the run cannot be reached."""
 
 
 def start(mode: str = 'auto', wait: float = WAIT_SECONDS) -> None:
-    """Joins the other processes of this run, if there are any. Call before JAX's backend starts.
+    """Joins the other processes of this run, if any. Call it before JAX's backend starts.
 
-    With 'auto', where the environment speaks of more than one process: the three variables
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (launch/local_processes.sh), a
-    Slurm step, or GKE's TPU_WORKER_HOSTNAMES. With 'on' always, and JAX finds out about the others
-    (on Cloud TPU VMs only the metadata server knows them).
+    'auto' joins them if the environment tells of more than one process: by the three variables
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (launch/local_processes.sh), as a
+    Slurm step, or by GKE's TPU_WORKER_HOSTNAMES. 'on' always joins, and lets JAX find the others;
+    on Cloud TPU VMs only the metadata server knows them. 'off' never joins.
 
-    If they have not all started after `wait` seconds, this process says so and ends with exit code
-    1: JAX would end it with a stack of C++.
+    If some have not started after `wait` seconds, this process logs an error and exits with code 1.
+    JAX would abort with a C++ stack trace.
 
     Raises:
-      ValueError: if the environment contradicts itself.
+      ValueError: if the environment variables contradict each other.
       Alone: if the others cannot be reached.
     """
     given = {name: os.environ[name] for name in _EXPLICIT if os.environ.get(name)}
@@ -60,11 +58,11 @@ def start(mode: str = 'auto', wait: float = WAIT_SECONDS) -> None:
         if where['process_id'] == 0:
             _check_port(where['coordinator_address'])
         where['cluster_detection_method'] = 'deactivate'
-        what = '{num_processes} processes, this one number {process_id}, ' \
-            'at the coordinator {coordinator_address}'.format(**where)
+        what = '{num_processes} processes at {coordinator_address} (this is process ' \
+            '{process_id})'.format(**where)
     else:
-        what = 'the other processes of the run, of which the environment speaks'
-    # With it a SIGTERM to any process makes all stop at the same step; see `Stop`.
+        what = 'the other processes of the run'
+    # A SIGTERM to any process then stops all of them at the same step; see `Stop`.
     jax.config.update('jax_enable_preemption_service', True)
     log.info('waiting for %s, up to %g s', what, wait)
     too_late = threading.Timer(wait, _give_up, (what, wait))
@@ -78,7 +76,7 @@ def start(mode: str = 'auto', wait: float = WAIT_SECONDS) -> None:
         )
     except ValueError as error:
         raise ValueError(
-            f'JAX does not find {what} ({str(error).rstrip(".")}); set {", ".join(_EXPLICIT)}, or '
+            f'JAX cannot find {what} ({str(error).rstrip(".")}); set {", ".join(_EXPLICIT)}, or '
             '--distributed=off for one process.'
         ) from error
     except RuntimeError as error:
@@ -89,39 +87,39 @@ def start(mode: str = 'auto', wait: float = WAIT_SECONDS) -> None:
 
 
 def _checked(given: dict[str, str]) -> tuple[str, int, int]:
-    """Address, number of processes and index of this one; ValueError if they cannot be."""
+    """Returns address, number of processes and index of this one; ValueError if invalid."""
     address, count, index = (given[name] for name in _EXPLICIT)
     host, _, port = address.rpartition(':')
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ValueError(
-            f'JAX_COORDINATOR_ADDRESS={address} must be HOST:PORT of process 0, such as '
-            '10.0.0.1:1234.'
+            f'JAX_COORDINATOR_ADDRESS={address} is invalid; set it to HOST:PORT of process 0, such '
+            'as 10.0.0.1:1234.'
         )
     if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
         raise ValueError(
-            f'JAX_NUM_PROCESSES {count!r} and JAX_PROCESS_ID {index!r} must be numbers, the second '
-            'from 0 up and below the first.'
+            f'JAX_NUM_PROCESSES={count} and JAX_PROCESS_ID={index} are invalid; set both to whole '
+            'numbers, and JAX_PROCESS_ID to at least 0 and below JAX_NUM_PROCESSES.'
         )
     return address, int(count), int(index)
 
 
 def _check_port(address: str) -> None:
-    """Raises Alone if another program has the port: JAX would crash."""
+    """Raises Alone if another program uses the port, which would crash JAX."""
     with socket.socket() as ours:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             ours.bind(('', int(address.rpartition(':')[2])))
         except OSError as error:
             raise Alone(
-                f'JAX_COORDINATOR_ADDRESS={address}: its port cannot be had ({error.strerror}); '
-                'end the program that has it, or choose another port.'
+                f'JAX_COORDINATOR_ADDRESS={address}: the port cannot be opened ({error.strerror}); '
+                'stop the program that uses it, or choose another port.'
             ) from None
 
 
 def _give_up(what: str, wait: float) -> None:
     log.error(
-        'error: not all are there after %g s of waiting for %s; start the others with the same '
-        'address, see that it can be reached, or unset %s.', wait, what, ', '.join(_EXPLICIT)
+        'error: waited %g s for %s, and not all have started; start the others with the same '
+        'address, check that they can reach it, or unset %s.', wait, what, ', '.join(_EXPLICIT)
     )
     os._exit(1)
 
@@ -134,17 +132,27 @@ def _several(given: dict) -> bool:
 
 
 def from_first(value):
-    """The first process's value, anything that can be pickled, on every process; all call this."""
+    """Returns the first process's value on every process; all must call it.
+
+    Args:
+      value: anything that can be pickled.
+    """
     return _from(0, value)
 
 
 def by_first(action: Callable):
-    """What the action returns on the first process, else None; its OSError on every process."""
+    """Runs an action on the first process only; all processes must call this.
+
+    Returns:
+      its result on the first process, None on the others.
+    Raises:
+      OSError: on every process, if the action raises it.
+    """
     result, problem = None, None
     if jax.process_index() == 0:
         try:
             result = action()
-        except OSError as error:  # not raised here, where the others would wait for ever
+        except OSError as error:  # raised below: here the others would wait forever
             problem = error
     if problem := from_first(problem):
         raise problem
@@ -152,7 +160,10 @@ def by_first(action: Callable):
 
 
 def from_any(value):
-    """The value that is not None of the first process that has one, on every process, or None."""
+    """Returns on every process the first value that is not None, in the order of the processes.
+
+    All must call it. Returns None if all values are None.
+    """
     if jax.process_count() == 1:
         return value
     there = multihost_utils.process_allgather(np.bool_(value is not None))
@@ -170,13 +181,13 @@ def _from(index: int, value):
 
 
 class Stop:
-    """Whether, and with which exit code, a run is to stop: asked between steps, a context manager.
+    """Turns Ctrl-C and SIGTERM into a stop after the current step; a context manager.
 
-    Ctrl-C or SIGTERM inside of a step could lose the state: its buffers are given to the step
-    before the step returns the next ones. So they are only noted. Of several processes each gets
-    the signal at another step, or only one does: JAX agrees on one step for all.
+    An exception within a step could lose the state, as its buffers are donated to the step. So
+    the handler only notes the signal. Several processes receive it at different steps, or only one
+    does; JAX then agrees on one step for all.
 
-    A second Ctrl-C raises at once.
+    A second Ctrl-C raises KeyboardInterrupt at once.
     """
 
     def __init__(self):
@@ -185,7 +196,7 @@ class Stop:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            # A Ctrl-C that is ignored, under nohup and the like, stays so.
+            # If Ctrl-C is ignored, as under nohup, it stays ignored.
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 self._handle(signal.SIGINT, 130)
             if jax.process_count() == 1 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
@@ -208,7 +219,10 @@ class Stop:
         self._restore.callback(signal.signal, number, before)
 
     def after(self, step: int) -> int | None:
-        """The exit code if the run is to stop after this step; all processes ask at every step."""
+        """Returns the exit code if the run must stop after this step, else None.
+
+        All processes must call it at every step.
+        """
         if jax.process_count() == 1:
             return self._code
         if multihost_utils.reached_preemption_sync_point(step):

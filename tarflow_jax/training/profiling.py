@@ -1,4 +1,4 @@
-"""A trace of some train steps, which TensorBoard's profiler (xprof) and Perfetto open."""
+"""Traces some train steps for TensorBoard's profiler (xprof) and Perfetto."""
 
 import contextlib
 import logging
@@ -10,31 +10,31 @@ log = logging.getLogger(__name__)
 
 
 def steps_of(text: str, total_steps: int) -> range:
-    """The steps that --profile_steps=START:END means, both of them included.
+    """Parses --profile_steps=START:END; both ends are included.
 
     Raises:
-      ValueError: if it means none, or steps that the run does not have.
+      ValueError: if the text is not of this form, or the run has fewer steps.
     """
     found = re.fullmatch(r'(\d{1,9}):(\d{1,9})', text)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
         raise ValueError(
-            f'--profile_steps={text} does not name steps; give the first and the last, counted '
+            f'--profile_steps={text} is not START:END; give the first and the last step, counted '
             'from 1, such as --profile_steps=100:104.'
         )
     if int(found[2]) > total_steps:
         raise ValueError(
-            f'--profile_steps={text}: the run has {total_steps} steps; choose an END of at most '
-            f'{total_steps}.'
+            f'--profile_steps={text} ends after step {total_steps}, the last of the run; choose an '
+            f'END of at most {total_steps}.'
         )
     return range(int(found[1]), int(found[2]) + 1)
 
 
 class Profile:
-    """Traces those of the steps that this process makes.
+    """Traces a range of steps, or the part of it that this process runs.
 
     Args:
-      steps: in a row; none traces nothing.
-      folder: gets plugins/profile/TIME/, with a file of each host, as TensorBoard looks for it.
+      steps: consecutive steps; an empty range traces nothing.
+      folder: gets `plugins/profile/TIME/` with a file for each host, where TensorBoard looks.
     """
 
     def __init__(self, steps: range, folder):
@@ -42,7 +42,7 @@ class Profile:
 
     @contextlib.contextmanager
     def step(self, step: int):
-        """Around the dispatch of a step."""
+        """Wraps the dispatch of a step; starts the trace before its first step."""
         if step in self._steps and not self._tracing:
             jax.profiler.start_trace(self._folder)
             self._tracing = True
@@ -50,13 +50,13 @@ class Profile:
             yield
 
     def after(self, step: int, result) -> None:
-        """Ends the trace behind the last of its steps, when the devices have done it."""
+        """Ends the trace once the devices have finished its last step."""
         if self._tracing and step == self._steps[-1]:
             jax.block_until_ready(result)
             self.close()
 
     def close(self) -> None:
-        """Writes what was traced, if it was not written yet."""
+        """Writes the trace, unless that is done already."""
         if self._tracing:
             self._tracing = False
             jax.profiler.stop_trace()

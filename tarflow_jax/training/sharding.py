@@ -1,7 +1,7 @@
-"""Where arrays live: the device mesh and the tables of rules for everything that is split over it.
+"""The device mesh, and the tables of rules that say how arrays are sharded over it.
 
-Mesh axes: `data` splits the batch; `fsdp` splits the batch too, and parameters, averages and
-optimizer state, which are gathered layer by layer; `tensor` splits heads and hidden channels.
+Mesh axes: `data` shards the batch. `fsdp` shards the batch too, and parameters, averages and
+optimizer state, which are gathered layer by layer. `tensor` shards heads and hidden channels.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ from tarflow_jax.flow.parameters import abstract, is_parameter
 
 DATA, FSDP, TENSOR = AXES = ('data', 'fsdp', 'tensor')
 BATCH, BOTH = (DATA, FSDP), (FSDP, TENSOR)
-TENSOR_FSDP = (TENSOR, FSDP)  # where computing splits over `tensor`, and fsdp the parts again
+TENSOR_FSDP = (TENSOR, FSDP)  # for axes that the computation shards over `tensor` already
 
-# How the logical axes that `flow.parameters` names are split, for parameters, their averages and
-# the optimizer's moments. The last axis of a large kernel stays whole: TPUs pad it to a multiple of
+# How to shard the logical axes of `flow.parameters`, for parameters, their averages and the
+# optimizer's moments. The last axis of a large kernel is not sharded: TPUs pad it to a multiple of
 # 128.
 PARAMETER_AXES = {
     'layers': None,
@@ -45,7 +45,7 @@ PARAMETER_AXES = {
     'hidden': TENSOR,
     'hidden_inputs': TENSOR_FSDP,
 }
-# How the axes of activations and key/value caches are split.
+# How to shard the axes of activations and key/value caches.
 ACTIVATION_AXES = {
     'batch': BATCH,
     'length': None,
@@ -55,16 +55,16 @@ ACTIVATION_AXES = {
     'heads': TENSOR,
     'head_dim': None,
 }
-# Arrays of a train state that are no parameters of a block.
+# Arrays of a train state that are not parameters of a block; they are replicated.
 WHOLE = r'(^|/)(prior/variance|variance|step|skipped|count)$'
 
 
 def use_cores_as_devices(batch_size: int) -> None:
-    """Makes each core of a CPU-only machine its own device. Call before JAX's backend starts.
+    """Makes each core of a CPU-only machine a device. Call it before JAX's backend starts.
 
-    XLA's elementwise loops and some of its matmuls keep one core busy, so two cores as two devices
-    train about a fifth faster than as one. Their number divides the batch. Does nothing for
-    accelerators, or where XLA_FLAGS already decides.
+    XLA runs elementwise loops and some matmuls on one core only, so two cores train about a fifth
+    faster as two devices than as one. The number of devices divides the batch. Accelerators are
+    unaffected, and so is a number of devices set by XLA_FLAGS.
     """
     if 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', ''):
         return
@@ -75,10 +75,10 @@ def use_cores_as_devices(batch_size: int) -> None:
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """A mesh of all devices with these axis sizes; one of them may be -1, "the rest".
+    """Makes a mesh of all devices with these axis sizes; one may be -1, for all that are left.
 
-    Neighbours along `tensor` and `fsdp` are neighbours on the chip interconnect. With several
-    slices, which only the datacenter network connects, `data` goes across them.
+    Neighbours along `tensor` and `fsdp` are neighbours on the chip interconnect. If there are
+    several slices, connected by the datacenter network only, `data` spans them.
 
     Raises:
       ValueError: if the sizes do not multiply to the number of devices.
@@ -88,8 +88,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     slices = len({getattr(d, 'slice_index', 0) for d in devices})
     if sizes[0] % slices:
         raise ValueError(
-            f'data {sizes[0]} does not go across {slices} slices; choose a multiple of {slices}, '
-            'as only the data axis can.'
+            f'data {sizes[0]} cannot span {slices} slices, and only the data axis can; choose a '
+            f'multiple of {slices}.'
         )
     if devices[0].platform != 'tpu':
         arranged = np.array(devices).reshape(sizes)  # in the order of the processes
@@ -108,50 +108,53 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
 def _sizes(given: tuple[int, int, int], devices: int) -> tuple[int, int, int]:
     named = ', '.join(f'{axis} {size}' for axis, size in zip(AXES, given))
     if any(size < 1 and size != -1 for size in given) or given.count(-1) > 1:
-        raise ValueError(f'{named}: each must be at least 1, or for one of them -1, the rest.')
+        raise ValueError(
+            f'{named} are invalid; each must be at least 1, and one may be -1, for all that are '
+            'left.'
+        )
     known = int(np.prod([size for size in given if size != -1]))
     rest = devices // known
     sizes = tuple(rest if size == -1 else size for size in given)
     if int(np.prod(sizes)) != devices:
         raise ValueError(
-            f'{named} cannot share {devices} device(s); the product must be {devices}.'
+            f'{named} do not fit {devices} device(s); choose sizes whose product is {devices}.'
         )
     return sizes
 
 
 def check(mesh: Mesh, batch_size: int, field: str, parts: int = 1) -> None:
-    """ValueError unless a batch, in equal parts, can be split evenly over the mesh."""
+    """Raises ValueError unless the mesh divides a batch, or each of its equal parts, evenly."""
     shards = batch_multiple(mesh) * parts
     if batch_size % shards:
         raise ValueError(
-            f'{field} {batch_size} cannot be shared evenly by {shards // parts} devices'
-            f'{f" in {parts} parts" if parts > 1 else ""}; choose a multiple of {shards}.'
+            f'{field} {batch_size} is not divisible by {shards // parts} devices'
+            f'{f" times {parts} parts" if parts > 1 else ""}; choose a multiple of {shards}.'
         )
 
 
 def batch_multiple(mesh: Mesh) -> int:
-    """Batches have a multiple of so many images."""
+    """Returns the number by which a batch size must be divisible."""
     return mesh.shape[DATA] * mesh.shape[FSDP]
 
 
 def round_up(batch_size: int, mesh: Mesh) -> int:
-    """The next batch size, this one or a larger one, that the mesh splits evenly."""
+    """Rounds a batch size up to one that the mesh divides evenly."""
     multiple = batch_multiple(mesh)
     return -(-batch_size // multiple) * multiple
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A copy on every device."""
+    """Returns the sharding with a copy on every device."""
     return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Batches, noise and samples: the leading axis split."""
+    """Returns the sharding of batches, noise and samples, over their leading axis."""
     return NamedSharding(mesh, P(BATCH))
 
 
 def _parameter_axes() -> dict[str, tuple[str, ...]]:
-    """The logical axes of every array that a block can have, by its path within the block."""
+    """Returns the logical axes of every parameter a block can have, by its path in the block."""
     everything = Block(
         length=2, token_dim=1, width=2, num_layers=1, head_dim=1, num_classes=1, num_features=1,
         noise_conditioned=True, first_token='start',
@@ -168,9 +171,9 @@ _AXES_OF = _parameter_axes()
 
 
 def _spec(path: str) -> P:
-    """How the array at a path of a train state is split.
+    """Returns the partition spec of the array at a path of a train state.
 
-    Averages and optimizer moments have the paths of their parameters, with others in front.
+    The paths of averages and optimizer moments end with those of their parameters.
     """
     if re.search(WHOLE, path):
         return P()
@@ -178,7 +181,7 @@ def _spec(path: str) -> P:
     axes = next((_AXES_OF[tail] for i in range(len(words))
                  if (tail := '/'.join(words[i:])) in _AXES_OF), None)
     if axes is None:
-        raise ValueError(f'{path} is no parameter of a flow, so that nothing says how to split it.')
+        raise ValueError(f'{path} is no parameter of a flow, so no rule says how to shard it.')
     return _mapped(axes)
 
 
@@ -194,12 +197,12 @@ def _gathered(spec: P) -> P:
 
 
 def shardings(tree, mesh: Mesh):
-    """The sharding of every parameter, average and moment of a train state or variables.
+    """Returns the sharding of every array of a train state or of variables.
 
     Args:
-      tree: of arrays or abstract arrays.
+      tree: arrays or abstract arrays.
     Raises:
-      ValueError: for a path that no flow has, or an axis that cannot be split.
+      ValueError: if a path is none of a flow's, or the mesh does not divide an axis evenly.
     """
 
     def leaf(path, x):
@@ -210,7 +213,7 @@ def shardings(tree, mesh: Mesh):
             split = int(np.prod([mesh.shape[a] for a in axes], dtype=int))
             if size % split:
                 raise ValueError(
-                    f'{path} {x.shape}: its axis of {size} cannot be split by '
+                    f'{path} {x.shape}: its axis of {size} is not divisible by '
                     f'{" x ".join(f"{a} {mesh.shape[a]}" for a in axes)} of the mesh; choose sizes '
                     'that divide it.'
                 )
@@ -220,24 +223,24 @@ def shardings(tree, mesh: Mesh):
 
 
 def split_into(axes: tuple[str, ...], mesh: Mesh) -> int:
-    """The number of parts of a parameter with these logical axes."""
+    """Returns the number of shards of a parameter with these logical axes."""
     spec = _mapped(axes)
     names = [n for part in spec if part for n in ((part,) if isinstance(part, str) else part)]
     return math.prod(mesh.shape[name] for name in names)
 
 
 def placed(tree, mesh: Mesh):
-    """The abstract tree with the sharding of every leaf."""
+    """Returns the abstract tree with shardings."""
     place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
     return jax.tree.map(place, tree, shardings(tree, mesh))
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What a flow asks about the mesh: `Flow.layout`; see `flow.transformer.OneDevice`.
+    """A flow's layout over a mesh: `Flow.layout`; see `flow.transformer.OneDevice`.
 
     Args:
-      attention: the kernel, one of `flow.attention.KERNELS`; 'auto' is that of the chip.
+      attention: the kernel, one of `flow.attention.KERNELS`; 'auto' chooses the chip's.
     """
 
     mesh: Mesh
@@ -256,18 +259,18 @@ class Layout:
 
     @property
     def devices_alone(self) -> bool:
-        """Whether the devices, of a CPU and with all parameters each, work alone within a step."""
+        """Whether each device computes gradients alone: on a CPU, with replicated parameters."""
         platform = self.mesh.devices.flat[0].platform
         whole = self.mesh.shape[FSDP] == self.mesh.shape[TENSOR] == 1
         return platform == 'cpu' and whole and self.attention in ('auto', 'xla')
 
     def check_attention(self, model) -> None:
-        """ValueError unless the kernel runs on these devices."""
+        """Raises ValueError unless the kernel runs on these devices."""
         platform = self.mesh.devices.flat[0].platform
         check_kernel(self.attention, platform, model.dtype, model.token_shape[0])
 
     def check_parameters(self, model) -> None:
-        """ValueError unless all parameters can be split over the mesh."""
+        """Raises ValueError unless the mesh divides all parameters evenly."""
         shardings(abstract(model.parameters()), self.mesh)
 
     def kernel(self, dtype, length: int) -> str:
@@ -280,7 +283,7 @@ class Layout:
         attend = functools.partial(causal_attention, kernel, precision=precision)
         if kernel == 'xla' or self.mesh.size == 1:
             return attend(q, k, v, scale)
-        # The partitioner cannot look into a kernel: each device runs it on its images and heads.
+        # The partitioner cannot see into a kernel: each device runs it on its images and heads.
         spec = P(BATCH, TENSOR)
         scale = jax.numpy.broadcast_to(scale, (q.shape[0], 1, 1, 1))
         return jax.shard_map(
@@ -290,13 +293,13 @@ class Layout:
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """The rows of a global batch that this process's devices hold, in order."""
+    """Returns the rows of a global batch that this process's devices hold, in order."""
     places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
     return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in places.values()]))
 
 
 def split(tree, mesh: Mesh):
-    """Splits host arrays [B, ...], whole on every process, over the mesh; leaves numbers alone."""
+    """Shards host arrays [B, ...] over the mesh; every process has all of them. Keeps scalars."""
 
     def leaf(x):
         if np.ndim(x) == 0:
@@ -308,7 +311,7 @@ def split(tree, mesh: Mesh):
 
 
 def to_devices(batch, mesh: Mesh, batch_size: int):
-    """This process's `local_rows` of a batch of host arrays to arrays split over the mesh."""
+    """Makes global arrays, sharded over the mesh, from this process's `local_rows` of a batch."""
     rows = local_rows(mesh, batch_size)
 
     def leaf(x):
@@ -325,7 +328,7 @@ def to_devices(batch, mesh: Mesh, batch_size: int):
 
 
 def to_host(tree):
-    """Global arrays as whole numpy arrays on every process; all processes must call it."""
+    """Gathers global arrays as numpy arrays on every process; all processes must call it."""
 
     def leaf(x):
         if getattr(x, 'is_fully_addressable', True):

@@ -1,4 +1,4 @@
-"""The train state, a plain pytree, and its one description: shapes, dtypes and shardings."""
+"""The train state, a plain pytree: how it starts, and its shapes and dtypes."""
 
 from typing import Any, NamedTuple
 
@@ -13,8 +13,8 @@ from tarflow_jax.flow.transformer import OneDevice
 class TrainState(NamedTuple):
     """All that training carries from step to step.
 
-    The position in the data is `step` itself: batch k is a pure function of k (data.pipeline).
-    Randomness is too: every key is folded from the seed and `step`.
+    Batch k is a pure function of k (data.pipeline), and every random key is folded from the seed
+    and `step`. So `step` holds the position in both.
     """
 
     step: jax.Array
@@ -22,10 +22,10 @@ class TrainState(NamedTuple):
     ema_params: Any  # None without an exponential moving average
     opt_state: Any
     prior: Any  # {'variance': [T, D]} of volume-preserving flows, else None
-    skipped: jax.Array  # steps so far whose gradient was not finite, which changed nothing else
+    skipped: jax.Array  # steps so far whose gradient was not finite, and which changed nothing
 
     def variables(self) -> dict:
-        """What `model.apply` takes, with the averaged parameters where there are any."""
+        """Returns what `model.apply` takes, with the averaged parameters if there are any."""
         return variables_of(self.params if self.ema_params is None else self.ema_params, self.prior)
 
 
@@ -34,7 +34,7 @@ def variables_of(params, prior) -> dict:
 
 
 def from_variables(variables, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
-    """A state at step 0 that starts from the given variables."""
+    """Makes the state at step 0 from the given variables."""
     params = variables['params']
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -49,17 +49,17 @@ def from_variables(variables, optimizer: optax.GradientTransformation, *, ema: b
 def initial_state(
     key: jax.Array, model: Flow, optimizer: optax.GradientTransformation, *, ema: bool
 ) -> TrainState:
-    """The state before the first step. Runs under jit or `jax.eval_shape`."""
+    """Initializes the state before the first step. Runs under jit or `jax.eval_shape`."""
     shape = (1, *model.example_shape)
-    # Lazily: the images' way through the flow is not computed, and need not be compiled. Laid out
-    # on one device, as one image cannot be split.
+    # Lazily, so that the forward pass is neither computed nor compiled. On one device, as a batch
+    # of one image cannot be sharded.
     model = model.clone(layout=OneDevice())
     variables = model.lazy_init(key, jax.ShapeDtypeStruct(shape, jnp.float32))
     return from_variables(variables, optimizer, ema=ema)
 
 
 def abstract_state(model: Flow, optimizer: optax.GradientTransformation, *, ema: bool):
-    """Shapes and dtypes of the train state, nothing computed: `ShapeDtypeStruct` leaves."""
+    """Returns the train state as `ShapeDtypeStruct` leaves; computes nothing."""
     def initial(key):
         return initial_state(key, model, optimizer, ema=ema)
 
@@ -67,10 +67,10 @@ def abstract_state(model: Flow, optimizer: optax.GradientTransformation, *, ema:
 
 
 def all_finite(tree) -> jax.Array:
-    """Whether every number of a tree of arrays is finite."""
+    """Returns whether all numbers in a tree of arrays are finite."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def parameter_count(state: TrainState) -> int:
-    """Number of trained parameters (of one copy, without averages and optimizer moments)."""
+    """Counts the trained parameters, without averages and optimizer moments."""
     return sum(leaf.size for leaf in jax.tree.leaves(state.params))

@@ -1,4 +1,4 @@
-"""The train step: one pure function that training, compilation, benchmarks and tests all call."""
+"""The train step, a pure function, for training, compilation, benchmarks and tests alike."""
 
 import functools
 
@@ -26,16 +26,18 @@ def train_step(
     optimizer: optax.GradientTransformation,
     recipe: Recipe,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update on a batch of 8-bit images.
+    """Updates the state on a batch of 8-bit images.
+
+    Skips the update if the gradient is not finite: only `step` and `skipped` change then.
 
     Args:
-      batch: image uint8 [B, H, W, C], label int32 [B], and features float32 [B, F] for a flow that
+      batch: image uint8 [B, H, W, C], label int32 [B], and features float32 [B, F] if the flow
         takes them.
-      key: of the whole run; the step folds its own number into it.
+      key: the run's key, the same at every step; the step's number is folded in here.
     Returns:
       the next state, and metrics: the loss and its two terms (nats per dimension), the gradient's
-      global norm before clipping, the mean square of every block's output, and how many steps so
-      far were skipped. A step whose gradient is not finite is: only `step` and `skipped` go on.
+      global norm before clipping, the mean square of every block's output, and the number of steps
+      skipped so far.
     """
     noise_key, drop_key = jax.random.split(jax.random.fold_in(key, state.step))
     images, noise_std, weight = corrupt(noise_key, batch['image'], recipe)
@@ -47,10 +49,9 @@ def train_step(
 
 
 def jitted_train_step(state: TrainState, mesh: Mesh, model, optimizer, recipe: Recipe):
-    """`train_step` jit-compiled for a mesh; donates the state.
+    """Jit-compiles `train_step` for a mesh; donates the state.
 
-    The arrays of `state`, which may be abstract, say how the next state is split; metrics are on
-    every device.
+    The next state is sharded like `state`, which may be abstract; metrics are replicated.
     """
     return jax.jit(
         functools.partial(train_step, model=model, optimizer=optimizer, recipe=recipe),
@@ -69,12 +70,12 @@ def update(
     optimizer: optax.GradientTransformation,
     recipe: Recipe,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """As `train_step`, on examples [B, ...] as the flow takes them.
+    """Updates the state as `train_step` does, on examples [B, ...] as the flow takes them.
 
     Args:
-      examples: with their noise.
-      condition: None, labels or a `Condition`, with what is to be dropped already dropped.
-      weight: of each example's loss, [B]; None is 1.
+      examples: with noise already added.
+      condition: None, labels or a `Condition`; labels and features are dropped already.
+      weight: weight of each example's loss, [B]; None is 1.
     """
     batch = examples, per_example(condition, examples.shape[0]), weight
     gradients = functools.partial(_gradients, parts=recipe.accumulation)
@@ -82,8 +83,8 @@ def update(
         gradients = _each_device_alone(gradients, model.layout.mesh)
         model = model.clone(layout=OneDevice())
     grads, metrics, prior = gradients(state, batch, model=model)
-    # What follows takes the gradients as they are. XLA's CPU backend would stack those of a block's
-    # layers once for the norm and once more for the update.
+    # Without the barrier XLA's CPU backend stacks the gradients of a block's layers twice: for the
+    # norm and for the update.
     grads = jax.lax.optimization_barrier(grads)
     metrics['gradient_norm'] = optax.global_norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -91,12 +92,13 @@ def update(
 
     ema_params = state.ema_params
     if ema_params is not None:
-        # A young average follows closely, so that short runs are not mostly initialisation.
+        # The decay starts low, so that the average of a short run is not mostly initialization.
         decay = jnp.minimum(recipe.ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema_params = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema_params, params)
 
-    # NaN if any gradient is. A finite gradient can still overflow the parameters, with an absurd
-    # learning rate: the loop looks before it saves. To look here would cost a pass over the state.
+    # The norm is NaN if any gradient is. With an absurd learning rate a finite gradient can still
+    # overflow the parameters. A check here would cost a pass over the state, so the loop checks
+    # before it saves.
     finite = jnp.isfinite(metrics['gradient_norm'])
     after = state._replace(params=params, ema_params=ema_params, opt_state=opt_state, prior=prior)
     after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
@@ -105,11 +107,11 @@ def update(
 
 
 def _each_device_alone(gradients, mesh: Mesh):
-    """`_gradients` by every device over its images of the batch, and their mean over the devices.
+    """Lets every device compute `_gradients` of its own images, then averages over the devices.
 
-    On a CPU a step takes 6% less time than with the mean of every part taken by the partitioner:
-    that puts it between the product that is a weight's gradient and its transposition, which XLA
-    can then no longer do as one product, and does it once for every part.
+    On a CPU this makes a step 6% faster than leaving the mean to the partitioner. The partitioner
+    averages once for every part of the batch, and puts the mean between a weight gradient's matmul
+    and its transpose, which XLA can then no longer fuse.
     """
 
     def mean(state, batch, *, model):
@@ -126,10 +128,10 @@ def _each_device_alone(gradients, mesh: Mesh):
 
 
 def _gradients(state: TrainState, batch, model: Flow, parts: int):
-    """Gradient, metrics and moved prior over a batch (examples, condition, weight).
+    """Returns gradient, metrics and moved prior for a batch (examples, condition, weight).
 
-    The batch is worked through in `parts` parts. Each result is a mean over the examples, and hence
-    over the parts.
+    Goes through the batch in `parts` equal parts. All results are means over the examples, so the
+    means over the parts give the same.
     """
 
     def loss_fn(params, examples, condition, weight):
@@ -146,8 +148,8 @@ def _gradients(state: TrainState, batch, model: Flow, parts: int):
 
     if parts == 1:
         return part(batch)
-    # Part i takes every parts-th example: with the batch sharded over devices in runs of
-    # consecutive examples, each device then finds its share of every part at home.
+    # Part i takes every parts-th example. Each device holds consecutive examples of the batch, so
+    # it already holds its share of every part.
     split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
     shapes = jax.eval_shape(part, jax.tree.map(lambda x: x[0], split))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
@@ -160,7 +162,7 @@ def _gradients(state: TrainState, batch, model: Flow, parts: int):
 
 
 def _moved(prior, z):
-    """The prior of the next step; None for flows whose prior does not move."""
+    """Returns the prior of the next step; None for flows whose prior is fixed."""
     if prior is None:
         return None
     return {'variance': likelihood.moved_prior_variance(prior['variance'], z)}

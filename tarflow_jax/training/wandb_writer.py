@@ -1,4 +1,4 @@
-"""Metrics and pictures for Weights & Biases, beside the files: optional, the extra `wandb`."""
+"""Sends metrics and pictures to Weights & Biases too; optional, needs the extra `wandb`."""
 
 import importlib.util
 import secrets
@@ -8,11 +8,11 @@ import numpy as np
 from tarflow_jax import files
 from tarflow_jax.training.metrics import MetricWriter
 
-FILE = 'wandb_run'  # in the workdir: the run's id there, with which a later process goes on
+FILE = 'wandb_run'  # in the workdir: the id with which a later process resumes the run
 
 
 def check(project: str) -> None:
-    """ValueError if the package is missing."""
+    """Raises ValueError if the package is missing."""
     if importlib.util.find_spec('wandb') is None:
         raise ValueError(
             f'train.wandb_project {project!r} needs the package wandb; install it with pip install '
@@ -21,15 +21,15 @@ def check(project: str) -> None:
 
 
 class WandbWriter:
-    """A MetricWriter whose entries also go to a run of Weights & Biases.
+    """A MetricWriter that also logs to a run of Weights & Biases.
 
-    WANDB_MODE=offline keeps the run in the workdir, for `wandb sync`. Steps that an earlier process
-    logged beyond its checkpoint are made again with the same numbers; Weights & Biases keeps the
-    first ones.
+    WANDB_MODE=offline keeps the run in the workdir, for `wandb sync`. A resumed run repeats the
+    steps after its checkpoint with the same numbers; Weights & Biases keeps the first ones.
 
     Args:
-      writer: of the files.
-      workdir: remembers the run; config: a dict, shown with it.
+      writer: writes the files.
+      workdir: holds the id of the run.
+      config: shown with the run, a dict.
     """
 
     def __init__(self, writer: MetricWriter, project: str, workdir, config: dict):

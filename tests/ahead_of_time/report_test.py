@@ -248,10 +248,10 @@ def test_ctrl_c_keeps_what_is_known(tmp_path, monkeypatch, capfd):
     (['--topology=v5e:4x4', '--workdir=x'], 'x has no meaning with --mode=compile'),
     (['--topology=v5e:4x4', '--json=/no/such/folder/x.json'], 'its folder does not exist'),
     (['--topology=v5e:4x4', '--batch_per_chip=0'], '--batch_per_chip'),
-    (['--topology=v5e:4x4', '--config.train.batch_size=24'], 'cannot be shared evenly by 16'),
+    (['--topology=v5e:4x4', '--config.train.batch_size=24'], 'is not divisible by 16'),
     (['--topology=v5e:4x4', '--config.model.layers_per_block=(1000000000,)'],
      'for --program=train, and all chips of v5e:4x4 together have 256 GiB; choose a smaller flow'),
-    (['--topology=v5e:4x4', '--config.mesh.tensor=4'], 'axis of 2 cannot be split by tensor 4 of the mesh'),
+    (['--topology=v5e:4x4', '--config.mesh.tensor=4'], 'axis of 2 is not divisible by tensor 4 of the mesh'),
 ])
 def test_bad_input(more, says, capfd):
     assert call('--mode=compile', *FLAGS, *more) == 2

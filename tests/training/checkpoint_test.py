@@ -56,6 +56,16 @@ def save(workdir, *steps, model=MODEL, ema=True):
         checkpoints.wait()
 
 
+def save_validated(workdir, losses, of='these images'):
+    """Saves the states of steps, with their validation losses; None was not validated."""
+    with Checkpoints(workdir, MODEL, {'seed': 1}) as checkpoints:
+        for step, loss in losses.items():
+            found = None if loss is None else {'loss': loss, 'of': {'set': of}}
+            checkpoints.save(state_at(step), found)
+        checkpoints.wait()
+        return checkpoints.best()
+
+
 def assert_identical(found, wanted):
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted)):
@@ -142,6 +152,42 @@ def test_newest_are_kept(tmp_path):
     with Checkpoints(tmp_path, MODEL) as checkpoints:
         assert int(checkpoints.restore(abstract()).step) == 7
         assert_identical(checkpoints.restore(abstract(), step=5), state_at(5))
+
+
+def test_best_is_kept(tmp_path):
+    assert save_validated(tmp_path, {1: 3.0, 2: -1.0, 3: 2.0, 4: 2.5}) == 2
+    assert folders(tmp_path) == ['2', '3', '4']
+    # Another process goes on.
+    assert save_validated(tmp_path, {5: None, 6: 1.5, 7: None}) == 2
+    assert folders(tmp_path) == ['2', '6', '7']
+    with Checkpoints(tmp_path, MODEL) as checkpoints:
+        assert checkpoints.best() == 2 and checkpoints.latest() == 7
+        assert checkpoints.named('best') == 2 and checkpoints.named(6) == 6
+        assert checkpoints.named(None) is None
+        assert checkpoints.about(2)['validation'] == {'loss': -1.0, 'of': {'set': 'these images'}}
+        assert 'validation' not in checkpoints.about(7)
+        assert_identical(checkpoints.restore(abstract(), step=2), state_at(2))
+        with pytest.raises(FileNotFoundError) as error:
+            checkpoints.named(5)
+        assert one_sentence(error).endswith('no checkpoint at step 5; there are 2, 6, 7.')
+    assert save_validated(tmp_path, {8: -2.0}) == 8
+    assert folders(tmp_path) == ['7', '8']
+
+
+def test_losses_of_other_images_are_not_compared(tmp_path):
+    assert save_validated(tmp_path, {1: 0.0, 2: 1.0}) == 1
+    assert save_validated(tmp_path, {3: 9.0, 4: 10.0}, of='others') == 3
+    assert folders(tmp_path) == ['3', '4']
+
+
+def test_without_validation_there_is_no_best(tmp_path):
+    save(tmp_path, 2, 3)
+    with Checkpoints(tmp_path, MODEL) as checkpoints:
+        assert checkpoints.best() is None
+        with pytest.raises(FileNotFoundError, match='choose one of the steps 2, 3, or train with'):
+            checkpoints.named('best')
+    with Checkpoints(tmp_path / 'none', MODEL) as checkpoints:
+        assert checkpoints.named('best') is None
 
 
 def test_averaged_parameters_are_what_is_sampled_from(tmp_path):
@@ -299,7 +345,7 @@ def test_whatever_orbax_raises_becomes_one_sentence(tmp_path, monkeypatch, metho
 def test_first_checkpoint_that_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.shutil, 'disk_usage', lambda folder: SimpleNamespace(free=0))
     with Checkpoints(tmp_path, MODEL, {}) as checkpoints:
-        with pytest.raises(CheckpointError, match='there is none before it'):
+        with pytest.raises(CheckpointError, match='there is no earlier one'):
             checkpoints.save(state_at(1))
 
 
@@ -329,7 +375,7 @@ def test_a_flipped_bit_is_noticed_and_the_one_before_taken(item, tmp_path, at_on
         step = 2 if item == 'weights' else 3  # progress is not what is sampled from
         assert checkpoints.latest() == step
         assert_identical(found['params'], state_at(step).ema_params)
-        with pytest.raises(checkpoint.Unreadable, match='3 is damaged or cannot .*; copy it again'):
+        with pytest.raises(checkpoint.Unreadable, match='3 is damaged or cannot .*; restore it from'):
             checkpoints.restore(abstract(), step=3)
     assert folders(tmp_path) == ['2', '3']  # whoever only reads leaves it there
     caplog.clear()
@@ -341,9 +387,9 @@ def test_a_flipped_bit_is_noticed_and_the_one_before_taken(item, tmp_path, at_on
         checkpoints.save(state_at(3))
     assert [m.partition(' (')[0] for m in caplog.messages] == [
         f'the checkpoint {newest} is damaged or cannot be read',
-        f'{newest} is called {newest}.damaged now; delete it once you need nothing of it',
+        f'renamed {newest} to {newest}.damaged; delete it when you no longer need it',
     ]
-    assert caplog.messages[0].endswith('; going on from the one at step 2')
+    assert caplog.messages[0].endswith('; using the one at step 2')
     with Checkpoints(tmp_path, MODEL) as checkpoints:
         assert_identical(checkpoints.restore(abstract()), state_at(3))
 
@@ -403,7 +449,7 @@ def test_damaged_metadata(tmp_path, at_once):
         Checkpoints(tmp_path, MODEL)
     message = one_sentence(error)
     assert message.startswith(f'the checkpoint {path.parents[1]} is damaged or cannot be read (')
-    assert message.endswith(f'or delete {tmp_path / "checkpoints"} to begin anew.')
+    assert message.endswith(f'or delete {tmp_path / "checkpoints"} to start over.')
 
 
 def test_read_while_a_run_replaces_it(tmp_path, at_once):

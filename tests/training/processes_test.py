@@ -152,12 +152,12 @@ def test_a_killed_worker_ends_the_run_and_fewer_go_on(uninterrupted, images, tmp
         process.send_signal(signal.SIGTERM)
     results = ended(started)
     assert [code for code, _ in results] == [START_AGAIN] * 2, results
-    first = int(re.search(r'continuing from the checkpoint at step (\d+)', results[0][1])[1])
+    first = int(re.search(r'resuming from the checkpoint at step (\d+)', results[0][1])[1])
     assert first in (40, 80)
     stopped = int(re.search(r'stopped after step (\d+), which is saved', results[0][1])[1])
     assert stopped >= 120 and (tmp_path / 'checkpoints' / str(stopped)).is_dir()
     [(code, output)] = ended(run(tmp_path, images, **LONG))
-    assert code == 0 and f'continuing from the checkpoint at step {stopped}' in output
+    assert code == 0 and f'resuming from the checkpoint at step {stopped}' in output
     step, found = parameters(tmp_path)
     assert step == 240
     assert_close(found, parameters(uninterrupted)[1], atol=1e-5)
@@ -268,7 +268,7 @@ def test_launcher_starts_again_what_was_killed(uninterrupted, images, tmp_path):
     os.kill(process_number(1, workdir), signal.SIGKILL)
     [(code, output)] = ended([launcher])
     assert code == 0, output
-    assert re.search('continuing from the checkpoint at step (40|80|120)', output)
+    assert re.search('resuming from the checkpoint at step (40|80|120)', output)
     step, found = parameters(workdir)
     assert step == 240
     assert_close(found, parameters(uninterrupted)[1], atol=1e-5)
@@ -331,7 +331,7 @@ def test_started_only_where_there_are_several(environment, mode, called, monkeyp
 @pytest.mark.parametrize('given, says', [
     (dict(JAX_COORDINATOR_ADDRESS='h:1'), 'JAX_NUM_PROCESSES, JAX_PROCESS_ID is not; set all three'),
     (dict(JAX_COORDINATOR_ADDRESS='h:1', JAX_NUM_PROCESSES='x', JAX_PROCESS_ID='0'),
-     "JAX_NUM_PROCESSES 'x' and JAX_PROCESS_ID '0' must be numbers"),
+     'JAX_NUM_PROCESSES=x and JAX_PROCESS_ID=0 are invalid'),
 ])
 def test_start_refuses(given, says, monkeypatch):
     for name, value in given.items():
@@ -365,9 +365,9 @@ def waiting(monkeypatch, address, index) -> tuple[int, list[str]]:
 
 def test_one_process_says_what_it_waits_for(monkeypatch):
     code, (first, *_, last) = waiting(monkeypatch, '127.0.0.1:9', 1)
-    what = '2 processes, this one number 1, at the coordinator 127.0.0.1:9'
+    what = '2 processes at 127.0.0.1:9 (this is process 1)'
     assert code == 1 and first == f'waiting for {what}, up to 1 s'
-    assert last.startswith(f'error: not all are there after 1 s of waiting for {what}; start the')
+    assert last.startswith(f'error: waited 1 s for {what}, and not all have started; start the')
 
 
 def test_port_of_another_program(monkeypatch):
@@ -377,14 +377,14 @@ def test_port_of_another_program(monkeypatch):
         address = f'127.0.0.1:{other.getsockname()[1]}'
         code, lines = waiting(monkeypatch, address, 0)
     assert code == 1
-    assert lines[-1].startswith(f'JAX_COORDINATOR_ADDRESS={address}: its port cannot be had (Address')
+    assert lines[-1].startswith(f'JAX_COORDINATOR_ADDRESS={address}: the port cannot be opened (Address')
 
 
 @pytest.mark.parametrize('address, count, index, says', [
-    ('nonsense', '2', '0', 'JAX_COORDINATOR_ADDRESS=nonsense must be HOST:PORT of process 0'),
+    ('nonsense', '2', '0', 'JAX_COORDINATOR_ADDRESS=nonsense is invalid; set it to HOST:PORT of process 0'),
     ('host:', '2', '0', 'JAX_COORDINATOR_ADDRESS=host: must be'),
-    ('host:99999', '2', '0', 'must be HOST:PORT'),
-    ('host:1', 'two', '0', "JAX_NUM_PROCESSES 'two' and JAX_PROCESS_ID '0' must be numbers"),
+    ('host:99999', '2', '0', 'is invalid; set it to HOST:PORT'),
+    ('host:1', 'two', '0', 'JAX_NUM_PROCESSES=two and JAX_PROCESS_ID=0 are invalid'),
     ('host:1', '2', '2', 'below the first'),
     ('host:1', '2', '-1', 'from 0 up'),
 ])

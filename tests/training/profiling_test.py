@@ -48,9 +48,9 @@ def test_steps():
 
 
 @pytest.mark.parametrize('text, says', [
-    ('5', 'does not name steps; give the first and the last'),
-    ('0:3', 'does not name steps'), ('4:3', 'does not name steps'), ('a:b', 'does not name steps'),
-    ('1:-1', 'does not name steps'), ('8:10', 'the run has 9 steps; choose an END of at most 9.'),
+    ('5', 'is not START:END; give the first and the last'),
+    ('0:3', 'is not START:END'), ('4:3', 'is not START:END'), ('a:b', 'is not START:END'),
+    ('1:-1', 'is not START:END'), ('8:10', 'ends after step 9, the last of the run; choose an END of at most 9.'),
 ])
 def test_what_names_no_steps(text, says):
     with pytest.raises(ValueError, match=f'--profile_steps={text}.*{says}'):
@@ -59,6 +59,6 @@ def test_what_names_no_steps(text, says):
 
 def test_the_command_line_refuses_it(images, tmp_path, capfd):
     assert call(*flags(tmp_path, images), '--profile_steps=9:13') == 2
-    assert 'error: --profile_steps=9:13: the run has 12 steps' in capfd.readouterr().err
+    assert 'error: --profile_steps=9:13 ends after step 12, the last of' in capfd.readouterr().err
     assert call(*flags(tmp_path, images), '--mode=evaluate', '--profile_steps=1:2') == 2
     assert '--profile_steps=1:2 has no meaning with --mode=evaluate' in capfd.readouterr().err

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tarflow_jax.evaluation.bits_per_dim import dequantized_log_prob
-from tarflow_jax.evaluation.over_set import batches, evenly_spaced, images_of, over_set
 from tarflow_jax.flow import likelihood
 from tarflow_jax.flow.order import reorder, restore
 from tarflow_jax.training.corruption import condition_of, corrupt
+from tarflow_jax.training.over_set import batches, evenly_spaced, images_of, over_set
+from tarflow_jax.training.validation import dequantized_log_prob
 
 CHUNK = 256  # images compared at a time
 

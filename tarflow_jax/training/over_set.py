@@ -14,7 +14,8 @@ from tarflow_jax.training import sharding
 
 
 def over_set(
-    score: Callable, source, *, mesh, batch_size: int, key: jax.Array, draws: int = 1, what: str
+    score: Callable, source, *, mesh, batch_size: int, key: jax.Array, draws: int = 1,
+    what: str | None = None,
 ):
     """Computes `score(batch, keys)` for every image of a source, with several draws of the noise.
 
@@ -22,12 +23,12 @@ def over_set(
     do not depend on the batch size, the mesh or the number of processes.
 
     Args:
-      score: a jitted function of {'image': uint8 [B, H, W, C], 'label': int32 [B]} and keys [B]
-        that returns a tree of arrays [B, ...].
+      score: a jitted function of {'image': uint8 [B, H, W, C], 'label': int32 [B]}, with 'features'
+        if the source has them, and keys [B] that returns a tree of arrays [B, ...].
       source: see `data.sources`.
       batch_size: images per batch; reduced to the size of the source, then rounded up to a multiple
         of the shards of the batch axis.
-      what: the label of the progress bar.
+      what: the label of the progress bar; None for no bar.
     Returns:
       the tree with NumPy arrays [draws, len(source), ...], the same on every process.
     """
@@ -42,7 +43,9 @@ def over_set(
     return jax.tree.map(lambda *draws: np.stack(draws), *together)
 
 
-def batches(source, *, mesh, batch_size: int, what: str) -> Iterator[tuple[int, dict, np.ndarray]]:
+def batches(
+    source, *, mesh, batch_size: int, what: str | None
+) -> Iterator[tuple[int, dict, np.ndarray]]:
     """Yields a source in order, sharded over the mesh: (index of the first image, batch, mask).
 
     The mask, bool [B], is False for padding in the last batch.
@@ -51,7 +54,7 @@ def batches(source, *, mesh, batch_size: int, what: str) -> Iterator[tuple[int, 
     rows = sharding.local_rows(mesh, batch_size)
     bar = tqdm(
         total=len(source), desc=what, unit='image', leave=False,
-        disable=None if jax.process_index() == 0 else True,
+        disable=None if what is not None and jax.process_index() == 0 else True,
     )
     with bar:
         for i, batch in enumerate(

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from tarflow_jax.data.sources import InMemory
-from tarflow_jax.evaluation.over_set import evenly_spaced, over_set
 from tarflow_jax.training import sharding
+from tarflow_jax.training.over_set import evenly_spaced, over_set
 
 SOURCE = InMemory(
     np.arange(21 * 4, dtype=np.uint8).reshape(21, 2, 2, 1), np.arange(21, dtype=np.int32)
