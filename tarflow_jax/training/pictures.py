@@ -53,7 +53,12 @@ def grid(
 
 def sheet(pixels: np.ndarray, columns: int, captions: Sequence[str] | None) -> np.ndarray:
     """A grid to look at: small pictures are twice as large."""
-    return grid(pixels, columns, scale=2 if pixels.shape[1] < 128 else 1, captions=captions)
+    return grid(pixels, columns, scale=sheet_scale(pixels.shape[1]), captions=captions)
+
+
+def sheet_scale(height: int) -> int:
+    """How wide `sheet` makes each pixel of pictures of this height."""
+    return 2 if height < 128 else 1
 
 
 def _words(text: str, height: int, width: int) -> np.ndarray:

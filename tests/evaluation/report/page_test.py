@@ -60,7 +60,8 @@ def checked(text) -> Reader:
 
 
 def collected(
-    classes=3, channels=3, noise_std=0.1, rows=3, columns=2, blocks=2, size=8, levels=(),
+    classes=3, channels=3, noise_std=0.1, rows=3, columns=2, blocks=2, size=8, levels=(), steps=(),
+    moments=4,
 ):
     """What reporting collects, of numbers without a flow."""
     rng = np.random.default_rng(0)
@@ -69,8 +70,9 @@ def collected(
     raw = images(rows, columns)
     found = {
         'labels': np.arange(rows) if classes else None, 'raw': raw,
-        'guided': {0.0: raw[:, 0], 2.0: images(rows)}, 'guidance': Guidance(temperature=0.3),
+        'guided': {0.0: raw[:, 0], 2.0: images(rows)}, 'sweep': Guidance(temperature=0.3),
         'trajectory': images(blocks + 1, rows), 'not_finite': 0, 'between': images(rows, 4),
+        'moments': images(moments, rows), 'moment_names': [f'moment {i}' for i in range(moments)],
         'iterations': {
             'calls': np.arange(blocks * rows).reshape(blocks, rows),
             'sequential': np.zeros(rows, bool), 'round_trip': np.full(rows, 1e-5),
@@ -86,13 +88,17 @@ def collected(
         'origin': {'name': 'step 12 of run', 'step': 12}, 'noise_std': noise_std, 'lowest_noise_std': noise_std,
         'model': dict(image_size=size, image_channels=channels, patch_size=2, num_classes=classes,
                       layers_per_block=[1] * blocks, width=32),
-        'parameters': 12345, 'metrics': [], 'evaluation': None, 'drawn': found,
+        'parameters': 12345, 'metrics': [], 'evaluation': None, 'samples': found,
+        'guidance': {'weight': 2.0}, 'denoises': bool(noise_std),
         'data': {'train': {'dataset': 'noise', 'images': 700}, 'test': {'images': 20}},
         'class_names': None, 'caution': None,
+        'grids': dict(kind='guided', steps=list(steps), frames=[pixels(40) for _ in steps],
+                      columns=10, names=None),
         'neighbours': dict(samples=pixels(rows), rows=np.arange(rows), images=pixels(rows, 3),
                            distances=np.full((rows, 3), 7.25), real=np.full(9, 8.5), searched=500,
                            mirrored=True),
-        'likelihoods': dict(bits=np.linspace(3, 5, 20), most=(pixels(4), np.linspace(3, 3.5, 4)),
+        'likelihoods': dict(bits=np.linspace(3, 5, 20), train_bits=np.linspace(2, 4, 20),
+                            most=(pixels(4), np.linspace(3, 3.5, 4)),
                             least=(pixels(4), np.linspace(5, 4.5, 4))),
         'blocks': [dict(mean_square=0.5, smallest=-2.0, mean=0.0, largest=1.5)] * blocks,
         'block_images': 20, 'config': {'data': {'path': '<script>alert(1)</script>'}},
@@ -153,11 +159,11 @@ EVALUATION = {
 def test_pages_of_all_kinds_of_flows(fields):
     found = collected(**fields)
     read = checked(page.page(found))
-    rows = len(found['drawn']['raw'])
+    rows = len(found['samples']['raw'])
     images = [a for tag, a in read.tags if tag == 'img']
-    per_row = 2 if found['noise_std'] else 1
-    # Samples, the sweep, trajectories, ways between, neighbours, and two sets of extremes.
-    assert len(images) == per_row * rows + 2 + rows + rows + rows + 2
+    # Samples, the film, trajectories, the sweep, ways between, neighbours, two sets of extremes,
+    # and where there is noise to remove one picture before and one after.
+    assert len(images) == 5 * rows - rows + 1 + 2 + 2 + 2 * bool(found['noise_std'])
     assert ('class 0' in ' '.join(a['alt'] for a in images)) == bool(found['model']['num_classes'])
     assert 'Report of <run> & co' in read.text
     assert '12,345 parameters' in read.text
@@ -175,9 +181,9 @@ def test_what_is_missing_is_named_with_its_command():
     assert 'missing' not in text
     assert '4.5678' in text and 'float32 can be trusted for' in text and 'likelihood NO' in text
     assert '2 steps were skipped' in text
-    assert whole.count('Plotly.newPlot(') == 4
+    assert whole.count('<div class="chart"') == 5
     text = checked(page.page(found | {'origin': {'name': 'step 13 of run', 'step': 13}})).text
-    assert 'not the checkpoint' in text
+    assert 'shows another checkpoint' in text
 
 
 def test_a_flow_of_many_noise_levels():
@@ -185,13 +191,13 @@ def test_a_flow_of_many_noise_levels():
     read = checked(page.page(found))
     titles = ' '.join(a['alt'] for tag, a in read.tags if tag == 'img')
     assert '3 samples (class 0, class 1, class 2), each at 4 noise levels from 0.3 to 0' in titles
-    assert '0.3, 0.15, 0.01, 0' in read.text and 'steps from noise level to noise level' in read.text
-    assert 'Down the noise levels' not in checked(page.page(collected())).text
+    assert 'This flow knows many noise levels' in read.text
+    assert 'This flow knows' not in checked(page.page(collected())).text
     scores = EVALUATION['scores'] | {'levels': LEVELS}
     found |= {'evaluation': EVALUATION | {'scores': scores}, 'metrics': METRICS}
     text = page.page(found)
     assert MEANING in text and 'multiplied by a weight' in text and 'missing' not in checked(text).text
-    assert 'chart-levels' in text and '"type":"log"' in text
+    assert 'chart-levels' in text and '"log": true' in text
     found['evaluation'] = EVALUATION
     assert 'metrics=\'("levels",)\'' in checked(page.page(found)).text
 
@@ -204,11 +210,11 @@ def test_text_from_outside_is_escaped():
 
 def test_images_that_are_not_finite():
     found = collected()
-    raw = found['drawn']['raw']
+    raw = found['samples']['raw']
     raw[0] = np.nan
     raw[1, 0, 0, 0, 0] = np.inf
-    found['drawn']['not_finite'] = 3
-    found['drawn']['trajectory'][:] = np.nan
+    found['samples']['not_finite'] = 3
+    found['samples']['trajectory'][:] = np.nan
     found['likelihoods']['bits'][:2] = np.nan
     found['neighbours'] |= {
         name: found['neighbours'][name][:0] for name in ('samples', 'rows', 'images', 'distances')
@@ -216,7 +222,7 @@ def test_images_that_are_not_finite():
     text = checked(page.page(found)).text
     assert '3 of 6 samples are not finite' in text
     assert '2 of 20 likelihoods are not finite' in text
-    assert 'None of the samples is finite' in text
+    assert 'No sample is finite' in text
 
 
 def test_copies_are_called_out():
