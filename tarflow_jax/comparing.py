@@ -52,7 +52,8 @@ def prepare(workdirs: list[str]) -> Callable[[], None]:
 
         runs = [
             comparison.Run(
-                name, folder, metrics.read(folder), scoring.read(folder), kept.read(paths.of(folder))
+                name, folder, metrics=metrics.read(folder), evaluation=scoring.read(folder),
+                kept=kept.read(paths.of(folder)),
             )
             for name, folder in zip(names, folders)
         ]

@@ -44,7 +44,8 @@ def loss_bits(metrics: list[dict]) -> tuple[list[int], np.ndarray]:
 def losses(metrics: list[dict]) -> str:
     """Draws the training loss and, where they were measured, those of validation."""
     chart = _Chart('losses', 'step', 'loss, nats per dimension', metrics)
-    chart.line(*series(metrics, 'loss'), 'training batches', faint='validation/loss' in _names(metrics))
+    faint = 'validation/loss' in _names(metrics)
+    chart.line(*series(metrics, 'loss'), 'training batches', faint=faint)
     _validation(chart, metrics, 'loss')
     return chart.html('Loss over training')
 

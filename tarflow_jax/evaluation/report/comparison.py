@@ -83,8 +83,7 @@ def _scores(runs: list[Run]) -> str:
     rows = []
     for name in names:
         cells = [
-            next((f'{one.value} ({one.note})' for one in own if one.name == name), 'not scored')
-            for own in found
+            next((_cell(one) for one in own if one.name == name), 'not scored') for own in found
         ]
         rows.append([name, *cells])
     sets = {set_name(run.evaluation['data']) for run in runs if run.evaluation}
@@ -95,6 +94,11 @@ def _scores(runs: list[Run]) -> str:
             'their numbers.', 'warning',
         )
     return text + table(['', *(run.name for run in runs)], rows, 'Scores of each run')
+
+
+def _cell(one: headlines.Headline) -> str:
+    step = '' if one.step is None else f', step {one.step:,}'
+    return f'{one.value} ({one.note}{step})'
 
 
 def _training(runs: list[Run]) -> str:
@@ -117,10 +121,12 @@ def _training(runs: list[Run]) -> str:
         'images, too.'
     )
     text += AXIS if all(len(timeline.hours(one)[0]) for one in metrics) else ''
+    loss = charts.runs('losses', 'step', 'loss, nats per dimension', losses, metrics)
     return text + grid([
-        figure('Loss', charts.runs('losses', 'step', 'loss, nats per dimension', losses, metrics)),
-        figure('Bits per dimension', charts.runs('bits', 'step', 'bits per dimension', bits, metrics)),
-    ])
+        figure('', loss, lead='Loss'),
+        figure('', charts.runs('bits', 'step', 'bits per dimension', bits, metrics),
+               lead='Bits per dimension'),
+    ], 'charts')
 
 
 def _runs(runs: list[Run]) -> str:

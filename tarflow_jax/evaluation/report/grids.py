@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def read(workdir, image_shape, names: list[str] | None = None) -> dict:
-    """Reads the image grids of at most MOST_STEPS steps, evenly spaced, the first and last included.
+    """Reads the image grids of at most MOST_STEPS evenly spaced steps, with the first and last.
 
     Args:
       workdir: whose `samples` folder has them; see `training.pictures.sheets`.
@@ -87,5 +87,6 @@ def tiles(sheet: np.ndarray, image_shape) -> np.ndarray:
         top = head + row * (down + each) + each
         for column in range(COLUMNS):
             left = column * across
-            found.append(sheet[top : top + height * scale : scale, left : left + width * scale : scale])
+            own = sheet[top : top + height * scale, left : left + width * scale]
+            found.append(own[::scale, ::scale])
     return np.stack(found)

@@ -4,11 +4,12 @@ from typing import NamedTuple
 
 
 class Headline(NamedTuple):
-    """One number of a score: its `value` as text, what it is, and a `note` on how it was made."""
+    """One number of a score as text: what it is, its value, how it was made and at which step."""
 
     name: str
     value: str
     note: str
+    step: int | None = None
 
 
 def headlines(evaluation: dict | None) -> list[Headline]:
@@ -16,14 +17,13 @@ def headlines(evaluation: dict | None) -> list[Headline]:
     found = []
     for name, result in (evaluation or {'scores': {}})['scores'].items():
         step = result.get('from', evaluation)['checkpoint'].get('step')
-        at = '' if step is None else f', step {step:,}'
-        for headline in _PICK.get(name, lambda _: [])(result):
-            found.append(headline._replace(note=headline.note + at))
+        found += [one._replace(step=step) for one in _PICK.get(name, lambda _: [])(result)]
     return found
 
 
 def _bits_per_dim(r: dict) -> list[Headline]:
-    return [Headline('bits per dimension', f'{r["bits_per_dim"]:.3f}', f'{r["images"]:,} test images')]
+    value, note = f'{r["bits_per_dim"]:.3f}', f'{r["images"]:,} test images'
+    return [Headline('bits per dimension', value, note)]
 
 
 def _classification(r: dict) -> list[Headline]:
@@ -43,10 +43,9 @@ def _levels(r: dict) -> list[Headline]:
 
 def _frechet(r: dict) -> list[Headline]:
     name = 'FID' if r['is_fid'] else 'Frechet distance (not FID)'
-    return [
-        Headline(name, f'{one["distance"]:.2f}', f'{r["samples"]:,} samples, to the {one["convention"]}')
-        for one in r['distances'][:1]
-    ]
+    one = r['distances'][0]
+    note = f'{r["samples"]:,} samples, to the {one["convention"]}'
+    return [Headline(name, f'{one["distance"]:.2f}', note)]
 
 
 def _outliers(r: dict) -> list[Headline]:
@@ -57,13 +56,11 @@ def _outliers(r: dict) -> list[Headline]:
 
 
 def _round_trip(r: dict) -> list[Headline]:
-    return [
-        Headline(
-            f'trusted in {dtype}', ', '.join(use for use, good in passed.items() if good) or 'nothing',
-            f'round trip of {r["images"]:,} images',
-        )
-        for dtype, passed in r['trusted'].items()
-    ]
+    found = []
+    for dtype, passed in r['trusted'].items():
+        uses = ' and '.join(use for use, good in passed.items() if good) or 'nothing'
+        found.append(Headline(f'trusted in {dtype}', uses, f'{r["images"]:,} round trips'))
+    return found
 
 
 _PICK = {

@@ -14,7 +14,8 @@ def samples(found: dict) -> str:
     rows, columns = images.shape[:2]
     each = f'{columns} of each class' if s['labels'] is not None else f'{rows * columns} in all'
     text = paragraph(
-        f'Images that the flow made from noise, {how_drawn(found)}: {each}, and none of them chosen.'
+        f'Images that the flow made from noise, {how_drawn(found)}: {each}, and none of them '
+        'chosen.'
     ) + warning(s['not_finite'], rows * columns, 'samples')
     figures = [
         figure(name, strip(images[row], alt)) for row, (name, alt) in enumerate(row_names(found))
@@ -35,17 +36,22 @@ def row_names(found: dict) -> list[tuple[str, str]]:
 
 def _scores(evaluation: dict | None) -> str:
     picked = headlines.headlines(evaluation)
-    if not picked:
-        body = missing('There are no scores yet; they come with', metrics_flag('bits_per_dim'))
-    else:
-        body = cards(picked)
-    return f'<aside class="scores" aria-label="Scores"><h3>Scores</h3>{body}</aside>'
-
-
-def cards(picked: list[headlines.Headline]) -> str:
-    """Makes a list of large numbers, each over its name."""
-    one = lambda h: (  # noqa: E731
-        f'<div><dt>{html.escape(h.name)} <small>{html.escape(h.note)}</small></dt>'
-        f'<dd>{html.escape(h.value)}</dd></div>'
+    steps = {one.step for one in picked} - {None}
+    title = f'Scores at step {steps.pop():,}' if len(steps) == 1 else 'Scores'
+    body = _cards(picked, each_step=bool(steps)) if picked else missing(
+        'There are no scores yet; they come with', metrics_flag('bits_per_dim')
     )
-    return f'<dl class="cards">{"".join(map(one, picked))}</dl>'
+    return f'<aside class="scores" aria-label="Scores"><h3>{title}</h3>{body}</aside>'
+
+
+def _cards(picked: list[headlines.Headline], each_step: bool) -> str:
+    """Makes a list of numbers in large type, each over its name."""
+    cards = []
+    for one in picked:
+        kind = '' if one.value[:1].isdigit() else ' class="text"'
+        note = f'{one.note}, step {one.step:,}' if each_step and one.step is not None else one.note
+        cards.append(
+            f'<div{kind}><dt>{html.escape(one.name)} <small>{html.escape(note)}</small></dt>'
+            f'<dd>{html.escape(one.value)}</dd></div>'
+        )
+    return f'<dl class="cards">{"".join(cards)}</dl>'

@@ -1,4 +1,4 @@
-"""Makes pieces of HTML: pictures as data URIs, films, tables and notes. Text is escaped on entry."""
+"""Makes pieces of HTML: pictures, films, tables and notes. Text is escaped on entry."""
 
 import base64
 import html
@@ -15,7 +15,9 @@ from tarflow_jax.training import pictures
 LARGEST_SIDE = 64
 # Larger sheets are JPEG where that is smaller: noise hardly compresses as PNG.
 LARGEST_PNG = 24_000  # bytes
-JPEG_QUALITY = 88
+TRIED_AS_PNG = 400_000  # numbers; compressing more takes seconds
+JPEG_QUALITIES = (88, 75, 60, 45, 30)  # the first that makes it small enough
+LARGEST_JPEG = 600_000  # bytes; three films of this size keep the page below 10 MB
 GAP = 2  # white pixels between pictures
 
 
@@ -94,6 +96,11 @@ def grid(figures: list[str], kind: str = '') -> str:
     return f'<div class="{f"grid {kind}".strip()}">{"".join(figures)}</div>'
 
 
+def beside(left: str, right: str) -> str:
+    """Puts two pieces of HTML side by side, or one below the other where there is no room."""
+    return f'<div class="beside"><div>{left}</div><div>{right}</div></div>'
+
+
 def paragraph(text: str, kind: str = '') -> str:
     kind = f' class="{kind}"' if kind else ''
     return f'<p{kind}>{html.escape(text)}</p>'
@@ -159,13 +166,20 @@ def shrunk(pixels: np.ndarray) -> np.ndarray:
 
 
 def encoded(pixels: np.ndarray) -> str:
-    """Returns uint8 [H, W, 1 or 3] as a data URI: PNG, or JPEG where a large one is smaller so."""
+    """Returns uint8 [H, W, 1 or 3] as a data URI: PNG, or JPEG where PNG would be large."""
     image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-    kind, content = 'png', _file(image, format='PNG', optimize=True)
-    if len(content) > LARGEST_PNG:
-        jpeg = _file(image, format='JPEG', quality=JPEG_QUALITY, subsampling=0)
-        kind, content = min(('png', content), ('jpeg', jpeg), key=lambda one: len(one[1]))
-    return f'data:image/{kind};base64,{base64.b64encode(content).decode()}'
+    files = {}
+    if pixels.size <= TRIED_AS_PNG:
+        files['png'] = _file(image, format='PNG')
+    if not files or len(files['png']) > LARGEST_PNG:
+        for quality in JPEG_QUALITIES:
+            # Full colour resolution at the best quality only.
+            options = dict(quality=quality, subsampling=0 if quality == JPEG_QUALITIES[0] else 2)
+            files['jpeg'] = _file(image, format='JPEG', **options)
+            if len(files['jpeg']) <= LARGEST_JPEG:
+                break
+    kind = min(files, key=lambda name: len(files[name]))
+    return f'data:image/{kind};base64,{base64.b64encode(files[kind]).decode()}'
 
 
 def _file(image: Image.Image, **options) -> bytes:

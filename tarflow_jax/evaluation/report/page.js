@@ -27,7 +27,7 @@ addEventListener('DOMContentLoaded', () => {
       : { ...trace, x: timed ? trace.meta.hours : trace.x, hovertemplate: trace.text ? '%{y:.4g}, %{text}' : '%{y:.5g}' });
     const heat = data.traces.some((trace) => trace.type === 'heatmap');
     Plotly.react(plot, traces, {
-      height: narrow ? 330 : 360, margin: { l: 48, r: 14, t: 8, b: 44 },
+      width: box.clientWidth, height: narrow ? 330 : 360, margin: { l: 48, r: 14, t: 8, b: 44 },
       paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)',
       font: { size: 13, color: colour('--soft'), family: 'system-ui, sans-serif' },
       hovermode: heat ? 'closest' : 'x unified',

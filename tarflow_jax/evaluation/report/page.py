@@ -47,8 +47,8 @@ def whole(title: str, summary: str, parts: list[tuple[str, str, str]]) -> str:
         summary=summary,
         contents=''.join(f'<li><a href="#{n}">{html.escape(t)}</a></li>' for n, t, _ in parts),
         sections='\n'.join(
-            f'<section id="{n}" aria-labelledby="{n}-title"><h2 id="{n}-title">{html.escape(t)}</h2>\n'
-            f'{body}</section>' for n, t, body in parts
+            f'<section id="{n}" aria-labelledby="{n}-title"><h2 '
+            f'id="{n}-title">{html.escape(t)}</h2>\n{body}</section>' for n, t, body in parts
         ),
     )
 

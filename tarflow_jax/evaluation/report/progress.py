@@ -15,7 +15,7 @@ from tarflow_jax.evaluation.report.words import EVALUATE
 AXIS = (
     '<fieldset class="axis scripted"><legend>Horizontal axis</legend>'
     '<label><input type="radio" name="axis" value="steps" checked> steps</label>'
-    '<label><input type="radio" name="axis" value="hours"> hours of training</label></fieldset>'
+    '<label><input type="radio" name="axis" value="hours"> hours</label></fieldset>'
 )
 
 
@@ -29,34 +29,33 @@ def training(found: dict) -> str:
     scores = evaluation['scores'].get('bits_per_dim')
     step = scores and scores.get('from', evaluation)['checkpoint'].get('step')
     scored = (step, scores['bits_per_dim']) if step is not None else None
-    text = paragraph(
+    text = AXIS if len(timeline.hours(metrics)[0]) else ''
+    text += grid([
+        figure('', charts.losses(metrics), lead='Loss'),
+        figure('', charts.terms(metrics), lead='The two terms of the loss'),
+        figure('', charts.bits(metrics, scored), lead='Bits per dimension'),
+    ], 'charts')
+    text += _validation(metrics) + paragraph(
         'The loss is the negative log-likelihood of noisy images, without a constant; lower is '
         'better. It is the sum of two terms. The prior term asks for small latents, and '
-        'is 0.5 when they are as large as Gaussian noise. Minus the log-determinant is the price for '
-        'shrinking the image to get there.'
+        'is 0.5 when they are as large as Gaussian noise. Minus the log-determinant is the price '
+        'for shrinking the image to get there.'
     )
     if 'film' in found['samples']:
         text += paragraph(
-            'Here the loss of each image is multiplied by a weight that depends on its noise level. '
-            'The two terms and the bits per dimension are without it.'
+            'Here the loss of each image is multiplied by a weight that depends on its noise '
+            'level. The two terms and the bits per dimension are without it.'
         )
     text += paragraph(
         'Bits per dimension say how many bits a number of an image costs when the flow compresses '
         'it. ' + (
-            'This flow was trained on images with Gaussian noise, and the line of its training '
-            'batches is for noisy images. Compare it with runs of the same noise only, not with '
-            'published numbers or with the test set.'
+            'This flow was trained with Gaussian noise, so the line of its training batches is for '
+            'noisy images. Compare it only with runs of the same noise, not with the test set or '
+            'with published numbers.'
             if found['noise_std'] else
             'With uniform noise the line and the score of the test set mean the same.'
         )
     )
-    text += _validation(metrics)
-    text += AXIS if len(timeline.hours(metrics)[0]) else ''
-    text += grid([
-        figure('Loss', charts.losses(metrics)),
-        figure('The two terms of the loss', charts.terms(metrics)),
-        figure('Bits per dimension', charts.bits(metrics, scored)),
-    ])
     _, skipped = charts.series(metrics, 'skipped')
     if skipped and skipped[-1] > 0:
         text += paragraph(

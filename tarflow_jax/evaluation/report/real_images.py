@@ -18,8 +18,8 @@ def neighbours(found: dict) -> str:
     text = paragraph(
         'Has the flow memorized its training images? Each row begins with a sample. Beside it are '
         f'the nearest training images, among {searched} evenly spaced ones{mirrored}. '
-        'The distance is the root mean square difference of the pixels, in grey levels (0 to 255): a '
-        'copy has distance 0.'
+        'The distance is the root mean square difference of the pixels, in grey levels (0 to 255): '
+        'a copy has distance 0.'
     )
     if not len(near['samples']):
         return text + paragraph('No sample is finite, so none was compared.', 'warning')

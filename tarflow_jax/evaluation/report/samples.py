@@ -104,7 +104,7 @@ class Drawer:
 
 
 def row_labels(num_classes: int, rows: int) -> np.ndarray | None:
-    """Returns evenly spaced classes, one a row: int32 [R], R at most `rows`; None without classes."""
+    """Returns evenly spaced classes, one a row: int32 [R], R <= rows; None without classes."""
     if num_classes == 0:
         return None
     rows = min(rows, num_classes)
@@ -150,7 +150,7 @@ def sweep_weights(guidance: Guidance, weights) -> list[float]:
 
 
 def own_scale(images) -> np.ndarray:
-    """Scales numbers of any size [N, H, W, C] to pictures in [-1, 1]; the largest 1% are clipped."""
+    """Scales numbers of any size [N, H, W, C] to about [-1, 1]; only the largest 1% exceed it."""
     finite = np.abs(images[np.isfinite(images)])
     return images / max(np.quantile(finite, 0.99), 1e-12) if finite.size else images
 

@@ -3,6 +3,7 @@
 import numpy as np
 
 from tarflow_jax.evaluation.report.markup import (
+    beside,
     film,
     grid,
     heading,
@@ -30,14 +31,14 @@ def noise_to_image(found: dict) -> str:
         frames, names = [*frames, clean[:, 0]], [*names, 'denoised']
     text = paragraph(
         f'Sampling inverts the {len(way) - 1} blocks of the flow one after another, the last block '
-        'first, and each block patch by patch. The film follows the first sample of each row above. '
-        'Pictures before the image are brightened or darkened to fit, as their numbers are not '
-        'colours yet. A block that makes much of the image appear does much of the work.'
+        'first, and each block patch by patch. The film follows the first sample of each row '
+        'above. Pictures before the image are brightened or darkened to fit, as their numbers are '
+        'not colours yet. A block that makes much of the image appear does much of the work.'
     )
-    text += film(
+    text = beside(text, film(
         frames, names, f'{count} samples ({_rows(found, count)}) from noise to image',
         columns=min(count, FILM_COLUMNS), name='Moment of sampling',
-    )
+    ))
     end = ', then the denoised image' if clean is not None else ''
     text += heading('Block by block') + paragraph(
         f'From left to right: the noise, then the output of each block{end}.'
@@ -60,9 +61,9 @@ def denoising(found: dict) -> str:
         return ''
     rows = len(s['raw'])
     text = paragraph(
-        'The flow learned from noisy images, so its samples are noisy, too. The gradient of its own '
-        'likelihood points to the clean image, and one step along it removes the noise. These are '
-        'the first samples of each row above.'
+        'The flow learned from noisy images, so its samples are noisy, too. The gradient of its '
+        'own likelihood points to the clean image, and one step along it removes the noise. These '
+        'are the first samples of each row above.'
     )
     pairs = [
         pictures_of(name, s[key][:, 0], f'{rows} samples, {name}', columns=min(rows, FILM_COLUMNS))
@@ -77,15 +78,15 @@ def _levels(found) -> str:
     count = len(s['film'])
     text = paragraph(
         'This flow knows many noise levels. A sample is drawn at the highest level, '
-        f'{levels[0]}. From there it follows the gradient of the likelihood down, level by level, to '
-        'the finished image. The sample settles what the picture shows; the way down clears its '
+        f'{levels[0]}. From there it follows the gradient of the likelihood down, level by level, '
+        'to the finished image. The sample settles what the picture shows; the way down clears its '
         'noise. Noise that stays to the end means that the flow has not learned its levels yet.'
     )
     alt = f'{count} samples ({_rows(found, count)}), each at {len(levels)} noise levels from '
-    return text + film(
+    return beside(text, film(
         list(s['film'].swapaxes(0, 1)), [f'noise level {level}' for level in levels],
         f'{alt}{levels[0]} to 0', columns=min(count, FILM_COLUMNS), name='Noise level',
-    )
+    ))
 
 
 def guidance(found: dict) -> str:
@@ -102,7 +103,7 @@ def guidance(found: dict) -> str:
     figures, bad, total = [], 0, 0
     for weight, images in s['guided'].items():
         name = f'weight {weight:g}' if weight else 'no guidance'
-        caption = 'as in the samples above' if weight == own else ''
+        caption = 'as above' if weight == own else ''
         bad, total = bad + not_finite(images), total + len(images)
         alt = f'{len(images)} samples from the same noise, {name}'
         columns = min(len(images), FILM_COLUMNS)

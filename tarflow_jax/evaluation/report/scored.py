@@ -19,6 +19,13 @@ from tarflow_jax.evaluation.report.words import metrics_flag, sentence, set_name
 from tarflow_jax.evaluation.scores import SCORES
 
 LARGEST_TABLE = 20  # classes of a confusion matrix that is shown as a table
+TITLES = {
+    'bits_per_dim': 'Bits per dimension',
+    'classification': 'Classification',
+    'levels': 'Noise levels',
+    'outliers': 'Outliers',
+    'frechet': 'Frechet distance, precision and recall',
+}
 MOST_CONFUSED = 6  # pairs of classes that are named
 
 
@@ -41,17 +48,17 @@ def classification(found: dict) -> str:
         charts.calibration(result['reliability']), lead='Calibration',
     )
     text += paragraph(
-        'A calibrated classifier lies on the diagonal. Likelihoods of whole images differ by '
-        'hundreds of nats, so that a flow is nearly always sure of itself, right or wrong: its mean '
-        f'confidence is {result["confidence"]:.1%}. With log p divided by {result["temperature"]:.4g}, '
-        f'the calibration error falls from {result["calibration_error"]:.3f} to '
-        f'{result["calibration_error_at_temperature"]:.3f}.'
+        'A calibrated classifier lies on the diagonal. A flow is usually too sure of itself, '
+        'because the likelihoods of whole images differ by many nats: here its mean confidence is '
+        f'{result["confidence"]:.1%}. The calibration error is {result["calibration_error"]:.3f}, '
+        f'and {result["calibration_error_at_temperature"]:.3f} with log p divided by '
+        f'{result["temperature"]:.4g}.'
     )
     matrix = result.get('confusion')
     if matrix is None:
         return text + curve + missing(
-            'The confusion matrix is missing: there are more than 100 classes, or an earlier version '
-            'scored. In that case it comes with', metrics_flag('classification'),
+            'The confusion matrix is missing: there are more than 100 classes, or an earlier '
+            'version scored. In that case it comes with', metrics_flag('classification'),
         )
     counts = np.array(matrix['counts'])
     text += _confusions(matrix['classes'], counts)
@@ -69,7 +76,8 @@ def _confusions(names: list[str], counts: np.ndarray) -> str:
 def _confusion(names: list[str], counts: np.ndarray) -> str:
     caption = 'Rows are the true classes, columns the predicted ones'
     if len(counts) > LARGEST_TABLE:
-        return figure(f'{caption}; shares of each row', charts.confusion(counts), lead='Confusion matrix')
+        chart = charts.confusion(counts)
+        return figure(f'{caption}; shares of each row', chart, lead='Confusion matrix')
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     head = ''.join(f'<th scope="col">{html.escape(name)}</th>' for name in names)
     rows = ''
@@ -95,14 +103,15 @@ def scores(found: dict) -> str:
         return missing('evaluation.json is missing. Scores and the certificate come with',
                        metrics_flag('bits_per_dim', 'round_trip'))
     text = paragraph(
-        f'From evaluation.json: {evaluation["checkpoint"]["name"]}, on {set_name(evaluation["data"])}.'
+        f'From evaluation.json: {evaluation["checkpoint"]["name"]}, on '
+        f'{set_name(evaluation["data"])}.'
     ) + sentence(evaluation['data'].get('caution'))
     if evaluation['checkpoint'] != found['origin']:
         text += paragraph('The rest of the page shows another checkpoint.', 'warning')
     results = dict(evaluation['scores'])
     certificate = results.pop('round_trip', None)
     for name, result in results.items():
-        text += table([], _rows(name, result), name.replace('_', ' '))
+        text += table([], _rows(name, result), TITLES.get(name, name))
         if name == 'levels':
             text += paragraph(MEANING) + figure('Bits per dimension at noise levels',
                                                 charts.levels(result))
@@ -115,7 +124,8 @@ def scores(found: dict) -> str:
     )
     if certificate is None:
         return text + missing('It is missing; it comes with', metrics_flag('round_trip'))
-    return text + table([], _rows('round_trip', certificate), 'image -> z -> image and z -> image -> z')
+    rows = _rows('round_trip', certificate)
+    return text + table([], rows, 'image -> z -> image and z -> image -> z')
 
 
 def _rows(name: str, result: dict) -> list:
@@ -131,12 +141,13 @@ def blocks(found: dict) -> str:
     text = paragraph(
         'Each block predicts a patch from the patches before it, as a shift and a log-scale, and '
         'removes both. The mean square of its output shows how much is left; that of pure noise is '
-        '1. A log-scale far from 0 stretches or shrinks numbers much, and rounding errors with them.'
+        '1. A log-scale far from 0 stretches or shrinks numbers much, and rounding errors with '
+        'them.'
     )
     text += paragraph(
-        f'Sequential sampling takes {positions - 1} network calls for each block. Parallel decoding '
-        '(Jacobi) guesses all patches at once and corrects the guess until it stays the same. '
-        'Where few calls are enough, the patches hardly depend on each other.'
+        f'Sequential sampling takes {positions - 1} network calls for each block. Parallel '
+        'decoding (Jacobi) guesses all patches at once and corrects the guess until it stays the '
+        'same. Where few calls are enough, the patches hardly depend on each other.'
     )
     rows = [
         [f'block {b}', one['mean_square'], one['smallest'], one['mean'], one['largest'],

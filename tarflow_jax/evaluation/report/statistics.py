@@ -48,7 +48,7 @@ def likelihoods(
     model = model.clone(dtype=jnp.float32)
     nats = over_set(
         functools.partial(dequantized_log_prob, model, variables, noise_std=noise_std), source,
-        mesh=mesh, batch_size=batch_size, key=key, what='likelihoods for the report',
+        mesh=mesh, batch_size=batch_size, key=key, what='likelihoods',
     )
     return np.asarray(likelihood.bits_per_dim(nats[0].astype(np.float64), model.num_dims))
 
@@ -71,7 +71,7 @@ def blocks(plan, variables, source, *, key, mesh, count: int) -> list[dict[str, 
       of its log-scales. These leave out the first position, which has no log-scale.
     """
     few = evenly_spaced(source, count)
-    _, batch, mask = next(batches(few, mesh=mesh, batch_size=len(few), what='blocks for the report'))
+    _, batch, mask = next(batches(few, mesh=mesh, batch_size=len(few), what='blocks'))
     images, noise_std, _ = jax.jit(corrupt, static_argnums=2)(key, batch['image'], plan.recipe)
     condition = condition_of(plan.model, batch, noise_std)
     x, found = plan.model.to_tokens(images), []

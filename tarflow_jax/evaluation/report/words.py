@@ -24,7 +24,8 @@ def class_name(found: dict, row: int) -> str:
 
 
 def set_name(about: dict) -> str:
-    return f'{about.get("dataset", "?")}, split {about.get("split", "?")}, {about["images"]:,} images'
+    name, split = about.get('dataset', '?'), about.get('split', '?')
+    return f'{name}, split {split}, {about["images"]:,} images'
 
 
 def sides(size) -> str:
