@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import optax
 
-from tarflow_jax import class_order, files, paths, reporting, run_checks, scoring
+from tarflow_jax import class_order, comparing, files, paths, reporting, run_checks, scoring
 from tarflow_jax import config as configs
 from tarflow_jax import convert as official
 from tarflow_jax.data import kinds, sizes
@@ -194,6 +194,16 @@ def report(config, given) -> Callable[[], None]:
         show(variables, origin)
 
     return job
+
+
+def compare(workdirs: list[str], given) -> Callable[[], None]:
+    """Writes the page that compares several runs; see `comparing`."""
+    _only(given, 'workdir')
+    if given.config is not None:
+        raise ValueError(
+            f'--config has no meaning with several runs, --workdir={given.workdir}; leave it out.'
+        )
+    return comparing.prepare(workdirs)
 
 
 def convert(config, given) -> Callable[[], None]:

@@ -9,7 +9,8 @@ Modes:
   train     train, or go on from the newest checkpoint; then sample, evaluate and report
   sample    draw images from the workdir's newest checkpoint, or go on drawing them
   evaluate  score it by config.evaluate.metrics: bits/dim, Frechet distance and others
-  report    write WORKDIR/report.html, which shows what the flow has learned on one page
+  report    write WORKDIR/report.html, which shows what the flow has learned on one page; of
+            several runs, --workdir=A,B writes A/report_A_B.html, which compares them
   convert   official checkpoint to workdir (--input), or workdir to official (--output)
   compile   compile a step for TPU slices on a machine without TPUs: what fits, what it costs
 """
@@ -19,6 +20,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 try:
@@ -33,6 +35,7 @@ from ml_collections import config_flags
 
 from tarflow_jax import (
     commands,
+    comparing,
     config_of_run,
     config_paths,
     config_ranges,
@@ -60,16 +63,7 @@ def main(argv: list[str]) -> int:
         if given.help:
             print(__doc__, given, sep='\n')
             return 0
-        config = given.config
-        config_paths.resolve(config, given)
-        environment.check()
-        processes.start(given.distributed)
-        sharding.use_cores_as_devices(config.train.batch_size // max(config.train.accumulation, 1))
-        environment.start_devices()
-        if jax.process_index() > 0:
-            log.setLevel(logging.WARNING)  # the first process speaks for all
-        compiled.keep_in(given.workdir)
-        job = commands.MODES[given.mode](config, given)
+        job = _comparison(given) or _job(given)
     except (environment.Unavailable, processes.Alone) as error:
         log.error('error: %s', error)
         return 1
@@ -102,6 +96,26 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _comparison(given) -> Callable[[], None] | None:
+    """The work of --mode=report with several workdirs, which needs no config and no devices."""
+    several = comparing.several(given.workdir) if given.mode == 'report' else []
+    return commands.compare(several, given) if several else None
+
+
+def _job(given) -> Callable[[], None]:
+    """Starts the devices and returns the work of a mode; see `commands`."""
+    config = given.config
+    config_paths.resolve(config, given)
+    environment.check()
+    processes.start(given.distributed)
+    sharding.use_cores_as_devices(config.train.batch_size // max(config.train.accumulation, 1))
+    environment.start_devices()
+    if jax.process_index() > 0:
+        log.setLevel(logging.WARNING)  # the first process speaks for all
+    compiled.keep_in(given.workdir)
+    return commands.MODES[given.mode](config, given)
+
+
 def _one_line(error: Exception) -> str:
     """What an error says; values in it may be long and hold anything."""
     text = ''.join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
@@ -116,7 +130,8 @@ def _leave(code: int) -> int:
 
 
 _TEXT_FLAGS = {
-    'workdir': 'Folder of the run: checkpoints, metrics and pictures.',
+    'workdir': 'Folder of the run: checkpoints, metrics and pictures. With report, several folders '
+    'joined by commas are compared.',
     'input': "Official checkpoint (.pth or .safetensors) to use in place of the workdir's, with "
     'sample, evaluate and convert.',
     'output': 'Official checkpoint (.safetensors) for convert to write.',
@@ -139,7 +154,7 @@ def _flags(argv: list[str], saved: config_of_run.Saved | None) -> flags.FlagValu
         config_flags.DEFINE_config_file('config', None, meaning, flag_values=f, sys_argv=argv)
     else:
         config_flags.DEFINE_config_dict(
-            'config', config_of_run.whole(saved, _trains(argv)), meaning, flag_values=f,
+            'config', config_of_run.whole(saved, _mode(argv) == 'train'), meaning, flag_values=f,
             sys_argv=argv,
         )
     for name, meaning in _TEXT_FLAGS.items():
@@ -175,7 +190,9 @@ def _parse(argv: list[str]) -> flags.FlagValues:
     ]
     _check_file(argv)
     saved, known = None, list(_TEXT_FLAGS)
-    if (workdirs := _values_of('workdir', argv)) and workdirs[-1]:
+    workdirs = _values_of('workdir', argv)
+    compares = _mode(argv) == 'report' and bool(workdirs and comparing.several(workdirs[-1]))
+    if workdirs and workdirs[-1] and not compares:
         label = f'--workdir={workdirs[-1]}'
         workdir = paths.resolved(workdirs[-1], label, 'folder')
         paths.reach(workdir, label, write=False)
@@ -214,7 +231,7 @@ def _parse(argv: list[str]) -> flags.FlagValues:
         raise ValueError(f'{_sentence(error)}; --help lists the flags.') from error
     if len(rest) > 1:
         raise ValueError(f'{rest[1]!r} is not a flag; flags look like --workdir=DIR.')
-    if config is None and not given.help:
+    if config is None and not given.help and not compares:
         raise ValueError(
             '--config is missing; give a file such as configs/fashion_mnist.py, or as --workdir '
             'the folder of a run, whose checkpoint holds its config.'
@@ -258,8 +275,8 @@ def _values_of(name: str, argv: list[str]) -> list[str]:
     ]
 
 
-def _trains(argv: list[str]) -> bool:
-    return (_values_of('mode', argv) or ['train'])[-1] == 'train'
+def _mode(argv: list[str]) -> str:
+    return (_values_of('mode', argv) or ['train'])[-1]
 
 
 def _check_file(argv: list[str]) -> None:

@@ -1,8 +1,9 @@
-"""What --mode=report does: computes all that its page shows, and writes WORKDIR/report.html.
+"""Makes the report of --mode=report: computes all that its page shows, writes WORKDIR/report.html.
 
-As the scores, it checks what a user can get wrong and returns the work.
+Like a score, `prepare` checks what a user can get wrong and returns the work.
 """
 
+import dataclasses
 import datetime
 import logging
 import shlex
@@ -15,7 +16,7 @@ import numpy as np
 
 from tarflow_jax import files, paths, scoring
 from tarflow_jax.data import kinds
-from tarflow_jax.evaluation.report import drawn, measured
+from tarflow_jax.evaluation.report import grids, kept, samples, statistics
 from tarflow_jax.evaluation.scores import Subject
 from tarflow_jax.evaluation.versions import versions
 from tarflow_jax.flow.flow import architecture
@@ -24,18 +25,18 @@ from tarflow_jax.training.over_set import evenly_spaced, images_of
 
 NEIGHBOURS = 3  # training images beside a sample
 STEPS = 8  # pictures from one sample to another
-EXTREMES = 12  # test images of each kind
-REAL_IMAGES = 100  # test images whose neighbours say what distance is usual
+EXTREMES = 12  # most likely test images, and as many of the least likely
+REAL_IMAGES = 100  # test images whose nearest neighbours show what distance is usual
 BLOCK_IMAGES = 64
 
 log = logging.getLogger(__name__)
 
 
 def prepare(subject: Subject, train) -> Callable:
-    """The work, a function of (variables, origin), for a checked plan and its training set.
+    """Returns the work, a function of (variables, origin), for a checked plan and training set.
 
     Raises:
-      ValueError: with several processes, of which none could read what all of them draw.
+      ValueError: with several processes: none of them could read what all of them draw.
     """
     if jax.process_count() > 1:
         raise ValueError('--mode=report is for one process; start it alone.')
@@ -47,6 +48,7 @@ def prepare(subject: Subject, train) -> Callable:
         found = _collect(subject, train, variables, origin)
         path = subject.workdir / 'report.html'
         text = page.page(found)
+        kept.write(subject.workdir, found)
         files.write_text(path, text)
         log.info('the report took %.1f s and is in %s (%.1f MB)', time.perf_counter() - start, path,
                  len(text.encode()) / 1e6)
@@ -55,13 +57,13 @@ def prepare(subject: Subject, train) -> Callable:
 
 
 def _collect(s: Subject, train, variables, origin) -> dict:
-    """All that the page shows; see `evaluation.report.page`."""
+    """Returns all that the page shows; see `evaluation.report.page`."""
     r, plan, key = s.config.report, s.plan, jax.random.key(s.config.seed)
     keys = dict(zip(('noise', 'likelihoods', 'blocks'), jax.random.split(key, 3)))
-    drawer = drawn.Drawer(
+    drawer = samples.Drawer(
         plan, variables, s.mesh, min(s.config.sample.batch_size, r.rows * r.columns)
     )
-    samples = drawn.draw(
+    drawn = samples.draw(
         drawer, keys['noise'], rows=r.rows, columns=r.columns,
         weights=r.guidance_weights, steps=STEPS
     )
@@ -73,6 +75,8 @@ def _collect(s: Subject, train, variables, origin) -> dict:
         'origin': origin,
         'model': architecture(plan.model),
         'class_names': plan.conditions.class_names,
+        'guidance': dataclasses.asdict(plan.guidance),
+        'denoises': plan.denoising is not None,
         'positions': plan.model.token_shape[0],
         'noise_std': plan.recipe.gaussian_noise_std,
         'lowest_noise_std': plan.recipe.scored_noise_std or plan.recipe.gaussian_noise_std,
@@ -84,12 +88,15 @@ def _collect(s: Subject, train, variables, origin) -> dict:
         'caution': kinds.mismatch(s.config.data.expects, train.about.get('kind')),
         'metrics': metrics.read(s.workdir),
         'evaluation': scoring.read(s.workdir),
-        'drawn': samples,
+        'samples': drawn,
+        'grids': grids.read(s.workdir, plan.model.image_shape, _column_names(plan)),
         'neighbours': _neighbours(
-            samples, evenly_spaced(train, r.training_images), few, s.config.data.flip
+            drawn, evenly_spaced(train, r.training_images), few, s.config.data.flip
         ),
-        'likelihoods': _likelihoods(s, variables, few, keys['likelihoods']),
-        'blocks': measured.blocks(
+        'likelihoods': _likelihoods(
+            s, variables, evenly_spaced(train, len(few)), few, keys['likelihoods']
+        ),
+        'blocks': statistics.blocks(
             plan, variables, few, key=keys['blocks'], mesh=s.mesh, count=count
         ),
         'block_images': count,
@@ -103,14 +110,22 @@ def _collect(s: Subject, train, variables, origin) -> dict:
     }
 
 
-def _neighbours(samples: dict, train, test, mirrored: bool) -> dict:
-    """The training images nearest to the first sample of each row, where that is finite."""
-    first = samples.get('denoised', samples['raw'])[:, 0]
+def _column_names(plan) -> list[str] | None:
+    """The class of each column of the image grids of training; None if a column has several."""
+    labels = plan.conditions.labels(range(2 * grids.COLUMNS))
+    if labels is None or (labels[: grids.COLUMNS] != labels[grids.COLUMNS :]).any():
+        return None
+    return [plan.conditions.name(label) for label in labels[: grids.COLUMNS]]
+
+
+def _neighbours(drawn: dict, train, test, mirrored: bool) -> dict:
+    """Finds the training images nearest to the first sample of each row, where that is finite."""
+    first = drawn.get('denoised', drawn['raw'])[:, 0]
     rows = np.flatnonzero(np.isfinite(first).all((1, 2, 3)))
     own = pictures.to_pixels(first[rows])
     few = evenly_spaced(test, REAL_IMAGES)
     real = images_of(few, range(len(few)))
-    indices, distances = measured.nearest(
+    indices, distances = statistics.nearest(
         np.concatenate([own, real]), train, min(NEIGHBOURS, len(train)), mirrored
     )
     return {
@@ -124,15 +139,21 @@ def _neighbours(samples: dict, train, test, mirrored: bool) -> dict:
     }
 
 
-def _likelihoods(s: Subject, variables, test, key) -> dict:
-    bits = measured.likelihoods(
-        s.plan.model, variables, test, key=key, mesh=s.mesh,
-        batch_size=s.config.evaluate.batch_size,
-        noise_std=s.plan.recipe.scored_noise_std,
-    )
-    most, least = measured.extremes(bits, EXTREMES)
+def _likelihoods(s: Subject, variables, train, test, key) -> dict:
+    """Scores as many training images as test images, and picks the extremes of the latter."""
+
+    def bits_of(source):
+        return statistics.likelihoods(
+            s.plan.model, variables, source, key=key, mesh=s.mesh,
+            batch_size=s.config.evaluate.batch_size,
+            noise_std=s.plan.recipe.scored_noise_std,
+        )
+
+    bits = bits_of(test)
+    most, least = statistics.extremes(bits, EXTREMES)
     return {
         'bits': bits,
+        'train_bits': bits_of(train),
         'most': (images_of(test, most), bits[most]),
         'least': (images_of(test, least), bits[least]),
     }

@@ -12,7 +12,7 @@ from tarflow_jax.training.checkpoint import Checkpoints
 
 # The files and folders of a workdir.
 FOLDERS = ('checkpoints', 'compiled', 'samples', 'schedules', 'statistics', 'tensorboard')
-FILES = ('metrics.jsonl', 'evaluation.json', 'report.html', 'outliers.png')
+FILES = ('metrics.jsonl', 'evaluation.json', 'report.html', 'report.json', 'outliers.png')
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ SMALL = dict(
 def test_training_ends_with_a_report_and_the_mode_writes_it_again(tmp_path, capfd):
     images = write_images(tmp_path / 'images')
     workdir = tmp_path / 'run'
-    fields = dict(SMALL, report__after_training=True, train__epochs=0.5, train__warmup_epochs=0.0,
+    fields = dict(SMALL, guidance__weight=1.0, report__after_training=True, train__epochs=0.5, train__warmup_epochs=0.0,
                   train__sample_every=1)
     assert call(*flags(workdir, images, **fields)) == 0
     page = workdir / 'report.html'
@@ -22,14 +22,17 @@ def test_training_ends_with_a_report_and_the_mode_writes_it_again(tmp_path, capf
     assert 'metrics.jsonl is missing' not in first
     assert 'The score of the test set is missing' in first  # no metric was asked for
     assert 'step 3 of' in first and 'among 96 of 96 evenly spaced' in first
+    # The grids of the three steps, and samples with the config's guidance.
+    assert '&quot;step 3&quot;' in first and 'with guidance weight 1, then denoised' in first
 
     page.unlink()
+    (workdir / 'report.json').unlink()
     (workdir / 'metrics.jsonl').unlink()
     kept = lambda: {k: v for k, v in files(workdir).items() if not k.startswith('compiled')}  # noqa: E731
     before = kept()
-    assert call(*flags(workdir, images, **SMALL), '--mode=report') == 0
+    assert call(*flags(workdir, images, guidance__weight=1.0, **SMALL), '--mode=report') == 0
     second = page.read_text()
-    assert kept().keys() - before.keys() == {'report.html'}
+    assert kept().keys() - before.keys() == {'report.html', 'report.json'}
     assert before.items() <= kept().items()
     assert 'metrics.jsonl is missing' in second
     # The same checkpoint and seed draw the same pictures.

@@ -14,6 +14,7 @@ from tarflow_jax.training.corruption import Recipe, condition_of, corrupt_each
 from tarflow_jax.training.over_set import over_set
 
 SHOWN_CLASSES = 3
+MOST_CONFUSED = 100  # the largest number of classes for which the confusion matrix is kept
 BINS = 15  # bins of the calibration error, as in Guo et al., arXiv 1706.04599
 
 
@@ -47,7 +48,8 @@ def classification(
     Args:
       name: function from a label to the class name.
     Returns:
-      the result of `calibration`, and 'images', 'draws' and 'class_accuracy' by class name.
+      the result of `calibration`, and 'images', 'draws', 'class_accuracy' by class name and, for up
+      to 100 classes, 'confusion': {'classes': K names, 'counts': see `confusion`}.
     Raises:
       ValueError: if no image has a label.
     """
@@ -67,10 +69,30 @@ def classification(
     known = labels >= 0
     log_probs, labels = log_probs[known], labels[known]
     right = log_probs.argmax(1) == labels
-    return calibration(log_probs, labels) | {
+    found = calibration(log_probs, labels) | {
         'images': len(labels), 'draws': draws,
         'class_accuracy': {name(k): right[labels == k].mean() for k in np.unique(labels)},
     }
+    classes = log_probs.shape[1]
+    if classes <= MOST_CONFUSED:
+        found['confusion'] = {
+            'classes': [name(k) for k in range(classes)],
+            'counts': confusion(log_probs, labels).tolist(),
+        }
+    return found
+
+
+def confusion(log_probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Counts the images of each class (row) by the class they are taken for (column).
+
+    Args:
+      log_probs: [N, K]; labels: [N], 0 to K - 1.
+    Returns:
+      int [K, K].
+    """
+    counts = np.zeros((log_probs.shape[1],) * 2, int)
+    np.add.at(counts, (labels, log_probs.argmax(1)), 1)
+    return counts
 
 
 def calibration(log_probs: np.ndarray, labels: np.ndarray) -> dict:

@@ -53,7 +53,12 @@ def grid(
 
 def sheet(pixels: np.ndarray, columns: int, captions: Sequence[str] | None) -> np.ndarray:
     """Arranges pictures as `grid` does; shows small ones at twice their size."""
-    return grid(pixels, columns, scale=2 if pixels.shape[1] < 128 else 1, captions=captions)
+    return grid(pixels, columns, scale=sheet_scale(pixels.shape[1]), captions=captions)
+
+
+def sheet_scale(height: int) -> int:
+    """Returns the width in which `sheet` shows each pixel of pictures of this height."""
+    return 2 if height < 128 else 1
 
 
 def _words(text: str, height: int, width: int) -> np.ndarray:

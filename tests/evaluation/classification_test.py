@@ -9,7 +9,13 @@ from tiny_state import random_variables
 
 import tarflow_jax as tfj
 from tarflow_jax.data.sources import InMemory
-from tarflow_jax.evaluation.classification import calibration, class_log_probs, classification
+from tarflow_jax.evaluation.classification import (
+    MOST_CONFUSED,
+    calibration,
+    class_log_probs,
+    classification,
+    confusion,
+)
 from tarflow_jax.training import sharding
 from tarflow_jax.training.corruption import Recipe, corrupt_each
 
@@ -62,6 +68,26 @@ def test_share_of_right_answers_leaves_padding_out():
     assert (found['accuracy'], found['images']) == (0.75, 20)
     np.testing.assert_allclose(found['calibration_error'], 0.25, atol=1e-3)
     np.testing.assert_allclose(found['accuracy_standard_error'], np.sqrt(0.75 * 0.25 / 19))
+
+
+def test_confusion_counts_the_images_of_each_class_by_the_predicted_one():
+    # Class 0 is taken for 0, 2; class 1 for 1; class 2 for 0, 2, 2; nothing has class 3.
+    labels = np.array([0, 0, 1, 2, 2, 2])
+    log_probs = -np.ones((6, 4))
+    log_probs[np.arange(6), [0, 2, 1, 0, 2, 2]] = 0.0
+    counts = confusion(log_probs, labels)
+    assert counts.tolist() == [[1, 0, 1, 0], [0, 1, 0, 0], [1, 0, 2, 0], [0, 0, 0, 0]]
+    assert counts.sum(1).tolist() == np.bincount(labels, minlength=4).tolist()
+
+    labels = np.arange(20) % 3
+    source = grey(labels)
+    source.label_N[[0, 3, 7, 11, 19]] = (labels[[0, 3, 7, 11, 19]] + 1) % 3
+    found = score(flow_that_expects_grey(), source)
+    matrix = np.array(found['confusion']['counts'])
+    assert found['confusion']['classes'] == ['0', '1', '2']
+    assert matrix.sum() == 20 and np.trace(matrix) / 20 == found['accuracy']
+    assert matrix.sum(1).tolist() == np.bincount(source.label_N, minlength=3).tolist()
+    assert MOST_CONFUSED < 1000  # ImageNet's would fill the file with a million numbers
 
 
 def test_images_without_a_label_are_left_out():

@@ -1,103 +1,14 @@
 """The page: well-formed, alone, with alternative text, and whole whatever is missing."""
 
-import html.parser
+import json
 import re
 
 import numpy as np
 import pytest
+from report_pages import EVALUATION, LEVELS, METRICS, checked, collected
 
 from tarflow_jax.evaluation.levels import MEANING
-from tarflow_jax.evaluation.report import charts, markup, page
-from tarflow_jax.flow.guidance import Guidance
-
-VOID = {'meta', 'link', 'img', 'br', 'hr', 'input'}
-
-
-class Reader(html.parser.HTMLParser):
-    """Asserts that all elements are closed in order, and keeps what there is."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.text, self.ids = [], [], '', []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.tags.append((tag, attributes))
-        self.ids += [attributes['id']] if 'id' in attributes else []
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if not {'script', 'style'} & set(self.open):
-            self.text += data
-
-
-def checked(text) -> Reader:
-    """What every report must be, whatever it holds."""
-    read = Reader(text)
-    assert len(text.encode()) < 10e6
-    assert len(set(read.ids)) == len(read.ids)
-    for tag, attributes in read.tags:
-        for name in ('src', 'href', 'srcset', 'action', 'data'):
-            if name in attributes:
-                assert attributes[name].startswith(('data:', '#')), (tag, attributes[name][:80])
-        if tag == 'img':
-            assert attributes['alt'].strip()
-    style = page.HERE.joinpath('page.css').read_text()
-    assert 'url(' not in style and '@import' not in style
-    headings = [tag for tag, _ in read.tags if re.fullmatch('h[1-6]', tag)]
-    assert headings[0] == 'h1' and headings.count('h1') == 1
-    links = {attributes['href'] for tag, attributes in read.tags if tag == 'a'}
-    assert headings.count('h2') == len(links)
-    assert {link[1:] for link in links} <= set(read.ids)
-    return read
-
-
-def collected(
-    classes=3, channels=3, noise_std=0.1, rows=3, columns=2, blocks=2, size=8, levels=(),
-):
-    """What reporting collects, of numbers without a flow."""
-    rng = np.random.default_rng(0)
-    images = lambda *shape: rng.uniform(-1.2, 1.2, (*shape, size, size, channels))  # noqa: E731
-    pixels = lambda *shape: rng.integers(0, 256, (*shape, size, size, channels), np.uint8)  # noqa: E731
-    raw = images(rows, columns)
-    found = {
-        'labels': np.arange(rows) if classes else None, 'raw': raw,
-        'guided': {0.0: raw[:, 0], 2.0: images(rows)}, 'guidance': Guidance(temperature=0.3),
-        'trajectory': images(blocks + 1, rows), 'not_finite': 0, 'between': images(rows, 4),
-        'iterations': {
-            'calls': np.arange(blocks * rows).reshape(blocks, rows),
-            'sequential': np.zeros(rows, bool), 'round_trip': np.full(rows, 1e-5),
-            'residual': np.zeros((blocks, rows)),
-        },
-    }
-    if noise_std:
-        found['denoised'] = images(rows, columns)
-    if levels:
-        found |= {'film': images(rows, len(levels)), 'film_levels': np.array(levels)}
-    return {
-        'title': 'Report of <run> & co', 'date': '2000-01-01 00:00 UTC', 'positions': 16,
-        'origin': {'name': 'step 12 of run', 'step': 12}, 'noise_std': noise_std, 'lowest_noise_std': noise_std,
-        'model': dict(image_size=size, image_channels=channels, patch_size=2, num_classes=classes,
-                      layers_per_block=[1] * blocks, width=32),
-        'parameters': 12345, 'metrics': [], 'evaluation': None, 'drawn': found,
-        'data': {'train': {'dataset': 'noise', 'images': 700}, 'test': {'images': 20}},
-        'class_names': None, 'caution': None,
-        'neighbours': dict(samples=pixels(rows), rows=np.arange(rows), images=pixels(rows, 3),
-                           distances=np.full((rows, 3), 7.25), real=np.full(9, 8.5), searched=500,
-                           mirrored=True),
-        'likelihoods': dict(bits=np.linspace(3, 5, 20), most=(pixels(4), np.linspace(3, 3.5, 4)),
-                            least=(pixels(4), np.linspace(5, 4.5, 4))),
-        'blocks': [dict(mean_square=0.5, smallest=-2.0, mean=0.0, largest=1.5)] * blocks,
-        'block_images': 20, 'config': {'data': {'path': '<script>alert(1)</script>'}},
-        'versions': {'jax': '9.9'}, 'devices': '1 x cpu', 'command': "main --a='<b>'",
-    }
+from tarflow_jax.evaluation.report import charts, grids, markup, page, samples
 
 
 def test_names_of_classes_and_a_set_that_the_result_is_not_for():
@@ -110,40 +21,12 @@ def test_names_of_classes_and_a_set_that_the_result_is_not_for():
     assert 'The result <is> for x.' in read.text and 'Another set.' in read.text
 
 
-METRICS = [
-    {'step': s, 'loss': -0.1 * s, 'prior': 0.5, 'logdet': 0.1 * s, 'skipped': 2.0,
-     'mean_square/block_0': 1.0, 'mean_square/block_1': 0.9} for s in (1, 2, 3)
-]
-
-
 def test_lines_of_metrics_that_lack_a_number():
     lines = [*METRICS, {'step': 4, 'prior': 1.0}, {'step': 5, 'logdet': 1.0}, {'step': 6}]
     steps, bits = charts.loss_bits(lines)
     assert steps == [1, 2, 3] and bits.shape == (3,)
     found = collected() | {'metrics': [*lines, {'step': 7, 'loss': 1.0, 'skipped': float('nan')}]}
     assert 'steps were skipped' not in checked(page.page(found)).text
-
-
-SIDE = dict(max=1e-6, rms=1e-7, not_finite=0.0)
-PASSED = dict(
-    image_z_image=SIDE, z_image_z=SIDE, blocks=[dict(image_z_image=SIDE, z_image_z=SIDE)],
-    logdet_sum=1e-6, bits_per_dim_error=0.0, not_finite=0.0,
-)
-LEVELS = dict(
-    levels=[0.01, 0.3], bits_per_dim=[3.5, 7.5], standard_error_over_images=[0.02, 0.01],
-    noise_bits_per_dim=[2.4, 7.3], image_bits_per_dim=[1.1, 0.2],
-    image_standard_error_over_images=[0.01, 0.005], images=20, draws=1,
-)
-EVALUATION = {
-    'checkpoint': {'name': 'step 12 of run', 'step': 12},
-    'data': {'dataset': 'noise', 'split': 'test', 'images': 20},
-    'scores': {
-        'bits_per_dim': dict(bits_per_dim=4.5678, standard_error_over_images=0.01, images=20,
-                             draws=1, loss=-0.5),
-        'round_trip': dict(images=8, float32=PASSED,
-                           trusted={'float32': {'sampling': True, 'likelihood': False}}),
-    },
-}
 
 
 @pytest.mark.parametrize('fields', [
@@ -153,11 +36,11 @@ EVALUATION = {
 def test_pages_of_all_kinds_of_flows(fields):
     found = collected(**fields)
     read = checked(page.page(found))
-    rows = len(found['drawn']['raw'])
+    rows = len(found['samples']['raw'])
     images = [a for tag, a in read.tags if tag == 'img']
-    per_row = 2 if found['noise_std'] else 1
-    # Samples, the sweep, trajectories, ways between, neighbours, and two sets of extremes.
-    assert len(images) == per_row * rows + 2 + rows + rows + rows + 2
+    # Samples, the film, trajectories, the sweep, ways between, neighbours, two sets of extremes,
+    # and where there is noise to remove one picture before and one after.
+    assert len(images) == 5 * rows - rows + 1 + 2 + 2 + 2 * bool(found['noise_std'])
     assert ('class 0' in ' '.join(a['alt'] for a in images)) == bool(found['model']['num_classes'])
     assert 'Report of <run> & co' in read.text
     assert '12,345 parameters' in read.text
@@ -175,9 +58,9 @@ def test_what_is_missing_is_named_with_its_command():
     assert 'missing' not in text
     assert '4.5678' in text and 'float32 can be trusted for' in text and 'likelihood NO' in text
     assert '2 steps were skipped' in text
-    assert whole.count('Plotly.newPlot(') == 4
+    assert whole.count('<div class="chart"') == 5
     text = checked(page.page(found | {'origin': {'name': 'step 13 of run', 'step': 13}})).text
-    assert 'not the checkpoint' in text
+    assert 'shows another checkpoint' in text
 
 
 def test_a_flow_of_many_noise_levels():
@@ -185,13 +68,13 @@ def test_a_flow_of_many_noise_levels():
     read = checked(page.page(found))
     titles = ' '.join(a['alt'] for tag, a in read.tags if tag == 'img')
     assert '3 samples (class 0, class 1, class 2), each at 4 noise levels from 0.3 to 0' in titles
-    assert '0.3, 0.15, 0.01, 0' in read.text and 'steps from noise level to noise level' in read.text
-    assert 'Down the noise levels' not in checked(page.page(collected())).text
+    assert 'This flow knows many noise levels' in read.text
+    assert 'This flow knows' not in checked(page.page(collected())).text
     scores = EVALUATION['scores'] | {'levels': LEVELS}
     found |= {'evaluation': EVALUATION | {'scores': scores}, 'metrics': METRICS}
     text = page.page(found)
     assert MEANING in text and 'multiplied by a weight' in text and 'missing' not in checked(text).text
-    assert 'chart-levels' in text and '"type":"log"' in text
+    assert 'chart-levels' in text and '"log": true' in text
     found['evaluation'] = EVALUATION
     assert 'metrics=\'("levels",)\'' in checked(page.page(found)).text
 
@@ -204,11 +87,11 @@ def test_text_from_outside_is_escaped():
 
 def test_images_that_are_not_finite():
     found = collected()
-    raw = found['drawn']['raw']
+    raw = found['samples']['raw']
     raw[0] = np.nan
     raw[1, 0, 0, 0, 0] = np.inf
-    found['drawn']['not_finite'] = 3
-    found['drawn']['trajectory'][:] = np.nan
+    found['samples']['not_finite'] = 3
+    found['samples']['trajectory'][:] = np.nan
     found['likelihoods']['bits'][:2] = np.nan
     found['neighbours'] |= {
         name: found['neighbours'][name][:0] for name in ('samples', 'rows', 'images', 'distances')
@@ -216,7 +99,7 @@ def test_images_that_are_not_finite():
     text = checked(page.page(found)).text
     assert '3 of 6 samples are not finite' in text
     assert '2 of 20 likelihoods are not finite' in text
-    assert 'None of the samples is finite' in text
+    assert 'No sample is finite' in text
 
 
 def test_copies_are_called_out():
@@ -237,3 +120,109 @@ def test_large_pictures_are_shrunk():
     strip = markup.strip(np.zeros((2, 256, 256, 3)), 'two')
     width = 2 * markup.LARGEST_SIDE + 2
     assert f'width="{width}" height="{markup.LARGEST_SIDE}"' in strip
+
+
+def test_many_steps_do_not_fill_the_page():
+    # Noise in colour, which is the worst to compress, of twice the steps that are shown.
+    grid = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3), np.uint8)
+    found = collected(rows=1)
+    found['grids'] |= {'steps': [*range(32)], 'frames': [np.roll(grid, s) for s in range(32)]}
+    [uri] = re.findall('class="film".*?src="data:image/jpeg;base64,(.*?)"', page.progress.steps(found))
+    assert len(uri) <= markup.LARGEST_JPEG * 4 / 3 + 4
+
+
+@pytest.mark.slow
+def test_a_page_with_everything_stays_below_ten_megabytes():
+    # Noise everywhere: large pictures in colour, many steps, blocks, moments and levels.
+    found = collected(
+        size=markup.LARGEST_SIDE, rows=10, columns=6, blocks=8, levels=np.linspace(1, 0, 24),
+        steps=range(1, grids.MOST_STEPS + 1), moments=samples.MOST_MOMENTS,
+    )
+    found['metrics'] = [line | {'step': s} for s in range(20_000) for line in METRICS[:1]]
+    assert 7e6 < len(page.page(found).encode()) < 10e6
+
+
+def test_the_curves_of_a_long_run_are_thinned():
+    metrics = [{'step': s, 'loss': float(s)} for s in range(20_001)]
+    [chart] = re.findall(r'<script type="application/json">(.*?)</script>', charts.losses(metrics))
+    [trace] = json.loads(chart)['traces']
+    assert 1000 < len(trace['x']) <= charts.MOST_POINTS
+    assert trace['x'] == trace['y'] and trace['x'][0] == 0
+
+
+def test_films_show_a_frame_without_javascript():
+    found = collected(steps=(100, 200, 300), moments=5)
+    found['grids']['names'] = ['shirt', 'bag']
+    found['metrics'] = [
+        line | {'step': s, 'wall_time': 1e9 + 36 * s, 'images_per_second': 1.0}
+        for s in range(10, 301, 10) for line in METRICS[:1]
+    ]
+    read = checked(page.page(found))
+    films = [a for tag, a in read.tags if tag == 'div' and a.get('class') == 'film']
+    assert json.loads(films[0]['data-labels']) == [
+        'step 100, after 1.0 h', 'step 200, after 2.0 h', 'step 300, after 3.0 h',
+    ]
+    sliders = [a for tag, a in read.tags if tag == 'input' and a['type'] == 'range']
+    assert [(s['max'], s['value']) for s in sliders] == [('2', '2'), ('5', '5')]
+    assert all(s['aria-label'] for s in sliders)
+    shown = [a['style'] for tag, a in read.tags if tag == 'img' and 'translateY' in a['style']]
+    assert shown[0] == 'transform:translateY(-66.6667%)'
+    assert 'step 300, after 3.0 h' in read.text and 'shirt, bag' in read.text
+    # Each frame has a gap below it, so that the whole is as high as its frames and their gaps.
+    [stage] = [a for tag, a in read.tags if a.get('style', '').startswith('aspect-ratio:98/38')]
+    [film] = [a for tag, a in read.tags if tag == 'img' and a['width'] == '98' and 'translateY' in a['style']]
+    assert int(film['height']) == 3 * (38 + 2) and stage
+
+
+def test_validation_is_charted_where_it_is_there():
+    lines = [line | {'wall_time': 1e9 + line['step'], 'images_per_second': 1.0} for line in METRICS]
+    validation = [
+        {'step': s, 'wall_time': 1e9 + s, 'validation/loss': loss, 'validation/train_loss': 0.1,
+         'validation/bits_per_dim': 4.0, 'validation/train_bits_per_dim': 3.9}
+        for s, loss in ((1, 0.5), (2, 0.25), (3, float('nan')))
+    ]
+    text = page.page(collected() | {'metrics': lines + validation})
+    assert 'held-out loss is lowest at step 2: 0.25' in checked(text).text
+    assert text.count('held-out images"') == 2 and 'name="axis"' in text
+    text = page.page(collected() | {'metrics': METRICS})
+    assert 'held-out' not in text and 'name="axis"' not in text
+
+
+CLASSIFICATION = dict(
+    accuracy=0.75, accuracy_standard_error=0.1, confidence=0.9, calibration_error=0.15,
+    calibration_error_at_temperature=0.05, temperature=3.0, images=20, draws=1,
+    reliability=[[0.5, 0.25, 4.0], [0.95, 0.9, 16.0]],
+)
+
+
+@pytest.mark.parametrize('classes', [3, 30])
+def test_calibration_and_confusion(classes):
+    counts = np.diag(np.full(classes, 5))
+    counts[0, 2] = 4
+    matrix = {'classes': [f'<{k}>' for k in range(classes)], 'counts': counts.tolist()}
+    scores = {'classification': CLASSIFICATION | {'confusion': matrix}}
+    found = collected() | {'evaluation': EVALUATION | {'scores': scores}}
+    text = page.page(found)
+    read = checked(text)
+    assert 'The most frequent mistakes: <0> as <2> (4).' in read.text
+    assert '75.0%' in read.text and 'chart-calibration' in text
+    # Few classes are a table, many a chart.
+    cells = [a for tag, a in read.tags if tag == 'td' and '--share' in a.get('style', '')]
+    assert len(cells) == (9 if classes == 3 else 0) and ('chart-confusion' in text) == (classes == 30)
+    found['evaluation'] = EVALUATION | {'scores': {'classification': CLASSIFICATION}}
+    assert 'The confusion matrix is missing' in checked(page.page(found)).text
+
+
+def test_scores_of_several_checkpoints():
+    earlier = {'checkpoint': {'name': 'step 6 of run', 'step': 6}}
+    scores = EVALUATION['scores'] | {'classification': CLASSIFICATION | {'from': earlier}}
+    text = checked(page.page(collected() | {'evaluation': EVALUATION | {'scores': scores}})).text
+    assert '20 test images, step 6' in text and '20 test images, step 12' in text
+    assert 'Scores at step 12' in checked(page.page(collected() | {'evaluation': EVALUATION})).text
+
+
+def test_memorized_training_images_show():
+    found = collected()
+    assert 'Unseen images cost more' in checked(page.page(found)).text
+    found['likelihoods']['train_bits'] = found['likelihoods']['bits']
+    assert 'not memorized' in checked(page.page(found)).text

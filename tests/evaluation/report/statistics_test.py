@@ -8,7 +8,7 @@ from tiny_flow import perturbed, tiny
 from tiny_plan import plan_of
 
 from tarflow_jax.data.sources import InMemory
-from tarflow_jax.evaluation.report import measured
+from tarflow_jax.evaluation.report import statistics
 from tarflow_jax.flow import likelihood
 from tarflow_jax.training import sharding
 from tarflow_jax.training.corruption import corrupt
@@ -23,7 +23,7 @@ def source(count, size=8, channels=2, seed=0):
 def test_nearest_is_what_a_search_by_hand_finds():
     train = source(700)  # more than two chunks
     pixels = source(5, seed=1).image_NxHxWxC
-    indices, distances = measured.nearest(pixels, train, 4)
+    indices, distances = statistics.nearest(pixels, train, 4)
     difference = pixels[:, None].astype(float) - train.image_NxHxWxC[None]
     by_hand = np.sqrt(np.square(difference).mean((2, 3, 4)))
     np.testing.assert_array_equal(indices, np.argsort(by_hand, 1)[:, :4])
@@ -34,10 +34,10 @@ def test_nearest_is_what_a_search_by_hand_finds():
 def test_copies_are_found(mirrored):
     train = source(300)
     copies = train.image_NxHxWxC[[299, 17]]
-    indices, distances = measured.nearest(copies, train, 1, mirrored)
+    indices, distances = statistics.nearest(copies, train, 1, mirrored)
     assert indices[:, 0].tolist() == [299, 17]
     np.testing.assert_allclose(distances, 0, atol=0.05)
-    flipped_indices, flipped = measured.nearest(copies[:, :, ::-1], train, 1, mirrored)
+    flipped_indices, flipped = statistics.nearest(copies[:, :, ::-1], train, 1, mirrored)
     if mirrored:
         assert flipped_indices[:, 0].tolist() == [299, 17]
         np.testing.assert_allclose(flipped, 0, atol=0.05)
@@ -51,17 +51,17 @@ def test_likelihoods_put_the_extremes_first():
     images = source(20)
     images.image_NxHxWxC[3] = 128  # the flow is near the identity: grey is where its density is
     images.image_NxHxWxC[7] = 255
-    bits = measured.likelihoods(
+    bits = statistics.likelihoods(
         model, variables, images, key=jax.random.key(0), mesh=mesh, batch_size=8
     )
-    most, least = measured.extremes(bits, 4)
+    most, least = statistics.extremes(bits, 4)
     assert bits.shape == (20,)
     assert most[0] == np.argmin(bits) == 3 and least[0] == np.argmax(bits) == 7
     assert (np.diff(bits[most]) >= 0).all() and (np.diff(bits[least]) <= 0).all()
 
 
 def test_extremes_are_apart_and_what_is_not_finite_is_unlikely():
-    most, least = measured.extremes(np.array([3.0, np.nan, 1.0, 2.0, 5.0]), 12)
+    most, least = statistics.extremes(np.array([3.0, np.nan, 1.0, 2.0, 5.0]), 12)
     assert most.tolist() == [2, 3] and least.tolist() == [1, 4]
 
 
@@ -70,7 +70,7 @@ def test_blocks_are_those_of_the_forward_pass():
     variables, mesh = perturbed(model), sharding.make_mesh()
     plan = plan_of(model, noise='uniform')
     images, key = source(5), jax.random.key(3)  # eight devices, so that three are filled up
-    found = measured.blocks(plan, variables, images, key=key, mesh=mesh, count=5)
+    found = statistics.blocks(plan, variables, images, key=key, mesh=mesh, count=5)
     padded = np.concatenate([images.image_NxHxWxC, np.zeros((3, 8, 8, 2), np.uint8)])
     noisy = corrupt(key, jnp.asarray(padded), plan.recipe).images[:5]
     sequences, logdet = model.apply(variables, noisy, images.label_N, method='trajectory')

@@ -1,4 +1,4 @@
-"""What the report measures with real images: neighbours of samples, likelihoods, and the blocks."""
+"""Measures what the report needs real images for: neighbours, likelihoods and the blocks."""
 
 import functools
 
@@ -16,14 +16,14 @@ CHUNK = 256  # images compared at a time
 
 
 def nearest(pixels, source, keep: int, mirrored: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """The images of a source nearest to each of some pictures, by all their pixels.
+    """Finds the images of a source that are nearest to given pictures, pixel by pixel.
 
     Args:
       pixels: uint8 [S, H, W, C].
-      mirrored: also compare with the mirror images of the source, as training on flips sees them.
+      mirrored: also compare with the mirror images of the source, as training with flips does.
     Returns:
-      (indices, distances), both [S, keep], nearest first; a distance is the root mean square
-      difference of a pixel, in grey levels of 256.
+      (indices, distances), both [S, keep], nearest first. A distance is the root mean square
+      difference of the pixels, in grey levels (0 to 255).
     """
     wanted = pixels.reshape(len(pixels), -1).astype(np.float32) - 127.5
     flipped = pixels[:, :, ::-1].reshape(wanted.shape).astype(np.float32) - 127.5
@@ -44,31 +44,34 @@ def nearest(pixels, source, keep: int, mirrored: bool = False) -> tuple[np.ndarr
 def likelihoods(
     model, variables, source, *, key, mesh, batch_size, noise_std: float | None = None
 ) -> np.ndarray:
-    """Bits per dimension of each image of a source, as the score of that name has them: [N]."""
+    """Returns the bits per dimension of each image of a source, as the score of that name: [N]."""
     model = model.clone(dtype=jnp.float32)
     nats = over_set(
         functools.partial(dequantized_log_prob, model, variables, noise_std=noise_std), source,
-        mesh=mesh, batch_size=batch_size, key=key, what='likelihoods of the report',
+        mesh=mesh, batch_size=batch_size, key=key, what='likelihoods',
     )
     return np.asarray(likelihood.bits_per_dim(nats[0].astype(np.float64), model.num_dims))
 
 
 def extremes(bits, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the most and of the least likely images, most extreme first; none is in both."""
+    """Returns the indices of the most and the least likely images, most extreme first.
+
+    No image is in both.
+    """
     order = np.argsort(np.where(np.isfinite(bits), bits, np.inf), kind='stable')
     count = min(count, len(bits) // 2)
     return order[:count], order[::-1][:count]
 
 
 def blocks(plan, variables, source, *, key, mesh, count: int) -> list[dict[str, float]]:
-    """What each block does to images of a source with the noise of training, by index.
+    """Measures each block on images of a source that have the noise of training.
 
     Returns:
-      for each block 'mean_square' of its output, and 'smallest', 'mean' and 'largest' of its
-      log-scales over all images and positions but the first, which has none.
+      for each block, by index: 'mean_square' of its output, and 'smallest', 'mean' and 'largest'
+      of its log-scales. These leave out the first position, which has no log-scale.
     """
     few = evenly_spaced(source, count)
-    _, batch, mask = next(batches(few, mesh=mesh, batch_size=len(few), what='blocks of the report'))
+    _, batch, mask = next(batches(few, mesh=mesh, batch_size=len(few), what='blocks'))
     images, noise_std, _ = jax.jit(corrupt, static_argnums=2)(key, batch['image'], plan.recipe)
     condition = condition_of(plan.model, batch, noise_std)
     x, found = plan.model.to_tokens(images), []
@@ -83,7 +86,7 @@ def blocks(plan, variables, source, *, key, mesh, count: int) -> list[dict[str, 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _block(block, params, x_BxTxD, condition, order, mask):
-    """One block forwards, in raster order; one program for all of the same depth."""
+    """Runs one block forward; blocks of equal depth share one program."""
     x = reorder(x_BxTxD, order)
     affine = block.affine(params, x, condition, order)
     z, log_scale = affine.forward(x), affine.log_scale
