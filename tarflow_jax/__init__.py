@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tarflow_jax.flow.likelihood import bits_per_dim, latent_log_prob, log_prob
     from tarflow_jax.loading import load, load_config
     from tarflow_jax.sampling.calibration import calibrate
+    from tarflow_jax.sampling.completion import complete
     from tarflow_jax.sampling.generate import sample_images
     from tarflow_jax.sampling.sample import SampleInfo, sample, sample_trajectory
     from tarflow_jax.sampling.schedule import Schedule
@@ -28,6 +29,7 @@ _HOMES = {
     'TarFlow': 'flow.flow',
     'bits_per_dim': 'flow.likelihood',
     'calibrate': 'sampling.calibration',
+    'complete': 'sampling.completion',
     'denoise': 'flow.denoising',
     'iterative_denoise': 'flow.denoising',
     'latent_log_prob': 'flow.likelihood',
@@ -49,6 +51,7 @@ __all__ = [
     'TarFlow',
     'bits_per_dim',
     'calibrate',
+    'complete',
     'denoise',
     'iterative_denoise',
     'latent_log_prob',
