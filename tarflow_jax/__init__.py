@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tarflow_jax.animation import animate
     from tarflow_jax.convert import load_official, save_official
     from tarflow_jax.flow.condition import Condition
     from tarflow_jax.flow.denoising import denoise, iterative_denoise
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from tarflow_jax.sampling.calibration import calibrate
     from tarflow_jax.sampling.completion import complete
     from tarflow_jax.sampling.generate import sample_images
+    from tarflow_jax.sampling.interpolation import interpolate
     from tarflow_jax.sampling.sample import SampleInfo, sample, sample_trajectory
     from tarflow_jax.sampling.schedule import Schedule
 
@@ -27,10 +29,12 @@ _HOMES = {
     'Schedule': 'sampling.schedule',
     'SequenceFlow': 'flow.flow',
     'TarFlow': 'flow.flow',
+    'animate': 'animation',
     'bits_per_dim': 'flow.likelihood',
     'calibrate': 'sampling.calibration',
     'complete': 'sampling.completion',
     'denoise': 'flow.denoising',
+    'interpolate': 'sampling.interpolation',
     'iterative_denoise': 'flow.denoising',
     'latent_log_prob': 'flow.likelihood',
     'load': 'loading',
@@ -49,10 +53,12 @@ __all__ = [
     'Schedule',
     'SequenceFlow',
     'TarFlow',
+    'animate',
     'bits_per_dim',
     'calibrate',
     'complete',
     'denoise',
+    'interpolate',
     'iterative_denoise',
     'latent_log_prob',
     'load',

@@ -22,7 +22,7 @@ from tarflow_jax.flow.likelihood import prior_variance
 from tarflow_jax.flow.mesh_axes import with_auto_axes
 from tarflow_jax.flow.order import reorder
 from tarflow_jax.sampling import chain
-from tarflow_jax.sampling.generate import denoised, denoising_of
+from tarflow_jax.sampling.generate import Denoising, denoised, denoising_of, with_noise
 from tarflow_jax.sampling.guided import guided_trajectory
 from tarflow_jax.sampling.noise import standard_noise
 from tarflow_jax.sampling.sample import sample
@@ -58,7 +58,7 @@ def complete(
     *,
     num_samples: int | None = None,
     guidance: Guidance | None = None,
-    denoise: float | Sequence[float] | None = None,
+    denoise: float | Sequence[float] | Denoising | None = None,
     steps: int = 100,
     leapfrog: int = 10,
     return_log_prob: bool = False,
@@ -125,14 +125,11 @@ def complete(
             'return_log_prob needs blocks that read all known tokens before the others, and with '
             'these orders of the flow they do not; leave it out, or choose the orders for it.'
         )
-    given = jnp.asarray(examples, at_least_float32(examples.dtype))[rows]
+    given = jnp.asarray(examples, at_least_float32(jnp.result_type(examples)))[rows]
     draw_key, noise_key, denoising_key = (
         key if denoising is None else jax.random.fold_in(key, i) for i in range(3)
     )
-    x = _known_part(given, mask)
-    if denoising is not None:
-        level = denoising.levels[0] if denoising.levels else denoising.noise_std
-        x = _known_part(x + level * jax.random.normal(noise_key, x.shape, x.dtype), mask)
+    x = _known_part(with_noise(noise_key, given, denoising), mask)
     guided = [guidance_params(model, b, guidance) for b in range(len(model.layers_per_block))]
     if exact:
         found, log_prob = _exact(model, variables, draw_key, x, tokens, condition, guided)

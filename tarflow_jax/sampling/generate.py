@@ -126,12 +126,16 @@ def sample_images(
     ).samples
 
 
-def denoising_of(model: Flow, denoise: float | Sequence[float] | None) -> Denoising | None:
-    """How the flow removes noise of these levels; `denoise` is that of `sample_images`.
+def denoising_of(
+    model: Flow, denoise: float | Sequence[float] | Denoising | None
+) -> Denoising | None:
+    """Makes a `Denoising` of the argument `denoise` of `sample_images`.
 
     Raises:
-      ValueError: if the flow cannot.
+      ValueError: if it does not fit the flow.
     """
+    if isinstance(denoise, Denoising):
+        return denoise
     if denoise is None:
         if model.noise_conditioned:
             raise ValueError(
@@ -148,6 +152,15 @@ def denoising_of(model: Flow, denoise: float | Sequence[float] | None) -> Denois
             'through; pass the level that this flow was trained at.'
         )
     return Denoising(levels[0])
+
+
+def with_noise(key: Array, examples: Array, denoising: Denoising | None) -> Array:
+    """Adds the noise that the denoising removes, at its first level."""
+    examples = jnp.asarray(examples, at_least_float32(jnp.result_type(examples)))
+    if denoising is None:
+        return examples
+    level = denoising.levels[0] if denoising.levels else denoising.noise_std
+    return examples + level * jax.random.normal(key, examples.shape, examples.dtype)
 
 
 def denoised(
