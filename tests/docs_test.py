@@ -23,7 +23,7 @@ from command_line import call
 from documented import ROOT, fenced, run_python, spans
 from PIL import Image
 
-from tarflow_jax import commands, config_of_run, main, paths
+from tarflow_jax import command_setup, commands, config_of_run, main, paths
 from tarflow_jax import config as configs
 from tarflow_jax.ahead_of_time import topology
 from tarflow_jax.ahead_of_time.chips import measured_range
@@ -204,8 +204,8 @@ def _training_program(arguments: list[str], monkeypatch) -> None:
         raise Understood
 
     # Each mode looks at its flags first; what it would do then is tested where it belongs.
-    monkeypatch.setattr(commands, '_workdir', understood)
-    monkeypatch.setattr(commands, '_plan', understood)
+    monkeypatch.setattr(command_setup, 'workdir_of', understood)
+    monkeypatch.setattr(command_setup, 'plan_of', understood)
     monkeypatch.setattr(topology, 'describe', understood)
     with pytest.raises(Understood):
         commands.MODES[given.mode](given.config, given)

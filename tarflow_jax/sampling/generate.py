@@ -110,33 +110,57 @@ def sample_images(
     """
     if count < 1:
         raise ValueError(f'count {count} must be at least 1.')
-    if model.noise_conditioned and denoise is None:
-        raise ValueError(
-            'a noise-conditioned flow needs denoise: the noise levels to draw at and to go down.'
-        )
-    levels = () if denoise is None else tuple(map(float, np.atleast_1d(np.asarray(denoise))))
-    if len(levels) > 1 and not model.noise_conditioned:
-        raise ValueError(
-            f'denoise {levels} goes through several noise levels, for noise-conditioned flows; '
-            'give the one that this flow was trained at.'
-        )
+    denoising = denoising_of(model, denoise)
+    levels = () if denoising is None else denoising.levels
     key, redraw_key = jax.random.split(key)
     condition = Condition(
         labels=None if labels is None else jnp.broadcast_to(jnp.int32(labels), (count,)),
-        noise_std=levels[0] if model.noise_conditioned else None,
+        noise_std=levels[0] if levels else None,
         features=features if features is None or jnp.ndim(features) > 1
         else jnp.broadcast_to(features, (count, *jnp.shape(features))),
     )
-    denoising = None
-    if model.noise_conditioned:
-        denoising = Denoising(levels=levels, precision=model.precision)
-    elif levels:
-        denoising = Denoising(levels[0])
     noise = jax.random.normal(key, (count, *model.token_shape))
     return generate(
         model, variables, noise, condition, guidance=guidance, denoising=denoising,
         schedule=schedule, key=None if isinstance(noise, jax.core.Tracer) else redraw_key,
     ).samples
+
+
+def denoising_of(
+    model: Flow, denoise: float | Sequence[float] | Denoising | None
+) -> Denoising | None:
+    """Makes a `Denoising` of the argument `denoise` of `sample_images`.
+
+    Raises:
+      ValueError: if it does not fit the flow.
+    """
+    if isinstance(denoise, Denoising):
+        return denoise
+    if denoise is None:
+        if model.noise_conditioned:
+            raise ValueError(
+                'denoise is missing, and this flow is conditioned on a noise level; pass the noise '
+                'levels to draw at and to go down.'
+            )
+        return None
+    levels = tuple(map(float, np.atleast_1d(np.asarray(denoise))))
+    if model.noise_conditioned:
+        return Denoising(levels=levels, precision=model.precision)
+    if len(levels) > 1:
+        raise ValueError(
+            f'denoise {levels} holds several noise levels, which only noise-conditioned flows go '
+            'through; pass the level that this flow was trained at.'
+        )
+    return Denoising(levels[0])
+
+
+def with_noise(key: Array, examples: Array, denoising: Denoising | None) -> Array:
+    """Adds the noise that the denoising removes, at its first level."""
+    examples = jnp.asarray(examples, at_least_float32(jnp.result_type(examples)))
+    if denoising is None:
+        return examples
+    level = denoising.levels[0] if denoising.levels else denoising.noise_std
+    return examples + level * jax.random.normal(key, examples.shape, examples.dtype)
 
 
 def denoised(

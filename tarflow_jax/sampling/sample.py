@@ -20,6 +20,7 @@ from tarflow_jax.flow.likelihood import latent_log_prob, prior_variance
 from tarflow_jax.flow.mesh_axes import with_auto_axes
 from tarflow_jax.flow.order import reorder, restore
 from tarflow_jax.sampling.calibration import calibrated
+from tarflow_jax.sampling.guided import guided_affine
 from tarflow_jax.sampling.noise import noise_of_examples
 from tarflow_jax.sampling.parallel import Solution
 from tarflow_jax.sampling.schedule import (
@@ -259,17 +260,9 @@ def _errors(model: Flow, _, variables, sequences, condition, guidance) -> tuple[
     for b, (x, z) in enumerate(zip(outputs, outputs[1:])):
         order = model.block_orders()[b]
         x, z, back = (reorder(a, order) for a in (x, z, back))
-        predict = partial(_guided, model, variables, b, condition=condition, guidance=guidance[b])
+        predict = partial(
+            guided_affine, model, variables, b, condition=condition, guidance=guidance[b]
+        )
         residual.append(abs(x - predict(x).inverse(z)).max((1, 2)))
         back = restore(predict(back).forward(back), order)
     return jnp.stack(residual), abs(back / deviation - sequences[0]).max((1, 2))
-
-
-def _guided(model: Flow, variables, index, x_BxTxD, *, condition, guidance):
-    """The guided map of block `index` at all tokens at once, in the block's own order."""
-    block, params = model.block(index), variables['params'][f'block_{index}']
-    condition, temperature = guidance.branch(condition, x_BxTxD.shape[0])
-    x = jnp.repeat(x_BxTxD, guidance.branches, axis=0)
-    rows = block.affine(params, x, condition, model.block_orders()[index], temperature)
-    guided = guidance.combine(rows.map(lambda a: a.transpose(2, 0, 1)), 0)
-    return guided.map(lambda a: a.transpose(1, 2, 0))
