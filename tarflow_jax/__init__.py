@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tarflow_jax.flow.standardize import Probit, Standardize
     from tarflow_jax.loading import load, load_config
     from tarflow_jax.sampling.calibration import calibrate
+    from tarflow_jax.sampling.completion import complete
     from tarflow_jax.sampling.generate import sample_images
     from tarflow_jax.sampling.sample import SampleInfo, sample, sample_trajectory
     from tarflow_jax.sampling.schedule import Schedule
@@ -33,6 +34,7 @@ _HOMES = {
     'TarFlow': 'flow.flow',
     'bits_per_dim': 'flow.likelihood',
     'calibrate': 'sampling.calibration',
+    'complete': 'sampling.completion',
     'denoise': 'flow.denoising',
     'fit': 'training.fit',
     'iterative_denoise': 'flow.denoising',
@@ -58,6 +60,7 @@ __all__ = [
     'TarFlow',
     'bits_per_dim',
     'calibrate',
+    'complete',
     'denoise',
     'fit',
     'iterative_denoise',

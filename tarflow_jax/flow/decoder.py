@@ -141,40 +141,68 @@ def begin(block: Block, params, z_TxDxB: Array) -> Array:
     return jnp.concatenate([start, z_TxDxB])
 
 
-@partial(jax.jit, static_argnums=0, static_argnames='cache_dtype')
+@partial(jax.jit, static_argnums=0, static_argnames=('prefix', 'cache_dtype'))
 def invert(
     block: Block, z_BxTxD: Array, params, condition, order, guidance: GuidanceParams, *,
-    cache_dtype=None,
+    known: Array | None = None, prefix: int = 0, cache_dtype=None,
 ) -> tuple[Array, Array]:
-    """`Block.inverse`."""
+    """`Block.inverse`, also of sequences that are known in part.
+
+    Args:
+      known: bool [B, T, D], True where z_BxTxD holds numbers of x, which stay as they are; None is
+        nowhere. Tokens that are known throughout come first in the block's order, and at most one
+        that is known in part follows them.
+      prefix: the number of tokens that are known throughout in every example. One network call
+        reads them all.
+    Returns:
+      x [B, T, D], and the inverse's log-determinant [B] in nats, of the unknown numbers.
+    """
     B, T, _ = z_BxTxD.shape
     calls = block.calls
+    # Position `first` makes the first prediction that is looked at.
+    first = max(prefix - (block.first_token == 'identity'), 0)
     # XLA removes a loop of one step, and its CPU backend has no bfloat16 products outside of loops
-    # in this form: one step more, which nobody reads.
-    steps = max(calls, 2)
+    # in this form: one step more, whose result is unused.
+    steps = max(calls, first + 2)
     entries = begin(block, params, reorder(z_BxTxD, order).transpose(1, 2, 0))
-    entries = jnp.pad(entries, ((0, steps - calls), (0, 0), (0, 0)))
+    more = ((0, steps - calls), (0, 0), (0, 0))
+    if known is not None:
+        known = reorder(known, order).transpose(1, 2, 0)
+        start_token = ((len(entries) - T, 0), (0, 0), (0, 0))
+        known = jnp.pad(jnp.pad(known, start_token, constant_values=True), more)
+    entries = jnp.pad(entries, more)
     decoder = Decoder.of(block, params, condition, order, guidance, B, cache_dtype)
 
     def step(carry, inputs):
         x_DxB, caches = carry
-        position, z_next_DxB = inputs
+        position, z_next_DxB, known_next = inputs
         affine, caches = decoder.step(x_DxB[..., None], position, caches)
         affine = affine.map(lambda a: a[..., 0])
-        x_next_DxB = affine.inverse(z_next_DxB)
-        return (x_next_DxB, caches), (x_next_DxB, affine.log_scale.sum(0))
+        x_next_DxB, log_scale = affine.inverse(z_next_DxB), affine.log_scale
+        if known_next is not None:
+            x_next_DxB = jnp.where(known_next, z_next_DxB, x_next_DxB)
+            log_scale = jnp.where(known_next, 0.0, log_scale)
+        return (x_next_DxB, caches), (x_next_DxB, log_scale.sum(0))
 
-    outputs, log_scales = [entries[:1]], []
-    carry: Any = (entries[0], None)
-    for first, last in prefixes(steps):
-        inputs = (jnp.arange(first, last), entries[first + 1 : last + 1])
-        carry = (carry[0], decoder.pad_caches(carry[1], last))
+    outputs, log_scales = [entries[: first + 1]], []
+    caches = None
+    if first:
+        x_DxBxS = entries[:first].transpose(1, 2, 0)
+        _, caches = decoder.step(x_DxBxS, 0, decoder.pad_caches(None, first))
+    carry: Any = (entries[first], caches)
+    for begins, ends in prefixes(steps - first):
+        here = slice(first + begins + 1, first + ends + 1)
+        inputs = (
+            jnp.arange(first + begins, first + ends), entries[here],
+            None if known is None else known[here],
+        )
+        carry = (carry[0], decoder.pad_caches(carry[1], first + ends))
         carry, (rest, log_scale) = jax.lax.scan(step, carry, inputs)
         outputs.append(rest)
         log_scales.append(log_scale)
     x_TxDxB = jnp.concatenate(outputs)[: calls + 1][-T:]
     x_BxTxD = block.layout.constrain(x_TxDxB.transpose(2, 0, 1), 'batch', 'length', 'token')
-    return restore(x_BxTxD, order), jnp.concatenate(log_scales)[:calls].sum(0)
+    return restore(x_BxTxD, order), jnp.concatenate(log_scales)[: calls - first].sum(0)
 
 
 def prefixes(length: int) -> list[tuple[int, int]]:

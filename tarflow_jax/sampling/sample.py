@@ -259,13 +259,13 @@ def _errors(model: Flow, _, variables, sequences, condition, guidance) -> tuple[
     for b, (x, z) in enumerate(zip(outputs, outputs[1:])):
         order = model.block_orders()[b]
         x, z, back = (reorder(a, order) for a in (x, z, back))
-        predict = partial(_guided, model, variables, b, condition=condition, guidance=guidance[b])
+        predict = partial(guided_affine, model, variables, b, condition=condition, guidance=guidance[b])
         residual.append(abs(x - predict(x).inverse(z)).max((1, 2)))
         back = restore(predict(back).forward(back), order)
     return jnp.stack(residual), abs(back / deviation - sequences[0]).max((1, 2))
 
 
-def _guided(model: Flow, variables, index, x_BxTxD, *, condition, guidance):
+def guided_affine(model: Flow, variables, index, x_BxTxD, *, condition, guidance):
     """The guided map of block `index` at all tokens at once, in the block's own order."""
     block, params = model.block(index), variables['params'][f'block_{index}']
     condition, temperature = guidance.branch(condition, x_BxTxD.shape[0])
