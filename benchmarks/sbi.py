@@ -224,21 +224,24 @@ def main():
     parser.add_argument('--observations', type=int, default=10)
     parser.add_argument('--calibrations', type=int, default=500)
     parser.add_argument('--width', type=int, default=32)
-    parser.add_argument('--blocks', type=int, default=6)
-    parser.add_argument('--layers', type=int, default=2)
+    parser.add_argument('--blocks', type=int, default=8)
+    parser.add_argument('--layers', type=int, default=1)
     parser.add_argument('--scale_limit', type=float, default=0.0)
-    parser.add_argument('--steps', type=int, default=4000)
+    parser.add_argument('--steps', default='1500,3000', help='one for each of --simulations')
     parser.add_argument('--batch_size', type=int, default=500)
-    parser.add_argument('--learning_rate', type=float, default=2e-3)
+    parser.add_argument('--learning_rate', type=float, default=4e-3)
     parser.add_argument('--weight_decay', type=float, default=1e-4)
     parser.add_argument('--ema_decay', type=float, default=0.99)
     parser.add_argument('--validate_every', type=int, default=200)
     parser.add_argument('--patience', type=int, default=None)
     flags = parser.parse_args()
+    counts, all_steps = (
+        [int(n) for n in text.split(',')] for text in (flags.simulations, flags.steps)
+    )
     rows = []
     for name in flags.task.split(','):
-        for count in map(int, flags.simulations.split(',')):
-            flags.count = count
+        for count, steps in zip(counts, all_steps, strict=True):
+            flags.count, flags.steps = count, steps
             for seed in range(flags.first_seed, flags.first_seed + flags.seeds):
                 rows.append(run(name, flags, seed))
                 print(json.dumps(rows[-1]), flush=True)
