@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from tarflow_jax.flow.flow import SequenceFlow, TarFlow
     from tarflow_jax.flow.guidance import Guidance
     from tarflow_jax.flow.likelihood import bits_per_dim, latent_log_prob, log_prob
-    from tarflow_jax.flow.standardize import Standardize
+    from tarflow_jax.flow.standardize import Probit, Standardize
     from tarflow_jax.loading import load, load_config
     from tarflow_jax.sampling.calibration import calibrate
     from tarflow_jax.sampling.completion import complete
@@ -29,6 +29,7 @@ _HOMES = {
     'Condition': 'flow.condition',
     'Fitted': 'training.fit',
     'Guidance': 'flow.guidance',
+    'Probit': 'flow.standardize',
     'SampleInfo': 'sampling.sample',
     'Schedule': 'sampling.schedule',
     'SequenceFlow': 'flow.flow',
@@ -56,6 +57,7 @@ __all__ = [
     'Condition',
     'Fitted',
     'Guidance',
+    'Probit',
     'SampleInfo',
     'Schedule',
     'SequenceFlow',

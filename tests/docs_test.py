@@ -19,6 +19,8 @@ import jax
 import numpy as np
 import optax
 import pytest
+import simulation_based_inference_test
+import time_series_test
 from command_line import call
 from documented import ROOT, fenced, run_python, spans
 from PIL import Image
@@ -86,6 +88,8 @@ PYTHON = {
     ),
     'docs/mathematics.md': ({}, lambda folder: {}),
     'docs/extending.md': ({'range(1500)': 'range(1)'}, lambda folder: {}),
+    'docs/simulation_based_inference.md': (simulation_based_inference_test.SMALL, lambda folder: {}),
+    'docs/time_series.md': (time_series_test.SMALL, lambda folder: {}),
 }
 
 

@@ -1,14 +1,18 @@
-"""Standardizes data before a flow, with the log-determinant that densities need."""
+"""Maps data to about a standard normal before a flow, with the log-determinant of the map."""
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.special import ndtr, ndtri
 
 Array = jax.Array
+EDGE = 1e-7  # about the resolution of float32 below 1
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=['shift', 'scale'], meta_fields=[])
@@ -62,3 +66,55 @@ class Standardize:
     def logdet(self, shape: tuple[int, ...]) -> Array:
         """The log-determinant of `forward` for examples of this shape, in nats."""
         return -jnp.log(jnp.broadcast_to(self.scale, shape)).sum()
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=['low', 'high'], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Probit:
+    """Maps numbers between two bounds to the real line, y = Phi^-1((x - low) / (high - low)).
+
+    Phi is the cumulative distribution of the standard normal, so that a uniform prior on the box
+    becomes a standard normal. Every sample of a flow over y lies within the bounds.
+
+        to = tfj.Probit(-1.0, 1.0)
+        y, logdet = to.forward(x)
+        nats = tfj.log_prob(flow, variables, y) + logdet  # the density of x
+
+    Args:
+      low, high: the bounds, numbers or arrays broadcastable to one example; low is below high.
+    Raises:
+      ValueError: if a bound is not finite, or low is not below high.
+    """
+
+    low: Any
+    high: Any
+
+    def __post_init__(self):
+        for bound in (self.low, self.high):
+            traced = isinstance(bound, jax.core.Tracer)
+            if traced or not isinstance(bound, int | float | np.ndarray | jax.Array):
+                return  # JAX rebuilds pytrees with whatever a transformation puts in
+        low, high = np.asarray(self.low), np.asarray(self.high)
+        if not (np.isfinite(low) & np.isfinite(high) & (low < high)).all():
+            raise ValueError(
+                f'low {self.low} must be below high {self.high}, and both finite; Standardize is '
+                'for numbers without bounds.'
+            )
+
+    def forward(self, x: Array) -> tuple[Array, Array]:
+        """Returns y [B, ...], and the log-determinants of x to y, [B] in nats.
+
+        Numbers at or outside of a bound map to about -5 or 5, the limits of float32.
+        """
+        y = ndtri(jnp.clip((x - self.low) / (self.high - self.low), EDGE, 1 - EDGE))
+        return y, self._logdet(y)
+
+    def inverse(self, y: Array) -> tuple[Array, Array]:
+        """Returns x [B, ...], and the log-determinants of y to x, [B] in nats."""
+        return self.low + (self.high - self.low) * ndtr(y), -self._logdet(y)
+
+    def _logdet(self, y: Array) -> Array:
+        """Of `forward`, at its result."""
+        terms = 0.5 * jnp.square(y) + 0.5 * math.log(2 * math.pi)
+        terms = terms - jnp.log(jnp.asarray(self.high) - jnp.asarray(self.low))
+        return terms.sum(tuple(range(1, y.ndim)))

@@ -1,8 +1,10 @@
-"""Standardization: unit moments, an exact inverse, and densities that integrate it."""
+"""Standardization and bounds: unit moments, an exact inverse, and densities that integrate it."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import norm
 from tiny_flow import normal, perturbed, sequence_flow
 
 import tarflow_jax as tfj
@@ -40,3 +42,34 @@ def test_refuses_what_it_cannot_scale():
         tfj.Standardize.fit(X * (np.arange(8).reshape(4, 2) != 3))
     with pytest.raises(ValueError, match=r'axis \(1, 2\) must hold 0'):
         tfj.Standardize.fit(X, (1, 2))
+
+
+BOUNDS = np.array([-1.0, 2.0], np.float32), np.array([3.0, 2.5], np.float32)
+
+
+def test_a_uniform_prior_becomes_a_standard_normal():
+    to, levels = tfj.Probit(*BOUNDS), np.linspace(0.05, 0.95, 19, dtype=np.float32)[:, None]
+    x = BOUNDS[0] + (BOUNDS[1] - BOUNDS[0]) * levels
+    y, logdet = to.forward(x)
+    np.testing.assert_allclose(y, np.broadcast_to(norm.ppf(levels), y.shape), atol=1e-5)
+    # The density of x is that of the prior, 1 / (4 * 0.5).
+    np.testing.assert_allclose(norm.logpdf(y).sum(1) + logdet, -np.log(2.0), atol=1e-4)
+    back, inverse_logdet = to.inverse(y)
+    np.testing.assert_allclose(back, x, rtol=1e-5)
+    np.testing.assert_array_equal(inverse_logdet, -logdet)
+
+
+def test_stays_within_the_bounds():
+    to = tfj.Probit(*BOUNDS)
+    y = jnp.array([[-40.0, 40.0], [jnp.inf, -jnp.inf]])
+    x, _ = to.inverse(y)
+    assert ((x >= BOUNDS[0]) & (x <= BOUNDS[1])).all()
+    again, logdet = to.forward(x)  # on the bounds
+    assert np.isfinite(again).all() and np.isfinite(logdet).all() and abs(again).max() > 5
+    assert jax.tree.map(jnp.shape, jax.jit(lambda to: to)(to)) == tfj.Probit((2,), (2,))
+
+
+@pytest.mark.parametrize('low, high', [(1.0, 1.0), (BOUNDS[1], BOUNDS[0]), (0.0, np.inf)])
+def test_refuses_bounds_in_the_wrong_order(low, high):
+    with pytest.raises(ValueError, match='must be below high'):
+        tfj.Probit(low, high)
