@@ -213,6 +213,8 @@ def test_smoke_variant_runs(name, tmp_path):
     )
     assert code == 0
     assert [line['step'] for line in metrics(tmp_path) if 'loss' in line] == [2]
+    [validated] = [line for line in metrics(tmp_path) if 'validation/loss' in line]
+    assert np.isfinite(list(validated.values())).all()
     sheets = {path.name.split('_')[-1] for path in (tmp_path / 'samples').iterdir()}
     assert ('guided.png' in sheets) == (full.guidance.weight > 0)
     assert ('denoised.png' in sheets) == (full.train.noise != 'uniform')

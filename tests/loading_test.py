@@ -28,6 +28,13 @@ def test_load_of_a_step(trained):
     assert saved(trained, 9)[name] == np.asarray(leaf).tobytes() != saved(trained, 12)[name]
 
 
+def test_load_of_a_step_that_is_not_there(trained):
+    with pytest.raises(FileNotFoundError, match='no checkpoint at step 10; there are 9, 12.'):
+        tfj.load(trained, step=10)
+    with pytest.raises(FileNotFoundError, match='no best checkpoint, as none was validated; choose'):
+        tfj.load(trained, step='best')
+
+
 def test_load_config(trained):
     config = tfj.load_config(str(trained))
     assert (config.train.batch_size, config.train.noise_std) == (16, 0.1)

@@ -141,6 +141,10 @@ def refused(capfd):
     (['--config.model.image_size=large'], ['model.image_size large must be a whole number']),
     (['--config.train.log_every=0'], ['train.log_every 0']),
     (['--config.train.checkpoint_every=0'], ['train.checkpoint_every 0']),
+    (['--config.train.validate_every=-1'], ['train.validate_every -1']),
+    (['--config.train.validation_images=0'], ['train.validation_images 0']),
+    (['--step=12'], ['--step=12 has no meaning with --mode=train; leave it out.']),
+    (['--mode=sample', '--step=last'], ["--step=last must be the number of a step, or 'best'."]),
     # Sampling and evaluation.
     (['--config.sample.label=12'], ['sample.label 12', '0..4']),
     (['--config.sample.count=0'], ['sample.count 0']),

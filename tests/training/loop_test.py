@@ -117,6 +117,7 @@ def test_validated_with_what_the_checkpoint_holds(uninterrupted, images):
         assert line[name] == pytest.approx(value, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_best_survives_what_comes_after_it(images, tmp_path, monkeypatch, capfd):
     losses = {3: 1.0, 4: 0.0, 6: 0.5, 8: float('nan'), 9: 2.0, 12: 1.5}
     names = ('loss', 'bits_per_dim', 'train_loss', 'train_bits_per_dim')

@@ -1,5 +1,6 @@
 """Several processes as one run: the same numbers, stopping, dying, going on with another number."""
 
+import itertools
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from tarflow_jax.training.processes import START_AGAIN, Stop
 FLOW = dict(
     model__width=64, model__layers_per_block='(1,1)', model__patch_size=4, guidance__weight=0.5,
     train__epochs=20 / 6, train__checkpoint_every=10, evaluate__metrics="('bits_per_dim',)",
+    train__validate_every=7, train__validation_images=12,
 )
 
 
@@ -106,7 +108,12 @@ def test_any_mesh_computes_the_same(count, devices, mesh, alone, images, tmp_pat
         assert trained_and_drawn.run(file, *flags(tmp_path, images, **FLOW | fields)) == 0
     else:
         finished(run(tmp_path, images, count=count, devices=devices, file=file, **fields))
-    found, wanted = metrics(tmp_path), metrics(alone)
+    validated = lambda line: 'validation/loss' in line  # noqa: E731
+    found, wanted = (list(filter(validated, metrics(d))) for d in (tmp_path, alone))
+    assert [line['step'] for line in found] == [7, 10, 14, 20]
+    for line, want in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(list(line.values()), list(want.values()), atol=1e-5)
+    found, wanted = (list(itertools.filterfalse(validated, metrics(d))) for d in (tmp_path, alone))
     assert [line['step'] for line in found] == [line['step'] for line in wanted] == [*range(1, 21), 20]
     for name in ('loss', 'gradient_norm', 'mean_square/block_1'):
         np.testing.assert_allclose(
@@ -125,7 +132,7 @@ def test_any_mesh_computes_the_same(count, devices, mesh, alone, images, tmp_pat
 
 LONG = dict(
     train__epochs=240 / 6, train__checkpoint_every=40, train__log_every=10, guidance__weight=0.0,
-    evaluate__metrics='()',
+    evaluate__metrics='()', train__validate_every=60,
 )
 
 
