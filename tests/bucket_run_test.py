@@ -33,8 +33,8 @@ def test_killed_and_resumed(bucket, images, trained, capfd):
     assert call(*flags(bucket, images, **small), '--mode=report') == 0
     there = {path.name for path in paths.of(bucket).iterdir()}
     assert there == {
-        'checkpoints', 'evaluation.json', 'metrics.jsonl', 'report.html', 'samples', 'schedules',
-        'tensorboard',
+        'checkpoints', 'evaluation.json', 'metrics.jsonl', 'report.html', 'report.json', 'samples',
+        'schedules', 'tensorboard',
     }
 
 

@@ -147,10 +147,10 @@ def test_scores(workdir, command):
 def test_report(workdir, command):
     assert call(*command(workdir), '--mode=report') == 0
     page = (workdir / 'report.html').read_text()
-    assert 'as drawn, then denoised' in page and 'samples, dog' in page
+    assert 'then denoised' in page and 'samples, dog' in page
     assert 'photographs, resized and cropped as torchvision does' in page
     assert '2 samples (cat, dog), each at 4 noise levels from 0.5 to 0' in page
-    assert '16x8 pixels, 3 channel(s), patches of 4x4' in page
+    assert '16x8 pixels, 3 channels, patches of 4x4' in page
 
 
 def renamed(prepared, folder, names):
