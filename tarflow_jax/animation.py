@@ -17,9 +17,10 @@ from tarflow_jax.sampling.generate import Denoising, denoised, denoising_of
 from tarflow_jax.sampling.sample import sample_trajectory
 from tarflow_jax.training.pictures import sheet, to_pixels
 
-BLEND = 5  # frames from each stage to the next, to which it fades
+BLEND = 4  # frames from each stage to the next, to which it fades
 FRAME, FIRST, LAST = 80, 400, 2000  # how long a frame stays, in milliseconds
 MOST_LEVELS = 10  # of iterative denoising that are shown
+GREYS = 32  # of a GIF without colours; noise of 256 would make the file twice as large
 
 
 @labels_keyword
@@ -83,8 +84,11 @@ def save_gif(path, stages: Sequence[np.ndarray], columns: int = 10) -> None:
     durations[-1] = LAST
     pictures = []
     for frame in frames:
-        grid = sheet(to_pixels(frame), columns, None)
-        pictures.append(Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid))
+        grid = sheet(to_pixels(frame), min(columns, len(frame)), None)
+        if grid.shape[-1] == 1:
+            levels = np.round(grid[..., 0] * ((GREYS - 1) / 255))
+            grid = np.uint8(np.round(levels * (255 / (GREYS - 1))))
+        pictures.append(Image.fromarray(grid))
     with files.replacing(path) as file:
         pictures[0].save(
             file, format='GIF', save_all=True, append_images=pictures[1:], duration=durations,

@@ -126,3 +126,19 @@ def test_chains_draw_from_the_conditional_density():
     np.testing.assert_allclose(np.cov(drawn.T) / scale, covariance / scale, atol=0.2)
     assert not info.exact and info.acceptance.shape == (512, 1)
     assert 0.5 < info.acceptance.mean() < 0.9 and (info.step_size > 0).all()
+
+
+@pytest.mark.parametrize('given, words', [
+    ({'known': np.ones((5,), bool)}, r'known has shape \(5,\); for these examples pass \(4,\)'),
+    ({'known': np.ones(4)}, 'known is float64; pass bool'),
+    ({'known': np.arange(4) == 1, 'return_log_prob': True}, 'read all known tokens before'),
+    ({'num_samples': 0}, 'num_samples 0 must be at least 1'),
+    ({'steps': 0}, 'steps 0 must be at least 1'),
+    ({'denoise': (0.2, 0.1)}, 'several noise levels'),
+    ({'guidance': tfj.Guidance(1.0)}, 'labels, features or a temperature'),
+])
+def test_arguments_that_do_not_fit(given, words):
+    model = sequence_flow(orders=ORDERS)
+    arguments = {'examples': np.zeros((2, 4, 2), np.float32), 'known': KNOWN, **given}
+    with pytest.raises(ValueError, match=words):
+        tfj.complete(model, perturbed(model), jax.random.key(0), **arguments)
