@@ -142,7 +142,7 @@ def test_other_columns_in_another_split(classes, tmp_path, capfd):
     prepared('train', ['a', 'b'])
     for columns, says in (
         (['a', 'b', 'c'], 'was prepared with 2 features (a, b), but this command has 3 features (a, b,'),
-        (['a', 'c'], 'and this one has 2 features (a, c); give the same columns as --features'),
+        (['a', 'c'], 'but this command has 2 features (a, c); pass the same columns as --features'),
         ([], 'holds a set with 2 features (a, b), and this one has no features; give'),
     ):
         prepared('val', columns, code=2)
@@ -227,8 +227,8 @@ def test_refused_files(classes, tmp_path, capfd):
     (tmp_path / 'words.npy').write_text('hello')
     for source, name, says in (
         ('digits', 'f.npy', 'has the features of one split, but this source has train and test;'),
-        ('digits', 'f.csv', 'features of parquet, CIFAR, batch or IDX files are in a .npy; give one'),
-        ('pets', 'f.npy', 'features of image files are in a .csv; give one'),
+        ('digits', 'f.csv', 'parquet, CIFAR, batch or IDX files need a .npy file; give one'),
+        ('pets', 'f.npy', 'image files need a .csv file; give one'),
         ('pets', 'f.csv', 'f.csv is not there; correct --features'),
     ):
         run(tmp_path / source, tmp_path / 'out', f'--features={tmp_path / name}', code=2)

@@ -72,6 +72,6 @@ def test_mismatch():
     assert kinds.mismatch(('imagenet_resized', 'photographs'), 'photographs/adm') is None
     said = kinds.mismatch(('photographs/torchvision',), 'imagenet_resized')
     assert 'is for photographs, resized and cropped as torchvision does, but this dataset' in said
-    assert "holds the ImageNet site's downsampled images" in said
+    assert "has the ImageNet site's downsampled images" in said
     assert 'as edm does' in kinds.mismatch(('photographs/torchvision',), 'photographs/edm')
     assert 'images of an unknown kind' in kinds.mismatch(('cifar10',), None)

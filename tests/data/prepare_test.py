@@ -378,7 +378,7 @@ def test_a_second_split_extends(classes, tmp_path, capfd):
     assert "with dataset 'pets', but this command has 'zoo'" in last_error(capfd)
     save(classes / 'train' / 'cat' / 'new.png', picture(1))
     run(classes / 'train', tmp_path / 'out', '--size=8', code=2)
-    assert "already holds the split 'train', of other images" in last_error(capfd)
+    assert "already has the split 'train' with other images" in last_error(capfd)
     assert content(tmp_path / 'out') == before
 
 
@@ -498,7 +498,7 @@ def test_rotation_and_transparency_are_counted(tmp_path, capfd):
     run(source, tmp_path / 'out', '--size=8')
     said = capfd.readouterr().err
     assert 'train: 2 of 3 images: each has an EXIF rotation that was not applied' in said
-    assert 'train: 3 of 3 images: each is transparent in places' in said
+    assert 'train: 3 of 3 images: each has transparent pixels' in said
     assert said.count('EXIF') == 1  # not a line for each
     run(source, tmp_path / 'white', '--size=8', '--rotate', '--background=white')
     assert 'EXIF' not in (said := capfd.readouterr().err) and 'transparent' not in said
@@ -514,4 +514,4 @@ def test_colours_and_flags_without_a_meaning(tmp_path, capfd):
     for name, array in (('images-idx3', pixels), ('labels-idx1', np.zeros(4, np.uint8))):
         write_idx(tmp_path / f'train-{name}-ubyte', array)
     assert prepare.main(['prepare', str(tmp_path), f'--out={tmp_path}/../o', '--rotate']) == 2
-    assert '--rotate is for image files, and' in last_error(capfd)
+    assert '--rotate is for image files, but' in last_error(capfd)

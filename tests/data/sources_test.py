@@ -124,7 +124,7 @@ def test_idx_folder_counts(tmp_path):
         sources.idx_folder(tmp_path, 'train')
     message = str(error.value)
     assert 'train-images-idx3-ubyte has 5 images' in message
-    assert 'train-labels-idx1-ubyte labels of shape (4,)' in message
+    assert 'train-labels-idx1-ubyte has labels of shape (4,)' in message
 
 
 def test_idx_folder_refuses_labels_in_place_of_images(tmp_path):
@@ -212,7 +212,7 @@ def test_check_of_features():
     with pytest.raises(ValueError, match=r'set has features of float32 \[3\], but model.num_feat'
                        r'ures = 4 needs float32 \[4\]; set model.num_features to the number'):
         sources.check(source, num_features=4, **sizes)
-    with pytest.raises(ValueError, match='set holds no features, but model.num_features = 4; prep'):
+    with pytest.raises(ValueError, match='set has no features, but model.num_features = 4; prep'):
         sources.check(plain, num_features=4, **sizes)
 
 
