@@ -48,7 +48,7 @@ def get_config(arg: str = 'cond'):
     else:
         c.train.update(epochs=200.0, noise_std=0.05)
         c.model.update(dtype='bfloat16', remat='attention')
-        c.sample.update(method='auto', tolerance=0.01)  # bfloat16 rounding
+        c.sample.update(method='auto', tolerance=0.01)  # bfloat16 rounds by as much
     if variant == 'uncond':
         c.guidance.update(weight=0.2, temperature=0.3)
     if variant == 'cond':

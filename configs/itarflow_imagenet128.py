@@ -19,7 +19,7 @@ def get_config(arg: str = 'cond'):
     c = configs.default()
     c.model.update(image_size=128, image_channels=3, patch_size=4, width=1600)
     c.model.update(layers_per_block=(4, 4, 4, 24), num_classes=1000, noise_conditioned=True)
-    # The official autocast keeps the residual stream in float32 too.
+    # As the official autocast, which keeps the residual stream in float32.
     c.model.update(dtype='bfloat16', residual_dtype='float32', remat='attention')
     c.data.update(source='prepared', path='data/imagenet128', test_split='validation')
     c.data.update(flip=True, expects=('photographs/torchvision',))
