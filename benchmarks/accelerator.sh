@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Proves the GPU path on one card in at most 8 minutes: a line of JSON for each result, as soon as
-# it is there.
+# Tests the GPU path on one card in at most 8 minutes. Prints a line of JSON for each result as soon
+# as it is available.
 #
 #   benchmarks/accelerator.sh [FLAGS]                 on the machine with the card
-#   benchmarks/accelerator.sh wheels --wheels=DIR     before, on one with a network
+#   benchmarks/accelerator.sh wheels --wheels=DIR     first, on a machine with a network
 #
-# Needs JAX (0.11 or later) with CUDA and, for the official code, PyTorch; no network. `wheels`
-# fetches the few other packages into DIR, 5 MB, for a machine that has no more than those two.
+# It needs JAX (0.11 or later) with CUDA, PyTorch for the official code, and no network. `wheels`
+# downloads the other packages (5 MB) into DIR, for a machine that has only these two.
 #
-#   --wheels=DIR      packages that `wheels` fetched
-#   --official=DIR    checkout of github.com/apple/ml-tarflow, to be timed beside ours
-#   --out=FILE        gets the lines, too
-#   --minutes=N       for all together (8); what is cut short is named
-#   --only=A,B        of attention, parity, train, sample and likelihood
+#   --wheels=DIR      packages downloaded by `wheels`
+#   --official=DIR    checkout of github.com/apple/ml-tarflow, for comparison
+#   --out=FILE        write the lines to FILE too
+#   --minutes=N       time limit in total (8); parts that do not finish are named
+#   --only=A,B        some of attention, parity, train, sample and likelihood
 #   --python=PYTHON   interpreter (python3)
-#   --python_version=3.12   of the machine with the card, for `wheels`
-#   --tiny            all of it on a CPU, with a tiny flow
+#   --python_version=3.12   Python version of the machine with the card, for `wheels`
+#   --tiny            run everything on a CPU, with a tiny flow
 #   --dry_run         print the commands and run nothing
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -27,7 +27,7 @@ python_version=3.12 tiny=''
 parse_flags 'wheels= official= out= minutes= only= python= python_version= tiny ' "$@"
 whole_numbers minutes
 
-# What `import tarflow_jax` and the benchmarks need beside JAX and PyTorch, and what that needs.
+# Packages that `import tarflow_jax` and the benchmarks need besides JAX and PyTorch.
 packages=(
   flax msgpack PyYAML rich Pygments markdown-it-py mdurl typing_extensions optax absl-py
   safetensors tensorboardX protobuf packaging
@@ -53,8 +53,8 @@ fi
 export PYTHONPATH="$here/..${site:+:$site}${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 deadline=$((SECONDS + 60 * minutes))
 
-# part NAME SECONDS BENCHMARK.py ARGUMENTS: one piece, for at most so long. A piece that fails or is
-# cut short is named in a line of its own, and the next one starts.
+# part NAME SECONDS BENCHMARK.py ARGUMENTS: runs one part for at most SECONDS. If it fails or times
+# out, prints a line that says so, and the next part starts.
 part() {
   local name=$1 seconds=$2 left=$((deadline - SECONDS)) start=$SECONDS code=0
   shift 2
@@ -82,7 +82,7 @@ if [[ $tiny ]]; then device=(--device=cpu) large=(--size=tiny) repeats=(--repeat
 theirs=()
 if [[ $official ]]; then theirs=("--official=$official"); fi
 
-# The most important first, in case there is less time than this takes.
+# The most important parts run first, in case the time is too short for all.
 part train 110 train_step.py "${device[@]}" "${large[@]}" "${repeats[@]}" --dtype=bfloat16 \
   --remat=attention --side=ours
 if [[ $official ]]; then

@@ -1,9 +1,10 @@
 """Compares attention kernels: `python benchmarks/attention.py --device=gpu`.
 
-'cudnn', which bfloat16 flows use on a GPU, and 'xla' in bfloat16, each against 'xla' in float32:
-largest errors of outputs and of gradients, over the largest magnitude, and the time of a forward and
-backward pass. One line of JSON for each shape, the first with a scale for each image, as guidance
-by temperature has it. On a CPU, which has no cudnn, the interpreted TPU kernel stands in.
+It compares 'cudnn', which bfloat16 flows use on a GPU, and 'xla' in bfloat16 with 'xla' in float32:
+the largest errors of outputs and gradients relative to the largest magnitude, and the time of a
+forward and backward pass. It prints one line of JSON per shape. The first shape has one scale per
+image, as in guidance by temperature. On a CPU, which has no cudnn, it uses the interpreted TPU
+kernel.
 """
 
 import functools
@@ -41,7 +42,7 @@ def compared(shape, kernel: str, scales: bool, repeats: int) -> dict:
         (_, out), grads = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(*operands)
         return out, grads
 
-    # The float32 truth of the rounded operands.
+    # The float32 reference for the rounded operands.
     q, k, v = (x.astype(jnp.bfloat16).astype(jnp.float32) for x in (q, k, v))
     wanted, wanted_grads = both_ways('xla', 'float32')
     row = {'shape': shape, 'scales': scales}

@@ -1,14 +1,15 @@
 """Times `sample(method='auto')` beside 'sequential' and 'jacobi': `python benchmarks/automatic.py --workdir=DIR`.
 
-On the newest checkpoint of a workdir, for several batch sizes, without guidance and with it. From
-the same noise, in turn. Prints one line of JSON for each case: the schedule that `calibrate` found;
-for each method the seconds, network calls in a row, iterations per block (block 0 first; of the
-slowest image), and the largest difference to sequential samples in the [-1, 1] range; ratios are to
-sequential. With `--frechet=N` also the Frechet distance (EfficientNet-Lite0, not FID) of N samples
-of each method to N training images, and how much that of other noise differs.
+It uses the newest checkpoint of a workdir, with several batch sizes, with and without guidance. All
+methods start from the same noise and run alternately. It prints one line of JSON per case: the
+schedule from `calibrate`; and for each method the seconds, sequential network calls, iterations per
+block (block 0 first; of the slowest image), and the largest difference from sequential samples in
+the [-1, 1] range. Ratios are relative to sequential. With `--frechet=N` it also prints the Frechet
+distance (EfficientNet-Lite0, not FID) of N samples of each method to N training images, and its
+change with other noise.
 
-`--width=W` takes an untrained flow of that width in place of a workdir, whose times say how the
-machine does when it waits for weights; its iterations say nothing of trained flows.
+`--width=W` uses an untrained flow of that width instead of a workdir. Its times show the speed of
+the machine when it waits for weights; its iterations do not predict those of trained flows.
 """
 
 import argparse
@@ -44,7 +45,7 @@ class Images:
 
 
 def newest(workdir: str):
-    """The plan of a workdir, its averaged variables, and its images as {'train': ..., 'test': ...}."""
+    """Loads the plan, averaged variables and images {'train': ..., 'test': ...} of a workdir."""
     config = tfj.load_config(workdir)
     plan = configs.plan(config)
     _, variables = tfj.load(workdir)
@@ -72,7 +73,7 @@ class Case:
         if model.num_classes:
             labels = np.arange(batch_size, dtype=np.int32) % model.num_classes
             self.labels = jax.device_put(labels, self.split)
-        if weight and self.labels is None:  # with no classes, by temperature
+        if weight and self.labels is None:  # without classes, guide by temperature
             self.guidance = tfj.Guidance(weight, temperature=0.9)
         else:
             self.guidance = tfj.Guidance(weight)

@@ -1,19 +1,18 @@
-"""Builds two sets: `python benchmarks/colour_sets.py --emoji=DIR --photos=DIR,DIR --out=OUT`.
+"""Builds two datasets: `python benchmarks/colour_sets.py --emoji=DIR --photos=DIR,DIR --out=OUT`.
 
-Writes 64x64 RGB images to OUT/emoji/{train,test}/CLASS/ and OUT/photographs/{train,test}/photo/.
-Reads packages that have been fetched and unpacked, and needs no network. Prints one line of JSON
-with the number of images of each class. --emoji and --photos each work without the other.
+Writes 64x64 RGB images to OUT/emoji/{train,test}/CLASS/ and OUT/photographs/{train,test}/photo/. It
+reads packages that were downloaded and unpacked, and needs no network. It prints one line of JSON
+with the number of images of each class. --emoji and --photos can be used alone.
 
 --emoji: the folder `package` of the npm package emoji-datasource-google 16.0.0. The images (Noto,
-Apache-2.0) have transparent parts, which become white. The class is the category of the emoji. A
-base emoji is in one split, with all its skin tones, genders and directions; so are all couples and
-families. `test` gets the base emoji whose SHA-256 is 0 modulo 10. An image that has the same pixels
-as one before it is left out.
+Apache-2.0) have transparent parts, which become white. The class is the category of the emoji. All
+skin tones, genders and directions of a base emoji are in one split; so are all couples and
+families. `test` gets the base emoji whose SHA-256 is 0 modulo 10. Duplicate images are left out.
 
 --photos: the unpacked Debian packages plasma-workspace-wallpapers and mate-backgrounds (GPL-2+; the
-files of the former name LGPLv3). Only colour photographs: see PHOTOS. Each is resized to a short
-side of 768 pixels and cut into patches that do not overlap; flat ones are left out. `test` gets all
-patches of every seventh photograph in alphabetical order, and `train` gets the others.
+files of the former name LGPLv3). It uses only colour photographs, see PHOTOS. Each is resized to a
+short side of 768 pixels and cut into patches without overlap; flat patches are left out. `test`
+gets all patches of every seventh photograph in alphabetical order, and `train` gets the others.
 """
 
 import argparse
@@ -28,21 +27,21 @@ from PIL import Image
 
 SIZE = 64
 SHORT_SIDE = 768
-# Standard deviation of a patch, of 255, in the channel that varies most.
+# Minimum standard deviation of a patch (of 255) in the channel that varies most.
 FLAT = 8
 
-# Code points that change who is shown or how, and not what: skin tones, joiner, gender signs,
-# direction, and persons by age and gender.
+# Code points that change a person but not the subject: skin tones, joiner, gender signs, direction,
+# and persons by age and gender.
 VARIANTS = set(
     '1F3FB 1F3FC 1F3FD 1F3FE 1F3FF 200D FE0F 2640 2642 27A1 '
     '1F466 1F467 1F468 1F469 1F474 1F475 1F476 1F9D1 1F9D2 1F9D3'.split()
 )
-# Emoji that differ in gender only and have a code point each. Mx Claus is person + Christmas tree.
+# Emoji that differ only in gender but have separate code points. Mx Claus is person + Christmas tree.
 SAME_BASE = {'1F385': '1F384', '1F936': '1F384', '1F57A': '1F483'}
 SAME_BASE |= {'1F478': '1F934', '1FAC5': '1F934', '1F930': '1FAC4', '1FAC3': '1FAC4'}
 
-# All photographs in colour of the two packages, each in one size. ColdRipple and Grey are greyscale
-# and so left out; the other files are drawings and renderings.
+# All colour photographs of the two packages, each in one size. ColdRipple and Grey are greyscale; the
+# other files are drawings and renderings.
 MATE = 'Aqua Blinds Dune FreshFlower Garden GreenMeadow LadyBird RainDrops Storm TwoWings Wood '
 MATE += 'YellowFlower'
 PLASMA = 'BytheWater ColorfulCups DarkestHour EveningGlow FallenLeaf Kite OneStandsOut Path '
@@ -53,7 +52,7 @@ TEST_PHOTOS = sorted(PHOTOS)[::7]
 
 
 def base_code(emoji: dict) -> str:
-    """What all variants of an emoji have in common; '' for a person and nothing else."""
+    """Returns the code that all variants of an emoji share; '' for a plain person."""
     if emoji['subcategory'] == 'family':
         return 'family'
     codes = [code for code in emoji['unified'].split('-') if code not in VARIANTS]
@@ -65,7 +64,7 @@ def emoji_images(package: str):
     table = Path(package) / 'emoji.json'
     if not table.is_file():
         raise FileNotFoundError(
-            f'--emoji={package} has no emoji.json; give the folder `package` of the unpacked npm '
+            f'--emoji={package} has no emoji.json; pass the folder `package` of the unpacked npm '
             'package emoji-datasource-google.'
         )
     seen = set()
@@ -91,7 +90,7 @@ def photo_patches(folders: list[str]):
         found = [path for folder in folders for path in Path(folder).rglob(PHOTOS[name])]
         if not found:
             raise FileNotFoundError(
-                f'--photos={",".join(folders)} has no {PHOTOS[name]}; give the folders of both '
+                f'--photos={",".join(folders)} has no {PHOTOS[name]}; pass the folders of both '
                 'unpacked packages, plasma-workspace-wallpapers and mate-backgrounds.'
             )
         split = 'test' if name in TEST_PHOTOS else 'train'
@@ -108,7 +107,7 @@ def photo_patches(folders: list[str]):
 
 
 def write(images, folder: Path) -> dict:
-    """Writes a set to a folder that is not there yet, and counts its images."""
+    """Writes a dataset to a new folder and counts its images."""
     if folder.exists():
         raise FileExistsError(f'{folder} exists; remove it, or choose another --out.')
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +131,7 @@ def main():
     parser.add_argument('--out', required=True, help='the folder to write to')
     args = parser.parse_args()
     if not (args.emoji or args.photos):
-        parser.error('nothing to build; give --emoji, --photos or both.')
+        parser.error('nothing to build; pass --emoji, --photos or both.')
     counts = {}
     try:
         if args.emoji:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: sizes, the same weights on both sides, interleaved timing, the device."""
+"""Code shared by the benchmarks: sizes, equal weights on both sides, interleaved timing, devices."""
 
 import argparse
 import os
@@ -23,10 +23,10 @@ SIZES = {
         image_size=32, image_channels=3, patch_size=4, width=256, layers_per_block=(4,) * 4,
         num_classes=10,
     ),
-    # The flow of configs/imagenet64.py:cond, which a bare machine cannot import.
+    # The flow of configs/imagenet64.py:cond, whose imports a minimal installation lacks.
     'imagenet64': dict(
         image_size=64, image_channels=3, patch_size=2, width=768, layers_per_block=(8,) * 8,
-        num_classes=1000, residual_dtype=jnp.float32,  # as the official code's autocast has it
+        num_classes=1000, residual_dtype=jnp.float32,  # as in the official code's autocast
     ),
     'tiny': dict(
         image_size=8, image_channels=3, patch_size=2, width=64, layers_per_block=(1, 1),
@@ -34,7 +34,7 @@ SIZES = {
     ),
 }
 TORCH_DEVICES = {'cpu': 'cpu', 'gpu': 'cuda'}
-# Dense bfloat16 FLOP/s of NVIDIA's data sheets, by what the names of cards contain; the first fits.
+# Dense bfloat16 FLOP/s from NVIDIA's data sheets, by a part of the card's name; the first match counts.
 CARDS = {
     'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12, 'H200': 989e12, 'B200': 2250e12,
     'A100': 312e12, 'L40S': 362e12, 'L4': 121e12,
@@ -56,7 +56,7 @@ def use(device: str, shared: bool = True) -> None:
     """Chooses JAX's device. Call before its backend starts.
 
     Args:
-      shared: whether PyTorch takes memory of the same card; if not, JAX may take almost all of it.
+      shared: whether PyTorch uses the same card. If not, JAX may use almost all of its memory.
     """
     if device == 'gpu':
         os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false' if shared else 'true')
@@ -71,9 +71,9 @@ def our_model(size: str, device: str = 'cpu') -> tfj.TarFlow:
 
 
 def random_variables(model: tfj.TarFlow):
-    """Initial weights, moved by noise so that no part of the flow is an identity.
+    """Returns initial weights plus noise, so that no part of the flow is an identity.
 
-    The noise is smaller for wider flows, whose samples would else be infinite.
+    The noise is smaller for wider flows, whose samples would otherwise be infinite.
     """
     images = np.zeros((1, *model.image_shape), np.float32)
     variables = jax.jit(model.init)(jax.random.key(0), images)
@@ -84,7 +84,7 @@ def random_variables(model: tfj.TarFlow):
 
 
 def official_model(checkout: str, model: tfj.TarFlow, variables, device: str = 'cpu'):
-    """The PyTorch model of the checkout with our weights, on as many threads as there are cores."""
+    """Builds the PyTorch model of the checkout with our weights, with one thread per core."""
     sys.path.insert(0, checkout)
     import safetensors.torch
     import torch
@@ -113,10 +113,10 @@ def random_labels(rng, model: tfj.TarFlow, count: int) -> np.ndarray:
 
 
 def in_turn(functions: dict, repeats: int, warm_up: int = 2) -> dict[str, list[float]]:
-    """Seconds of every call of each function; one after another, as the speed of machines drifts.
+    """Times the functions alternately, because machine speed drifts; returns seconds of each call.
 
-    Forwards and backwards in turn, as a function may run faster behind some other. Every function
-    must wait for its own result.
+    It alternates between forward and reverse order, because the preceding function may affect the
+    time. Every function must wait for its own result.
     """
     seconds = {name: [] for name in functions}
     order = list(functions)
@@ -132,12 +132,12 @@ def in_turn(functions: dict, repeats: int, warm_up: int = 2) -> dict[str, list[f
 
 
 def ratio(seconds: list[float], to: list[float]) -> float:
-    """The median of the ratios of neighbours in time."""
+    """Returns the median of the ratios of calls that are adjacent in time."""
     return round(statistics.median(a / b for a, b in zip(seconds, to)), 3)
 
 
 def interleaved(ours, theirs, repeats: int, warm_up: int = 2) -> dict:
-    """Median seconds of both functions, and their ratio; one of them may be None."""
+    """Returns the median seconds of both functions and their ratio; either may be None."""
     given = {'ours': ours, 'official': theirs}
     functions = {name: function for name, function in given.items() if function}
     seconds = in_turn(functions, repeats, warm_up)
@@ -148,19 +148,19 @@ def interleaved(ours, theirs, repeats: int, warm_up: int = 2) -> dict:
 
 
 def error(found, wanted) -> float:
-    """Largest difference over the largest magnitude; NaN if any number is."""
+    """Returns the largest difference over the largest magnitude; NaN if any number is NaN."""
     found, wanted = (np.asarray(x, np.float32) for x in (found, wanted))
     return float(f'{np.abs(found - wanted).max() / np.abs(wanted).max():.3g}')
 
 
 def card() -> str | None:
-    """The name of the GPU; None on a CPU."""
+    """Returns the name of the GPU; None on a CPU."""
     device = jax.devices()[0]
     return device.device_kind if device.platform == 'gpu' else None
 
 
 def utilisation(flops_per_second: float, name: str | None) -> float | None:
-    """The share of the card's peak; None for one whose peak is not in CARDS."""
+    """Returns the fraction of the card's peak; None if CARDS lacks the card."""
     peak = next((peak for key, peak in CARDS.items() if name and key in name), None)
     return peak and round(flops_per_second / peak, 3)
 

@@ -1,9 +1,9 @@
-"""Times what comes before the first result: `python benchmarks/compile_time.py`.
+"""Times tracing and compilation: `python benchmarks/compile_time.py`.
 
-Seconds to trace, lower and compile the train step and the sequential sampler, each in a process of
-its own with an empty cache of compiled programs and then once more with that cache; and the same
-with `--layers_as=loop`, which compiles one layer for all. With `--official=PATH` also the first
-train step of the official code, which compiles nothing, less a later one. Prints one line of JSON
+It measures the seconds to trace, lower and compile the train step and the sequential sampler, each
+in its own process, first with an empty compilation cache and then with a filled one.
+`--layers_as=loop` compiles one layer for all. With `--official=PATH` it also times the first train
+step of the official code, which compiles nothing, minus a later step. It prints one line of JSON
 per program.
 """
 
@@ -23,7 +23,7 @@ PROGRAMS = ('train_step', 'sampler')
 
 
 def first_call(program: str, size: str, unroll: int) -> dict:
-    """Seconds of the first call, and of one more."""
+    """Returns the seconds of the first call and of a later call."""
     import sampling
     import train_step
 
@@ -38,7 +38,7 @@ def first_call(program: str, size: str, unroll: int) -> dict:
 
 
 def timed(make) -> dict:
-    """Seconds until what `make` gives was called once, and of its third call."""
+    """Times `make` plus the first call of its result, and the third call."""
     start = time.perf_counter()
     run, seconds = make(), []
     for _ in range(3):

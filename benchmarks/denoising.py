@@ -1,12 +1,13 @@
-"""Samples by the way they are denoised: `python benchmarks/denoising.py --workdir=DIR`.
+"""Compares ways of denoising samples: `python benchmarks/denoising.py --workdir=DIR`.
 
-Draws samples from the newest checkpoint of a run and scores each kind: Frechet distance on
-EfficientNet-Lite0 (not FID) to the training set, precision and recall. Prints one line of JSON for
-as many images of the test set, the floor that real images reach, and one for each combination of
-`--guidances` (RULE:WEIGHT), of `--levels`, the noise levels that an iTARFlow draws at (empty is the
-highest of its training), and of `--steps` of denoising. A TarFlow has one level and takes one step.
-All samples come from the same noise and go through the classes in turn. The lines also hold the
-milliseconds that an image takes to draw and to denoise.
+It samples from the newest checkpoint of a run and scores the samples: Frechet distance on
+EfficientNet-Lite0 (not FID) to the training set, precision and recall. It prints one line of JSON
+for an equal number of test images, as the floor for real images, and one for each combination of
+`--guidances` (RULE:WEIGHT), `--levels` (noise levels at which an iTARFlow samples; empty for the
+highest of its training) and `--steps` of denoising. A TarFlow has one level and one step.
+
+All samples start from the same noise and cycle through the classes. The lines also have the
+milliseconds per image of sampling and denoising.
 """
 
 import argparse
@@ -39,7 +40,7 @@ class Judge:
             features.statistics_and_features, networks.load('auto', ''), mesh=mesh,
             batch_size=BATCH, about={},
         )
-        # The same images of each kind whatever the number of samples, as recall depends on it.
+        # Recall depends on the number of images, so use the same number for all samples.
         self.reference, self.real = self.of(train, keep=len(train), what='training set')
 
     def __call__(self, source) -> dict[str, float]:
@@ -53,7 +54,7 @@ class Judge:
 
 
 class Flow:
-    """The flow of a run, each core a device."""
+    """The flow of a run, with each core as a device."""
 
     def __init__(self, plan, variables, mesh):
         self.plan, self.model = plan, plan.model
@@ -61,7 +62,7 @@ class Flow:
         self.split = sharding.batch_sharding(mesh)
 
     def draw(self, count: int, guidance, level: float | None) -> tuple[list, float]:
-        """Samples before denoising, as batches with their conditions, and the seconds they took."""
+        """Returns samples before denoising, in batches with their conditions, and the seconds."""
         found, seconds = [], 0.0
         for start in range(0, count, BATCH):
             numbers = np.arange(start, start + BATCH)
@@ -94,7 +95,7 @@ def main():
     parser.add_argument('--workdir', required=True, help='a run of the command line')
     parser.add_argument('--samples', type=int, default=2000)
     parser.add_argument('--guidances', default='linear:1')
-    parser.add_argument('--levels', default='', help='noise levels to draw at')
+    parser.add_argument('--levels', default='', help='noise levels to sample at')
     parser.add_argument('--steps', default='1,5,10,30')
     args = parser.parse_args()
     sharding.use_cores_as_devices(BATCH)

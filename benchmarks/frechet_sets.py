@@ -1,8 +1,8 @@
-"""Frechet distances of sets whose order is known: `python benchmarks/frechet_sets.py`.
+"""Computes Frechet distances of datasets of known order: `python benchmarks/frechet_sets.py`.
 
-The embedded test images of Fashion-MNIST as they are, blurred, and with noise, each against the
-training images: distance, precision and recall. Without `--weights` on EfficientNet-Lite0, which
-is not FID. Prints one line of JSON for each set.
+It compares the embedded test images of Fashion-MNIST (unchanged, blurred, and with noise) with the
+training images: distance, precision and recall. Without `--weights` it uses EfficientNet-Lite0, so
+the distance is not FID. It prints one line of JSON per dataset.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from tarflow_jax.evaluation.precision_recall import precision_recall
 from tarflow_jax.training import sharding
 from tarflow_jax.training.over_set import evenly_spaced
 
-NOISE = 25  # grey levels, standard deviation
+NOISE = 25  # standard deviation in grey levels
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """Times dataset preparation and the training pipeline: `python benchmarks/input_pipeline.py`.
 
-The images are synthetic and photo-like, smooth with a little noise, so that JPEG and PNG have about
-as much to do as with photographs. Prints one line of JSON per measurement; rates are images per
-second over all cores (`prepare`) or of the pipeline as a whole (`read`), and per core that it kept
-busy: processor seconds of this process and its children. `--official=CHECKOUT` reads the same 64x64
-images through the official code's dataset of PNG files, too, in as many workers.
+The images are synthetic and photo-like, smooth with a little noise, so that JPEG and PNG take about
+as long as for photographs. It prints one line of JSON per measurement. Rates are images per second,
+over all cores (`prepare`) or of the whole pipeline (`read`), and per busy core, from the CPU
+seconds of this process and its children. `--official=CHECKOUT` also reads the same 64x64 images
+through the official code's dataset of PNG files, with the same number of workers.
 """
 
 import argparse
@@ -31,7 +31,7 @@ DISTINCT = 64
 
 
 def photo_like(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """uint8 [height, width, 3]: noise of every scale, most of it coarse."""
+    """Returns uint8 [height, width, 3]: noise at every scale, mostly coarse."""
     image_HxWxC = 128 + rng.normal(0, 3, (height, width, 3))
     for cells in (2, 4, 8, 16, 32):
         for channel in range(3):
@@ -42,7 +42,7 @@ def photo_like(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def write_batch_file(folder: Path, count: int) -> None:
-    """A val_data such as the ImageNet site's."""
+    """Writes a val_data like that of the ImageNet site."""
     rng = np.random.default_rng(0)
     distinct = np.stack([photo_like(rng, SIZE, SIZE) for _ in range(DISTINCT)])
     image_NxCxHxW = distinct[np.arange(count) % DISTINCT].transpose(0, 3, 1, 2)
@@ -52,7 +52,7 @@ def write_batch_file(folder: Path, count: int) -> None:
 
 
 def write_photographs(folder: Path, count: int) -> None:
-    """JPEG files in two class folders."""
+    """Writes JPEG files in two class folders."""
     rng = np.random.default_rng(1)
     for name in ('cat', 'dog'):
         (folder / name).mkdir()
@@ -64,20 +64,20 @@ def write_photographs(folder: Path, count: int) -> None:
 
 
 def write_archives(photographs: Path, archive: Path, rows: Path) -> None:
-    """The same photographs in a zip, deflated, and in a parquet file."""
+    """Writes the same photographs to a compressed zip and to a parquet file."""
     import pyarrow
     import pyarrow.parquet
 
     shutil.make_archive(str(archive.with_suffix('')), 'zip', photographs)
     paths = sorted(photographs.rglob('*.jpg'))
     labels = [path.parent.name for path in paths]
-    # With its number behind each, or those that are equal would be kept once.
+    # Append a number to each, because equal images would be stored once.
     images = [path.read_bytes() + b'%d' % k for k, path in enumerate(paths)]
     pyarrow.parquet.write_table(pyarrow.table({'image': images, 'label': labels}), rows)
 
 
 def write_pictures(folder: Path, count: int) -> None:
-    """PNG files in one class folder, as the official code reads ImageNet64."""
+    """Writes PNG files in one class folder, in the official code's layout of ImageNet64."""
     rng = np.random.default_rng(0)
     (folder / 'imagenet64/one').mkdir(parents=True)
     for i in range(count):
@@ -89,7 +89,7 @@ def write_pictures(folder: Path, count: int) -> None:
 
 
 def cpu_seconds() -> float:
-    # Of children, those that have ended.
+    # This covers only children that have ended.
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in used)
 
@@ -117,13 +117,13 @@ def time_reading(folder: Path, batch_size: int, batches: int, workers: int) -> N
     iterator = pipeline.train_batches(
         source, batch_size=batch_size, seed=0, flip=True, workers=workers
     )
-    next(iterator)  # by now threads or workers are there
+    next(iterator)  # threads or workers are running now
     start, cpu = time.perf_counter(), cpu_seconds()
     for _ in range(batches):
         next(iterator)
     seconds = time.perf_counter() - start
     iterator.close()
-    # What workers used is known once they have ended, together with what their start took.
+    # The CPU time of workers is known after they end, and includes their start.
     cpu = cpu_seconds() - (before if workers else cpu)
     measured(
         'read', batch_size * batches, seconds, cpu, batch=batch_size, workers=workers,

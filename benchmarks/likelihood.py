@@ -1,7 +1,7 @@
-"""Times likelihoods, and the official code's beside them: `python benchmarks/likelihood.py --official=PATH`.
+"""Times likelihoods against the official code: `python benchmarks/likelihood.py --official=PATH`.
 
-log p(x) of a batch in float32, one forward pass, from which bits/dim and classification are made, on
-a CPU or with `--device=gpu` on a GPU. Prints one line of JSON.
+It computes log p(x) of a batch in float32 by one forward pass, the basis of bits/dim and
+classification, on a CPU or with `--device=gpu` on a GPU. It prints one line of JSON.
 """
 
 import json
@@ -20,13 +20,13 @@ def our_likelihood(model, variables, images, labels):
     mesh = sharding.make_mesh()
     variables = jax.device_put(variables, sharding.replicated(mesh))
     images, labels = jax.device_put((images, labels), sharding.batch_sharding(mesh))
-    # The weights as an argument: as constants they would be a part of the program.
+    # Pass the weights as an argument; as constants they would become part of the program.
     run = jax.jit(lambda variables, images: tfj.log_prob(model, variables, images, labels))
     return lambda: np.asarray(run(variables, images))
 
 
 def official_likelihood(theirs, images, labels, device: str):
-    """From the two terms that the official model returns, of which its script makes bits."""
+    """Computes the likelihood from the two terms of the official model, as its script does."""
     import torch
 
     place = comparison.TORCH_DEVICES[device]

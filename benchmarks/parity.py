@@ -1,9 +1,10 @@
-"""Holds the recorded numbers of the official code against a device: `python benchmarks/parity.py --device=gpu`.
+"""Compares a device with recorded numbers of the official code: `python benchmarks/parity.py --device=gpu`.
 
-Every case of tests/parity in float32: latents, log-determinants, losses and their gradients, samples
-under every recorded guidance, denoising in one step and in many, and 24 steps of training. One line
-of JSON for each case: largest errors over the largest magnitude, and whether all are within what
-the tests of a CPU ask for, 1e-5, and 1e-4 of gradients, samples, denoised images and training.
+It runs every case of tests/parity in float32: latents, log-determinants, losses and gradients,
+samples with every recorded guidance, denoising in one and in many steps, and 24 training steps. It
+prints one line of JSON per case: the largest errors over the largest magnitude, and whether all are
+within the tolerances of the CPU tests: 1e-5, and 1e-4 for gradients, samples, denoised images and
+training.
 """
 
 import functools
@@ -92,7 +93,7 @@ def denoised(case: Case) -> dict[str, float]:
 
 
 def trained(name: str) -> dict[str, float]:
-    """Losses of the recorded steps, and the parameters behind them over each tensor's largest."""
+    """Compares the losses of the recorded steps, and the final parameters of each tensor."""
     case = Case(name, 'initial.pth')
     schedule = learning_rate_schedule(
         peak=float(case['peak_lr']), floor=float(case['min_lr']),

@@ -1,19 +1,18 @@
-"""Predicts how long a pod takes for 50,000 samples: `python benchmarks/pod_sampling.py`.
+"""Predicts the time of 50,000 samples on a pod: `python benchmarks/pod_sampling.py`.
 
-From programs compiled for TPUs that are not there (`pip install -e '.[tpu]'`) and the roofline of
-the chip, as `--mode=compile` does for one step: configs/imagenet64.py:cond, guided (two rows per
-image), bfloat16, for several batches per chip and schedules. Prints one line of JSON each, and a
-table.
+Like `--mode=compile` does for one step, it compiles programs for TPUs without having any (`pip
+install -e '.[tpu]'`) and uses the roofline of the chip. The flow is configs/imagenet64.py:cond,
+guided (two rows per image), in bfloat16, with several batch sizes per chip and schedules. It prints
+one line of JSON for each, and a table.
 
-A schedule says how each block is inverted, in the order of sampling: `s` one position after
-another, `1x10` by 10 iterations over the whole sequence (Jacobi), `8x256` by 256 iterations over
-windows of an 8th of it. The literature (GS-Jacobi, arXiv 2505.12849) writes 8-32-10 for 8 segments
-in the one block that is hard, at most 32 iterations in each of them, and 10 iterations over the
-whole sequence in every other block.
+A schedule tells how to invert each block, in the order of sampling: `s` sequentially, `1x10` with
+10 iterations over the whole sequence (Jacobi), `8x256` with 256 iterations over windows of an 8th
+of it. The literature (GS-Jacobi, arXiv 2505.12849) writes 8-32-10 for 8 segments of at most 32
+iterations in the one hard block, and 10 iterations over the whole sequence in every other block.
 
 Seconds are per image of full batches; the last batch of 50,000 images may not be full. All chips
-iterate as often as the slowest of all images needs. Denoising and files, which cost the same
-whatever the schedule, are left out.
+iterate as often as the slowest image needs. Denoising and writing files are left out, because their
+cost does not depend on the schedule.
 """
 
 import argparse
@@ -52,10 +51,10 @@ class Cost:
     """The inversion of one block, on one chip.
 
     Args:
-      parts: seconds of attention, which reads keys and values, of the other matrix products, which
-        read weights, of waiting for copies of either between HBM and the chip's own memory, of
-        waiting for the interconnect, and of elementwise work.
-      in_hbm: seconds for which the core is held up by HBM rather than by arithmetic.
+      parts: seconds of attention (which reads keys and values), of the other matrix products (which
+        read weights), of waiting for copies between HBM and on-chip memory, of waiting for the
+        interconnect, and of elementwise work.
+      in_hbm: seconds in which HBM limits the core, not arithmetic.
     """
 
     seconds: float
@@ -64,7 +63,7 @@ class Cost:
 
 
 def lowered(plan, mesh, batch_size: int, segments: int):
-    """The program that inverts a block sequentially (0 segments) or in parallel."""
+    """Lowers the program that inverts a block, sequentially (0 segments) or in parallel."""
     model = plan.model
     split = sharding.batch_sharding(mesh)
     z = jax.ShapeDtypeStruct((batch_size, *model.token_shape), jnp.float32, sharding=split)
@@ -84,7 +83,7 @@ def parameters(plan, mesh):
 
 
 def compiled(plan, mesh, batch_size: int, segments: int) -> tuple[str | None, int]:
-    """The program's text, None if it does not fit, and its bytes of HBM beside the parameters."""
+    """Returns the program's text (None if it does not fit) and its HBM bytes without parameters."""
     try:
         found = lowered(plan, mesh, batch_size, segments).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -97,7 +96,7 @@ def compiled(plan, mesh, batch_size: int, segments: int) -> tuple[str | None, in
 
 
 def block_cost(text: str, where, iterations: int) -> Cost:
-    """Of a program whose one loop of unknown length runs `iterations` times."""
+    """Computes the cost of a program whose only loop of unknown length runs `iterations` times."""
     costs = cost.analyse(
         text, where, kernel_cost=programs.splash_cost,
         trip_count=lambda loop, known: iterations if known is None else known,
@@ -117,13 +116,13 @@ def block_cost(text: str, where, iterations: int) -> Cost:
 
 
 def parsed(schedule: str) -> list[tuple[int, int]]:
-    """(segments, iterations) of each block; (0, 0) is sequential."""
+    """Returns (segments, iterations) of each block; (0, 0) is sequential."""
     blocks = [block for block in schedule.split(',') if block]
     return [(0, 0) if b == 's' else tuple(map(int, b.split('x'))) for b in blocks]
 
 
 def predict(name, blocks, found: dict, batch: int, chips: int, resident: int, where) -> dict:
-    """One row: `found` holds (text, bytes) by segments."""
+    """Computes one row; `found` has (text, bytes) by segments."""
     used = {segments for segments, _ in blocks}
     size = resident + max(found[segments][1] for segments in used)
     row = {

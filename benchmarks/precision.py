@@ -1,16 +1,16 @@
-"""What fewer passes cost in digits: `python benchmarks/precision.py --workdir=DIR`, or `--width=W`.
+"""Measures the error of fewer passes: `python benchmarks/precision.py --workdir=DIR`, or `--width=W`.
 
-A TPU multiplies bfloat16. A float32 product of a flow's `precision` is a sum of products of
-bfloat16 parts, x = hi + mid + lo:
+A TPU multiplies bfloat16. It computes a float32 product, depending on the `precision` of the flow,
+as a sum of products of bfloat16 parts, x = hi + mid + lo:
 
     'default'  1 pass    hi hi
     'high'     3 passes  hi hi + hi lo + lo hi, of two parts
     'highest'  6 passes  hi hi + hi mid + mid hi + mid mid + hi lo + lo hi
 
-This makes every product of the flow so on a CPU, in the forward and the backward pass, and
-accumulates in float32. (The order of the sums and the TPU's own exp, log and tanh are left out.) It
-prints a line of JSON for each precision, and one for a flow in bfloat16, with the differences to
-plain float32:
+This script emulates these products on a CPU, in the forward and the backward pass, and accumulates
+in float32. (It does not emulate the order of the sums and the TPU's own exp, log and tanh.) It
+prints a line of JSON per precision, and one for a flow in bfloat16, with the differences from plain
+float32:
 
     denoised       largest and root mean square, of iteratively denoised samples in [-1, 1]
     bits_per_dim   largest of an image, and that of the mean over the images
@@ -18,12 +18,12 @@ plain float32:
     z              largest, relative to the largest of float32
     round_trip     largest and root mean square of image to z to image, within the precision
 
-`--streams` compares the two dtypes of the residual stream of a bfloat16 flow instead
+Instead, `--streams` compares the two dtypes of the residual stream of a bfloat16 flow
 (`model.residual_dtype`).
 
-`--workdir=DIR` takes the newest checkpoint of a run and its training images; `--width=W` an
-untrained flow of (4, 4, 4, 24) layers and `--patches` patches with weights moved at random, whose
-scores are much smaller than those of a trained flow.
+`--workdir=DIR` uses the newest checkpoint of a run and its training images. `--width=W` uses an
+untrained flow of (4, 4, 4, 24) layers and `--patches` patches with random weights, whose scores are
+much smaller than those of a trained flow.
 """
 
 import argparse
@@ -45,11 +45,11 @@ from tarflow_jax.training.corruption import Recipe, condition_of, corrupt
 
 PARTS = {'highest': 3, 'high': 2, 'default': 1}  # bfloat16 parts of an operand
 PLAIN = jnp.einsum
-LEVELS = np.linspace(0.3, 0.01, 30)  # of untrained flows
+LEVELS = np.linspace(0.3, 0.01, 30)  # for untrained flows
 
 
 def parts(x: jax.Array, count: int) -> list[jax.Array]:
-    """The bfloat16 arrays, kept as float32, whose sum is x but for what falls behind the last."""
+    """Splits x into bfloat16 arrays, stored as float32, whose sum is x up to the last rounding."""
     found = []
     for _ in range(count):
         found.append(jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7))
@@ -58,7 +58,7 @@ def parts(x: jax.Array, count: int) -> list[jax.Array]:
 
 
 def passes(subscripts: str, a: jax.Array, b: jax.Array, count: int) -> jax.Array:
-    """einsum of float32 arrays as the sum over their parts, and its gradients likewise."""
+    """Computes einsum of float32 arrays, and its gradients, as a sum over their parts."""
     of_a, of_b, out = subscripts.replace('->', ',').split(',')
 
     def summed(subscripts, a, b):
@@ -80,14 +80,14 @@ def passes(subscripts: str, a: jax.Array, b: jax.Array, count: int) -> jax.Array
 
 
 def einsum(subscripts: str, *operands, precision=None, preferred_element_type=None) -> jax.Array:
-    """In place of `jnp.einsum`."""
-    if precision is None:  # of bfloat16, or of one array
+    """Replaces `jnp.einsum`."""
+    if precision is None:  # for bfloat16, or for one array
         return PLAIN(subscripts, *operands, preferred_element_type=preferred_element_type)
     return passes(subscripts, *operands, PARTS[precision])
 
 
 def dot_general(a, b, dimensions, *, precision, preferred_element_type) -> jax.Array:
-    """In place of `jax.lax.dot_general`, without batch axes."""
+    """Replaces `jax.lax.dot_general`, without batch axes."""
     (left, right), _ = dimensions
     letters = iter('abcdefgh')
     of_a = [next(letters) for _ in a.shape]
@@ -101,15 +101,15 @@ def dot_general(a, b, dimensions, *, precision, preferred_element_type) -> jax.A
 
 @contextlib.contextmanager
 def as_on_a_tpu() -> Iterator[None]:
-    """Products of the flow in the passes of their precision."""
-    jax.clear_caches()  # of programs with plain products
+    """Makes the flow compute its products in the passes of their precision."""
+    jax.clear_caches()  # removes programs with plain products
     with mock.patch('jax.lax.dot_general', dot_general), mock.patch('jax.numpy.einsum', einsum):
         yield
     jax.clear_caches()
 
 
 class Case:
-    """One flow, images of its training set, and samples that are still to be denoised."""
+    """One flow, images of its training set, and samples before denoising."""
 
     def __init__(self, model, variables, recipe, levels, pixels, labels, count: int):
         self.variables, self.levels = variables, levels
@@ -120,7 +120,7 @@ class Case:
         self.raw = tfj.sample(model, variables, noise, self.drawn_with)
 
     def measure(self, model) -> dict[str, np.ndarray]:
-        """Denoised samples, bits/dim of each image, and all gradients as one vector."""
+        """Returns denoised samples, bits/dim of each image, and all gradients as one vector."""
 
         def loss(variables):
             z, logdet = model.apply(variables, self.images, self.condition)
@@ -189,9 +189,9 @@ def main():
     )
     parser.add_argument('--workdir', help='a run of the command line')
     parser.add_argument('--width', type=int, help='an untrained flow of this width instead')
-    parser.add_argument('--patches', type=int, default=64, help='of an untrained flow')
-    parser.add_argument('--images', type=int, default=64, help='of likelihoods and gradients')
-    parser.add_argument('--samples', type=int, default=16, help='that are denoised')
+    parser.add_argument('--patches', type=int, default=64, help='patches of an untrained flow')
+    parser.add_argument('--images', type=int, default=64, help='images for likelihoods and gradients')
+    parser.add_argument('--samples', type=int, default=16, help='samples to denoise')
     parser.add_argument('--streams', action='store_true', help='compare residual streams')
     args = parser.parse_args()
     if args.width:

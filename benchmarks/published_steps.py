@@ -1,12 +1,13 @@
-"""Holds predicted steps against published measured ones: `python benchmarks/published_steps.py`.
+"""Compares predicted with published measured steps: `python benchmarks/published_steps.py`.
 
-Compiles the train step of a language model whose measured speed is published, for the TPU slice it
-was measured on, and prints measured over predicted time: one line of JSON for each. The step is
-written here in plain JAX, with the shapes, the splits and the rematerialization of the published
-run. The range of the ratios on a chip is `MEASURED` in tarflow_jax/ahead_of_time/chips.py, which
-`--mode=compile` prints beside every step. Needs the TPU compiler, takes minutes for each.
+It compiles the train step of a language model whose measured speed is published, for the TPU slice
+of the measurement, and prints measured over predicted time, one line of JSON per run. The step is
+written in plain JAX, with the shapes, sharding and rematerialization of the published run.
+`MEASURED` in tarflow_jax/ahead_of_time/chips.py has the range of the ratios for each chip, and
+`--mode=compile` prints it with every step. The script needs the TPU compiler and takes minutes per
+run.
 
-Where the measurements are from:
+Sources of the measurements:
   maxtext   "Expected performance results" in MaxText's MaxText/configs/v5e/README.md and
             v5p/README.md, with the scripts beside them (github.com/AI-Hypercomputer/maxtext). They
             count 6 FLOPs for each parameter and token, and half of the attention's square.
@@ -33,7 +34,7 @@ from tarflow_jax.ahead_of_time import cost, programs, topology
 from tarflow_jax.training import sharding
 from tarflow_jax.training.sharding import BATCH, FSDP, TENSOR
 
-OPERANDS = ('query', 'key', 'value')  # of attention
+OPERANDS = ('query', 'key', 'value')  # operands of attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +42,12 @@ class Run:
     """A published run.
 
     Args:
-      batch: sequences for each device as JAX has them.
-      tensor: devices that share heads and hidden channels; the others share the parameters.
-      remat: 'full' keeps the inputs of layers; 'dots' the results of products with weights, too;
-        'attention' the operands and the result of attention; 'offload' moves those, the inputs and
-        the projection behind attention to the host.
-      seconds, tflops: what was measured, one of them; tflops a second and chip.
+      batch: sequences per JAX device.
+      tensor: number of devices that shard heads and hidden channels; the rest shard the parameters.
+      remat: 'full' saves the inputs of layers; 'dots' also saves the results of products with
+        weights; 'attention' also saves the operands and the result of attention; 'offload' moves
+        those, the inputs and the projection after attention to the host.
+      seconds, tflops: the measurement, one of the two; tflops are per second and chip.
     """
 
     topology: str
@@ -62,14 +63,14 @@ class Run:
     head_dim: int = 128
     tensor: int = 1
     remat: str = 'full'
-    mean_dtype: str = 'float32'  # of Adam's mean
-    collective_products: bool = True  # as the compiler likes, in pieces between the parts of a gather
+    mean_dtype: str = 'float32'  # dtype of Adam's mean
+    collective_products: bool = True  # the compiler may interleave pieces of products with a gather
     seconds: float | None = None
     tflops: float | None = None
 
     @property
     def parameters(self) -> int:
-        """Of the layers and both embeddings, as the measured speed counts them."""
+        """Counts parameters as the measured speed does: those of layers and both embeddings."""
         attention = 2 * (self.heads + self.kv_heads) * self.head_dim
         layer = self.width * (attention + 3 * self.hidden)
         return self.layers * layer + 2 * self.vocabulary * self.width
@@ -87,7 +88,7 @@ RUNS = {
     'v5e 16B': Run('v5e:16x16', 'maxtext', 6, 2048, 4096, 64, 64, 28672, 32, tflops=120),
     'v5e 32B': Run('v5e:16x16', 'maxtext', 4, 2048, 8192, 64, 64, 28672, 32, tflops=132),
     'v5e 16B on 2 slices': Run('2*v5e:16x16', 'maxtext', 6, 2048, 4096, 64, 64, 28672, 32, tflops=117),
-    # A sequence less than published: with 7 this program needs 3% more memory than there is.
+    # One sequence fewer than published: with 7, this program exceeds the memory by 3%.
     'v5p 32B': Run(
         'v5p:4x4x4', 'maxtext', 6, 2048, 8192, 64, 64, 28672, 32, tensor=4, remat='dots', tflops=328
     ),
@@ -103,7 +104,7 @@ RUNS = {
 
 
 def weights(run: Run) -> dict[str, tuple[tuple[int, ...], P]]:
-    """Shape and split of every array of weights; those of the layers are stacked."""
+    """Returns the shape and sharding of every array of weights; layers are stacked."""
     L, C, F = run.layers, run.width, run.hidden
     keys = (L, C, run.kv_heads, run.head_dim)
     into, out = P(None, FSDP, TENSOR), P(None, TENSOR, None, FSDP)
@@ -129,7 +130,7 @@ def normed(x, scale):
 
 
 def rotated(x_BxTxHxK):
-    """Rotary position encoding."""
+    """Applies rotary position encoding."""
     T, half = x_BxTxHxK.shape[1], x_BxTxHxK.shape[3] // 2
     angle = jnp.arange(T)[:, None] * 10_000 ** -(jnp.arange(half) / half)
     sin, cos = jnp.sin(angle)[:, None], jnp.cos(angle)[:, None]
@@ -138,7 +139,7 @@ def rotated(x_BxTxHxK):
 
 
 def attention(q, k, v, mesh):
-    """Causal attention, [B, T, H, K] each, by the splash kernel on every device's own heads."""
+    """Computes causal attention, [B, T, H, K], with the splash kernel on each device's heads."""
     length = q.shape[1]
     block = min(512, length)
     sizes = splash.BlockSizes(
@@ -159,7 +160,7 @@ def attention(q, k, v, mesh):
 
 
 def loss(params, tokens_BxT, run: Run, mesh):
-    """Cross entropy of the next token; weights float32, products bfloat16."""
+    """Computes the cross entropy of the next token; float32 weights, bfloat16 products."""
 
     def split(x, *axes):
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH, None, *axes)))
@@ -193,7 +194,7 @@ def loss(params, tokens_BxT, run: Run, mesh):
     }[run.remat]
     ends = ('embedding', 'last_norm', 'unembedding')
     stacked = {name: w for name, w in params.items() if name not in ends}
-    # A product with one-hot rows, as the published runs look their tokens up.
+    # The published runs look tokens up by a product with one-hot rows.
     rows = jax.nn.one_hot(tokens_BxT, run.vocabulary, dtype=jnp.bfloat16)
     x = split(rows @ params['embedding'].astype(jnp.bfloat16), TENSOR)
     x, _ = jax.lax.scan(jax.checkpoint(layer, policy=policy, prevent_cse=False), x, stacked)
@@ -204,7 +205,7 @@ def loss(params, tokens_BxT, run: Run, mesh):
 
 
 def compiled(run: Run, where: topology.Topology):
-    """The compiled train step and its mesh."""
+    """Compiles the train step; returns it with its mesh."""
     mesh = sharding.make_mesh(where.slices, -1, run.tensor, devices=where.devices)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -233,14 +234,14 @@ def compiled(run: Run, where: topology.Topology):
     jitted = jax.jit(
         step, donate_argnums=(0, 1), out_shardings=(places, moment_places, NamedSharding(mesh, P()))
     )
-    # What MaxText calls DISABLE_COLLECTIVE_MATMUL.
+    # MaxText calls this DISABLE_COLLECTIVE_MATMUL.
     never = {'xla_jf_spmd_threshold_for_windowed_einsum_mib': '1000000'}
     lowered = jitted.lower(placed(shapes, places), placed(moments, moment_places), tokens)
     return lowered.compile(None if run.collective_products else never), mesh
 
 
 def compared(name: str, run: Run, text: Path | None) -> dict:
-    """Compiles a run and compares; `text` gets the program's text."""
+    """Compiles a run and compares its time; writes the program's text to `text`."""
     where = topology.describe(run.topology)
     start = time.perf_counter()
     program, mesh = compiled(run, where)
@@ -274,12 +275,12 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--runs', default=','.join(RUNS), help='some of them, with commas')
+    parser.add_argument('--runs', default=','.join(RUNS), help='names of runs, separated by commas')
     parser.add_argument('--out', type=Path, help='folder for the text of the compiled programs')
     given = parser.parse_args()
     names = given.runs.split(',')
     if unknown := [name for name in names if name not in RUNS]:
-        parser.error(f'--runs={unknown[0]} is none of {", ".join(RUNS)}')
+        parser.error(f'--runs={unknown[0]} must be one of {", ".join(RUNS)}')
     if given.out:
         given.out.mkdir(parents=True, exist_ok=True)
     for name in names:

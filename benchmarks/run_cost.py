@@ -1,12 +1,12 @@
-"""What a training run costs: `python benchmarks/run_cost.py FILE.json --images=N --epochs=E [--price=P]`.
+"""Computes the cost of a run: `python benchmarks/run_cost.py FILE.json --images=N --epochs=E [--price=P]`.
 
-FILE is what `--mode=compile --json=FILE` wrote: predicted seconds per step, chips and batch of each
-slice. With P, the price of one chip for one hour in any currency, the last column is the price of
-the run. The prediction is close to the roofline of the chip; "measured" are the chip-hours if it is
-as far off as for the published steps of benchmarks/published_steps.py. `--slowdown=1.5` says that
-steps take half as long again; take it from a run: predicted images per second over the
-`images_per_second` of its metrics.jsonl. Sampling, evaluation, and the hours in which a slice is
-held and does not train come on top.
+FILE is the output of `--mode=compile --json=FILE`: predicted seconds per step, chips and batch of
+each slice. With P, the price of one chip for one hour in any currency, the last column is the price
+of the run. The prediction is close to the roofline of the chip. The column "measured" has the
+chip-hours if the prediction is as accurate as for the published steps in
+benchmarks/published_steps.py. `--slowdown=1.5` means that steps take 1.5 times as long; measure it
+in a run: predicted images per second divided by `images_per_second` in its metrics.jsonl. Sampling,
+evaluation, and hours in which a slice is idle cost extra.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 
 class Cost(NamedTuple):
-    """Of a run: optimizer steps, hours of wall time, and chips times hours."""
+    """The cost of a run: optimizer steps, hours of wall time, and chips times hours."""
 
     steps: int
     hours: float
@@ -24,14 +24,14 @@ class Cost(NamedTuple):
 
 
 def cost(step_seconds: float, chips: int, batch_size: int, images: int, epochs: float) -> Cost:
-    """steps = epochs * floor(images / batch); hours = steps * seconds / 3600; times the chips."""
+    """Computes steps = epochs * floor(images / batch), hours = steps * seconds / 3600, chip-hours."""
     steps = round(epochs * (images // batch_size))
     hours = steps * step_seconds / 3600
     return Cost(steps, hours, chips * hours)
 
 
 def lines(rows: list[dict], images: int, epochs: float, price: float | None, slowdown: float):
-    """One line per slice of the compile table under one of headings."""
+    """Yields a line of headings and one line per slice of the compile table."""
     names = ('slice', 'chips', 'batch', 'step s', 'steps', 'hours', 'chip-hours', 'measured', 'price')
     yield '  '.join(f'{name:>11}' for name in names)
     for row in rows:
@@ -57,9 +57,9 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('file', type=Path)
-    parser.add_argument('--images', type=int, required=True, help='of the training set')
+    parser.add_argument('--images', type=int, required=True, help='size of the training set')
     parser.add_argument('--epochs', type=float, required=True)
-    parser.add_argument('--price', type=float, help='of one chip for one hour')
+    parser.add_argument('--price', type=float, help='price of one chip for one hour')
     parser.add_argument('--slowdown', type=float, default=1.0, help='measured over predicted time')
     given = parser.parse_args()
     rows = json.loads(given.file.read_text())

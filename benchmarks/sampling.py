@@ -1,14 +1,14 @@
-"""Times the sampler, and the official one beside it: `python benchmarks/sampling.py --official=PATH`.
+"""Times the sampler against the official one: `python benchmarks/sampling.py --official=PATH`.
 
-From the same noise and labels. On a CPU in float32, one line of JSON with three cases: 100 images
-without guidance, 100 with guidance of weight 2, one image without. Each core is a device of its
-own, as the command line has it; with `--plain` there is one device, as in a program that only
-imports the package.
+Both use the same noise and labels. On a CPU in float32, it prints one line of JSON with three
+cases: 100 images without guidance, 100 with guidance weight 2, and one image without guidance. Each
+core is a device, as with the command line; with `--plain` there is one device, as in a program that
+only imports the package.
 
-With `--device=gpu --size=imagenet64 --dtype=bfloat16` 64 images on a GPU, a line for each case as
-soon as it is there: one position after another, guided, by Jacobi iteration, and with the schedule
-that `calibrate` finds ('auto'). The weights are random: how many iterations parallel decoding takes
-says nothing of trained flows. The official code runs under autocast, as its evaluation does.
+With `--device=gpu --size=imagenet64 --dtype=bfloat16` it samples 64 images on a GPU and prints a
+line after each case: sequential, guided, Jacobi iteration, and the schedule from `calibrate`
+('auto'). The weights are random, so the number of parallel iterations does not predict that of
+trained flows. The official code runs under autocast, as in its evaluation.
 """
 
 import json
@@ -28,12 +28,12 @@ CASES = {
         (64, 0.0, 'sequential'), (64, 2.3, 'sequential'), (64, 0.0, 'jacobi'), (64, 0.0, 'auto'),
     ),
 }
-FEW = {'tiny': 4}  # images, in place of those of the cases
+FEW = {'tiny': 4}  # images, instead of those of the cases
 TOLERANCE = {'float32': 1e-4, 'bfloat16': 0.01}
 
 
 class OurSampler:
-    """Draws the images [B, H, W, C], the batch split over as many devices as divide it."""
+    """Samples images [B, H, W, C], with the batch sharded over as many devices as divide it."""
 
     def __init__(self, model, variables, noise, labels, weight: float, method: str = 'sequential'):
         devices = max(n for n in range(1, jax.device_count() + 1) if len(noise) % n == 0)
@@ -64,7 +64,7 @@ def official_sampler(theirs, model, noise, labels, weight: float, dtype: str, de
     import torch
 
     p, place = model.patch_size, comparison.TORCH_DEVICES[device]
-    # Inside a patch the official order is (channel, row, column), ours (row, column, channel).
+    # Within a patch, the official order is (channel, row, column), ours (row, column, channel).
     noise = noise.reshape(*noise.shape[:2], p, p, -1).transpose(0, 1, 4, 2, 3).reshape(noise.shape)
     noise = torch.from_numpy(noise.copy()).to(place)
     labels = torch.from_numpy(labels).long().to(place)
@@ -80,7 +80,7 @@ def official_sampler(theirs, model, noise, labels, weight: float, dtype: str, de
 
 
 def compared(args, model, variables, official, case) -> dict:
-    """Seconds of one case; the official sampler has only one method."""
+    """Times one case; the official sampler has only one method."""
     images, weight, method = case
     images = FEW.get(args.size, images)
     rng = np.random.default_rng(1)
@@ -101,9 +101,9 @@ def compared(args, model, variables, official, case) -> dict:
 
 def main():
     parser = comparison.arguments(__doc__, repeats=10)
-    parser.add_argument('--plain', action='store_true', help='one device, whatever the cores')
+    parser.add_argument('--plain', action='store_true', help='one device for all cores')
     parser.add_argument('--dtype', choices=TOLERANCE, default='float32')
-    parser.add_argument('--methods', default='sequential', help='of the cases, with commas')
+    parser.add_argument('--methods', default='sequential', help='methods, separated by commas')
     args = parser.parse_args()
     comparison.use(args.device)
     if args.device == 'cpu' and not args.plain:

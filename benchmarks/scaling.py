@@ -1,13 +1,14 @@
-"""Plots how cost grows with each number of a flow: `python benchmarks/scaling.py --plot=scaling.png`.
+"""Plots how cost grows with each size of a flow: `python benchmarks/scaling.py --plot=scaling.png`.
 
-From one small flow, one number at a time: image size, patch size, width, blocks, layers per block,
-batch, devices. For each value the seconds of a train step and of sequential sampling, in float32 on
-a CPU, as the median of a few runs; the values of a number are run in turn. Prints one line of JSON
-for each value, with the exponent p of cost ~ value^p at the end of each number.
+Starting from one small flow, it varies one number at a time: image size, patch size, width, blocks,
+layers per block, batch, devices. For each value it measures the seconds of a train step and of
+sequential sampling, in float32 on a CPU, as the median of a few runs; the values of a number
+alternate. It prints one line of JSON per value, and the exponent p of cost ~ value^p after each
+number.
 
-`--patches` does something else: sequential sampling of 64, 256, 1024 and 4096 patches on this
-machine, and the memory of a train step of as many on a TPU chip, from compiled programs
-(`pip install -e '.[tpu]'`), with the attention kernel and without.
+`--patches` instead times sequential sampling of 64, 256, 1024 and 4096 patches on this machine, and
+predicts the memory of a train step with as many patches on a TPU chip, from compiled programs
+(`pip install -e '.[tpu]'`), with and without the attention kernel.
 
 The plot needs matplotlib.
 """
@@ -37,7 +38,7 @@ SWEEPS = {
     'batch': (4, 16, 64),
     'devices': (1, 2),
 }
-PATCHES = {64: 16, 256: 32, 1024: 64, 4096: 128}  # and their image size, in patches of 2x2
+PATCHES = {64: 16, 256: 32, 1024: 64, 4096: 128}  # number of patches: image size, with patches of 2x2
 
 
 def flow(image_size, patch_size, width, blocks, layers, **_) -> tfj.TarFlow:
@@ -48,7 +49,7 @@ def flow(image_size, patch_size, width, blocks, layers, **_) -> tfj.TarFlow:
 
 
 def programs(numbers: dict) -> dict:
-    """Functions that run a train step and draw samples."""
+    """Returns functions that run a train step and sample."""
     model, batch_size = flow(**numbers), numbers['batch']
     mesh = sharding.make_mesh(devices=jax.devices()[: numbers['devices']])
     model = model.clone(layout=sharding.Layout(mesh))
@@ -73,12 +74,12 @@ def programs(numbers: dict) -> dict:
 
 
 def exponent(values, seconds) -> float:
-    """p of the least-squares fit of seconds ~ value^p."""
+    """Returns p of the least-squares fit of seconds ~ value^p."""
     return round(float(np.polyfit(np.log(values), np.log(seconds), 1)[0]), 2)
 
 
 def sweep(name: str, repeats: int) -> dict:
-    """Seconds of each program at each value."""
+    """Times each program at each value."""
     runs = {
         (program, value): run
         for value in SWEEPS[name]
@@ -123,7 +124,7 @@ def sampling_of_patches(count: int, repeats: int) -> dict:
 
 
 def memory_of_patches(count: int, attention: str, topology: str) -> dict:
-    """Of a train step in bfloat16, on each chip, without that of its parameters."""
+    """Returns the memory of a bfloat16 train step per chip, without its parameters."""
     from tarflow_jax.ahead_of_time import report
     from tarflow_jax.ahead_of_time import topology as topologies
 

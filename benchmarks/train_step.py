@@ -1,13 +1,13 @@
-"""Times the train step, and the official one beside it: `python benchmarks/train_step.py --official=PATH`.
+"""Times the train step against the official one: `python benchmarks/train_step.py --official=PATH`.
 
-Noise, label dropout, forward, loss, backward and AdamW, without average and clipping. In float32, or
-with `--dtype=bfloat16` in bfloat16 on both sides (the official code by autocast, as it trains).
-Prints one line of JSON.
+A step is noise, label dropout, forward, loss, backward and AdamW, without averaging and clipping.
+Both sides use float32, or bfloat16 with `--dtype=bfloat16` (the official code by autocast, as in
+its training). It prints one line of JSON.
 
-With `--device=gpu` on a GPU, where memory is short: each side in a process of its own
-(`--side=ours` or `--side=official`), with the largest batch that is a power of two and fits, or
-`--batch=N`; `--compile` runs the official step through torch.compile. The first losses of both sides
-must agree, as they start from the same weights and images.
+With `--device=gpu` it runs on a GPU, where memory is limited. Each side has its own process
+(`--side=ours` or `--side=official`) and uses the largest power of two that fits as the batch size,
+or `--batch=N`. `--compile` runs the official step through torch.compile. The first losses of both
+sides must agree, because they start from the same weights and images.
 """
 
 import json
@@ -25,8 +25,8 @@ from tarflow_jax.training.corruption import Recipe
 from tarflow_jax.training.metrics import model_flops
 
 BATCH = {'toy': 256, 'color32': 32, 'imagenet64': 64, 'tiny': 8}
-# XLA takes fresh memory for all temporaries at every step (1.4 GiB a device at 256 images), and the
-# page faults are a quarter of its CPU time; four parts in turn need a quarter of the memory.
+# XLA allocates new memory for all temporaries at every step (1.4 GiB per device at 256 images), and the
+# page faults take a quarter of its CPU time. Four microbatches need a quarter of the memory.
 PARTS = {'toy': 4}
 LEARNING_RATE = 1e-4
 
@@ -40,13 +40,13 @@ def random_batch(model, count: int) -> dict:
 
 
 class OurStep:
-    """One step after another; each call returns the loss. `bytes` is what a device needs of memory."""
+    """Runs our train step; each call returns the loss. `bytes` is the memory per device."""
 
     def __init__(self, model, variables, batch, parts: int):
         mesh = sharding.make_mesh()
         model = model.clone(layout=sharding.Layout(mesh))
         optimizer = optimizers.adamw(lambda k: LEARNING_RATE)
-        # No noise and no dropout, so that both sides see the same numbers; both still draw them.
+        # Noise and dropout have size 0, so that both sides see equal numbers, but are still sampled.
         recipe = Recipe(noise_std=0.0, label_dropout=0.0, ema_decay=0.0, accumulation=parts)
         current = state.from_variables(variables, optimizer, ema=False)
         self._state = jax.device_put(current, sharding.replicated(mesh))
@@ -64,7 +64,7 @@ class OurStep:
 
 
 class OfficialStep:
-    """As `OurStep`, of the PyTorch model, which stays on its device."""
+    """Runs the train step of the PyTorch model, like `OurStep`; the model stays on its device."""
 
     def __init__(self, model, batch, dtype: str, device: str, compile: bool = False):
         import torch
@@ -98,9 +98,10 @@ class OfficialStep:
 
 
 def our_step_that_fits(make, batch: int):
-    """`make(n)` for the largest power of two whose step fits on the device; `batch` is a first guess.
+    """Returns `make(n)` for the largest power of two that fits on the device, starting at `batch`.
 
-    The memory of the first step says how many images fit; a step that fits less well is halved.
+    It estimates from the memory of the first step how many images fit, and halves the batch if a
+    step does not fit.
     """
     limit = (jax.devices()[0].memory_stats() or {}).get('bytes_limit')  # None on a CPU
     guessed = limit is None
@@ -141,7 +142,7 @@ def official_step_that_fits(make, batch: int):
 
 
 def one_side(args, model, variables) -> dict:
-    """Speed and memory of one side alone, at the largest batch that fits or the one given."""
+    """Measures speed and memory of one side, with the given batch or the largest that fits."""
     parts = args.parts or PARTS.get(args.size, 1)
     if args.side == 'ours':
         fit, variables = our_step_that_fits, jax.device_get(variables)  # a step donates its own
@@ -184,7 +185,7 @@ def both_sides(args, model, variables) -> dict:
         theirs = OfficialStep(official, batch, args.dtype, args.device, args.compile)
     ours = OurStep(model, variables, batch, parts)
     if theirs:
-        losses = [(ours(), theirs()) for _ in range(2)]  # the second after one update
+        losses = [(ours(), theirs()) for _ in range(2)]  # the second loss is after one update
         tolerance = {'float32': 1e-5, 'bfloat16': 2e-2}[args.dtype]
         assert np.allclose(*zip(*losses), rtol=tolerance, atol=tolerance), losses
     return {'batch': count, 'parts': parts} | comparison.interleaved(ours, theirs, args.repeats)
@@ -192,14 +193,14 @@ def both_sides(args, model, variables) -> dict:
 
 def main():
     parser = comparison.arguments(__doc__, repeats=10)
-    parser.add_argument('--parts', type=int, help='parts a batch is worked through in')
+    parser.add_argument('--parts', type=int, help='microbatches per batch')
     parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
     parser.add_argument('--side', choices=('both', 'ours', 'official'), default='both')
-    parser.add_argument('--batch', type=int, help='images, in place of what the size or memory gives')
+    parser.add_argument('--batch', type=int, help='batch size, instead of the default')
     parser.add_argument('--compile', action='store_true', help='the official step by torch.compile')
     parser.add_argument('--remat', choices=REMAT_POLICIES, default='none', help='of our step')
     args = parser.parse_args()
-    # Of the official side alone, JAX only makes the weights.
+    # If only the official side runs, JAX just makes the weights.
     comparison.use('cpu' if args.side == 'official' else args.device, shared=args.side == 'both')
     batch = args.batch or BATCH[args.size]
     if args.device == 'cpu':

@@ -1,8 +1,8 @@
-"""Times the inverse of one block over windows of every length: `python benchmarks/windows.py --width=768`.
+"""Times the inverse of one block with windows of each size: `python benchmarks/windows.py --width=768`.
 
-What `calibrate` chooses between, for an untrained flow of 256 patches and one image or more. Prints
-one line of JSON for each window: network calls in a row, seconds, and milliseconds of a call; a
-window of 1 is sequential decoding.
+These are the choices of `calibrate`, for an untrained flow of 256 patches and one or more images.
+It prints one line of JSON per window: sequential network calls, seconds, and milliseconds per call.
+A window of 1 is sequential decoding.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from tarflow_jax.sampling.schedule import BlockSchedule, run_block
 
-BLOCK = 3  # the first that sampling inverts
+BLOCK = 3  # sampling inverts this block first
 
 
 def main():

@@ -1,12 +1,12 @@
 """AFHQ 256x256 (cats, dogs, wild animals), class-conditional, 8-768-8-8: FID 13.60 (a rerun).
 
-The result is a rerun's of the recipe of Zhai et al. (arXiv 2412.06329) after 4000 epochs, with
-guidance 3.4 annealed and a denoising strength of 1.4. 463M parameters. `:smoke` shrinks everything
-to seconds on a CPU.
+The result is from a rerun of the recipe of Zhai et al. (arXiv 2412.06329) after 4000 epochs, with
+annealed guidance 3.4 and denoising strength 1.4. The flow has 463M parameters. `:smoke` shrinks
+everything to run in seconds on a CPU.
 
-Data: the result is for AFHQ's images with flips, their short side resized to 256 pixels and the
-middle cropped. FOLDER holds train/ and test/ of cat/, dog/ and wild/ (the first version has val/ in
-place of test/: `--config.data.test_split=validation`):
+Data: the result is for AFHQ's images with flips, resized to 256 pixels on the short side and
+centre-cropped. FOLDER has train/ and test/ with cat/, dog/ and wild/ (the first version has val/
+instead of test/: `--config.data.test_split=validation`):
 
     python -m tarflow_jax.data.prepare FOLDER --out=data/afhq256 --size=256
 """

@@ -1,13 +1,13 @@
-"""CIFAR-10, the set on which most flows are compared: 2-256-8-4, 26M parameters.
+"""CIFAR-10, the most common benchmark of flows: 2-256-8-4, 26M parameters.
 
     --config=configs/cifar10.py:bpd    unconditional likelihood
     --config=configs/cifar10.py:cond   class-conditional samples
 
-Neither has been trained yet, and the settings are not tuned: the paper has no recipe for this set.
-The flow is small, as 50,000 images are few, and is trained on flips as the paper's are. `,smoke`
-behind the variant, or `:smoke` alone, shrinks everything to seconds on a CPU.
+Neither has been trained yet, and the settings are not tuned: the paper has no recipe for this
+dataset. The flow is small for the 50,000 images, and trained with flips, as in the paper. `,smoke`
+after the variant, or `:smoke` alone, shrinks everything to run in seconds on a CPU.
 
-Published bits/dim of the test set, to stand beside that of `bpd`:
+Published bits/dim of the test set, for comparison with `bpd`:
 
     RealNVP                                3.49   arXiv 1605.08803
     i-ResNet                               3.45   arXiv 1811.00995
@@ -15,23 +15,23 @@ Published bits/dim of the test set, to stand beside that of `bpd`:
     Glow                                   3.35   arXiv 1807.03039
     Flow++, uniform dequantization         3.29   arXiv 1902.00275
     Flow++, variational dequantization     3.08   arXiv 1902.00275
-    score-based model, its probability ODE 2.99   arXiv 2011.13456, which lists those above, too
+    score-based model, its probability ODE 2.99   arXiv 2011.13456, which also lists those above
     VDM, a diffusion model                 2.65   arXiv 2107.00630 (2.49 with augmentation)
 
-Compare like with like: the score here dequantizes uniformly. Only flows have exact likelihoods; the
-diffusion model's number is a bound.
+The score here uses uniform dequantization; compare it only with such numbers. Only flows have exact
+likelihoods; the diffusion model's number is a bound.
 
-Cost: 400 epochs are 78,000 steps and 8.4e17 floating-point operations. On a v5e:4x4 they take 1.0
-hours for `bpd` and 0.5 hours for `cond`, 16 and 8 chip-hours, as `--mode=compile` predicts at the
-roofline of the chip: a run can only be slower. On one GPU they take, by the arithmetic alone, 7
-hours for `bpd` (an H100 at half of its float32 peak of 67 TFLOP/s) and 0.6 hours for `cond` (at 40%
-of its bfloat16 peak of 989 TFLOP/s).
+Cost: 400 epochs are 78,000 steps and 8.4e17 floating-point operations. For a v5e:4x4,
+`--mode=compile` predicts 1.0 hours for `bpd` and 0.5 hours for `cond` (16 and 8 chip-hours) at the
+roofline of the chip; a real run is slower. On one GPU, the arithmetic takes 7 hours for `bpd` (an
+H100 at half of its float32 peak of 67 TFLOP/s) and 0.6 hours for `cond` (at 40% of its bfloat16
+peak of 989 TFLOP/s).
 
-Data: CIFAR-10 in 32x32, not resized, from any of the three archives that its site serves:
+Data: CIFAR-10 at 32x32, not resized, from any of the three archives on its site:
 
     python -m tarflow_jax.data.prepare cifar-10-python.tar.gz --out=data/cifar10
 
-What TFDS prepared as array_record works too:
+A TFDS dataset prepared as array_record works too:
 `--config.data.source=tfds --config.data.name=cifar10 --config.data.path=DIR`.
 """
 
@@ -55,5 +55,5 @@ def get_config(arg: str = 'bpd'):
         c.model.update(num_classes=10, dtype='bfloat16')
         c.train.noise_std = 0.05
         c.guidance.update(weight=1.0, annealed=True)
-        c.sample.update(method='auto', tolerance=0.01)  # bfloat16 rounds by as much
+        c.sample.update(method='auto', tolerance=0.01)  # bfloat16 rounding
     return configs.smoke(c) if smoke else c

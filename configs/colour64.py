@@ -1,10 +1,10 @@
-"""A small flow for any 64x64 colour set, trained in minutes on a CPU: 4-128-4-2, 1.8M parameters.
+"""A small flow for 64x64 colour images, trained in minutes on a CPU: 4-128-4-2, 1.8M parameters.
 
     --config=configs/colour64.py --config.data.path=DIR
 
-DIR is a set prepared with `python -m tarflow_jax.data.prepare SOURCE --out=DIR --size=64` that has
-the splits train and test. The flow is unconditional and trained for likelihood; results for two
-sets are in the README. `:smoke` shrinks everything to seconds on the embedded images.
+DIR is a dataset with the splits train and test, prepared with `python -m tarflow_jax.data.prepare
+SOURCE --out=DIR --size=64`. The flow is unconditional and trained for likelihood. The README has
+results for two datasets. `:smoke` shrinks everything to run in seconds on the embedded images.
 """
 
 from tarflow_jax import config as configs

@@ -1,13 +1,12 @@
 """ImageNet 128x128, class-conditional, the paper's 4-1024-8-8 flow: FID 5.03.
 
-The result is the one reported by Zhai et al. (arXiv 2412.06329, table 4) after 320 epochs, with
-guidance 1.5 annealed and a denoising strength of 0.97. 824M parameters. Their state is split over
-4 devices (`mesh.fsdp`), so that it fits into the 16 GB of a TPU v5e. `:smoke` shrinks everything
-to seconds on a CPU.
+The result is that of Zhai et al. (arXiv 2412.06329, table 4) after 320 epochs, with annealed
+guidance 1.5 and denoising strength 0.97. The flow has 824M parameters. Its state is sharded over 4
+devices (`mesh.fsdp`) to fit in the 16 GB of a TPU v5e. `:smoke` shrinks everything to run in
+seconds on a CPU.
 
 Data: the result is for ImageNet's photographs, resized to 128 pixels on the short side and
-centre-cropped, with flips. FOLDER holds train/ and val/ with a folder per class, or the site's
-tars:
+centre-cropped, with flips. FOLDER has train/ and val/ with a folder per class, or the site's tars:
 
     python -m tarflow_jax.data.prepare FOLDER --out=data/imagenet128 --size=128
 """

@@ -4,27 +4,27 @@
     --config=configs/imagenet64.py:uncond   unconditional samples: FID 18.42 (a rerun: 14.67)
     --config=configs/imagenet64.py:cond     class-conditional samples: FID 2.66 (a rerun: 4.21)
 
-The results are those reported with the original PyTorch code (Zhai et al., arXiv 2412.06329,
-tables 2 and 3), after 100 (bpd) or 200 epochs, with flips in all three. 460M parameters, 466M with
-classes. `,smoke` behind the variant, or `:smoke` alone, shrinks everything to seconds on a CPU.
+The results are those of the original PyTorch code (Zhai et al., arXiv 2412.06329, tables 2 and 3)
+after 100 (bpd) or 200 epochs, all with flips. The flow has 460M parameters, 466M with classes.
+`,smoke` after the variant, or `:smoke` alone, shrinks everything to run in seconds on a CPU.
 
-Data: the results are for two different sets. That of `cond` is for ImageNet's photographs, their
-short side resized to 64 pixels and the middle cropped:
+Data: the results are for two different datasets. That of `cond` is for ImageNet's photographs,
+resized to 64 pixels on the short side and centre-cropped:
 
     python -m tarflow_jax.data.prepare ILSVRC --size=64 --out=data/imagenet64_cropped
 
-from a folder with train/ and val/ of one folder per class, or the site's tars. Those of `bpd` and
-`uncond` are for a ready 64x64 set (`--dataset=imagenet64` there), most likely the one that the
-ImageNet site serves today, squashed to a square by a box filter and not cropped:
+from a folder with train/ and val/ with one folder per class, or the site's tars. Those of `bpd` and
+`uncond` are for a downsampled 64x64 dataset (`--dataset=imagenet64` in the official code), most
+likely that of the ImageNet site, which is squashed to a square by a box filter and not cropped:
 
     python -m tarflow_jax.data.prepare FOLDER --out=data/imagenet64
 
-from the folder of train_data_batch_1 to 10, val_data and, for the names of the classes,
-map_clsloc.txt. Its classes are in another order than those of the photographs. Older papers score
-a third set; prepare it from the folder of train_64x64 and valid_64x64 (it has no labels). No number
-of one set can be compared with one of another, and a run on another set than its config states
-says so. What TFDS prepared as array_record works too:
-`--config.data.source=tfds --config.data.name=imagenet_resized/64x64 --config.data.path=DIR`.
+from the folder with train_data_batch_1 to 10, val_data, and map_clsloc.txt for the class names. Its
+classes have another order than those of the photographs. Older papers use a third dataset; prepare
+it from the folder with train_64x64 and valid_64x64 (it has no labels). Numbers of different
+datasets cannot be compared; a run on another dataset than its config states prints a warning. A
+TFDS dataset prepared as array_record works too: `--config.data.source=tfds
+--config.data.name=imagenet_resized/64x64 --config.data.path=DIR`.
 """
 
 from tarflow_jax import config as configs
@@ -43,9 +43,9 @@ def get_config(arg: str = 'cond'):
     c.train.validate_every = 2500
     if variant == 'bpd':
         c.train.update(epochs=100.0, noise='uniform')
-        # model.precision='high' halves the passes of a TPU's products: 4360 chip-hours in place of
-        # 6140. On a small trained flow it moves bits/dim by 6e-5 at most and gradients by 0.2%
-        # (docs/performance.md); whether a run ends with the same score was not tried.
+        # model.precision='high' halves the passes of a TPU's products: 4360 chip-hours instead of
+        # 6140. On a small trained flow it changes bits/dim by at most 6e-5 and gradients by 0.2%
+        # (docs/performance.md). Whether a full run reaches the same score has not been tried.
     else:
         c.train.update(epochs=200.0, noise_std=0.05)
         c.model.update(dtype='bfloat16', remat='attention')

@@ -1,10 +1,11 @@
 """Fashion-MNIST, class-conditional: a small iTARFlow on the 10,000 embedded images.
 
-The flow of the quickstart (fashion_mnist.py), 7-64-4-2, conditioned on the noise level and trained
-at all levels from 0.01 to 0.1 (Chen et al., arXiv 2604.20041), 0.6M parameters, for as long as the
-quickstart takes. It classifies 81% of the test images. Samples are drawn at the highest level and
-denoised in 5 steps; more are no better. Unlike the large configs it keeps an average, clips
-gradients, and has blocks of equal depth: at this size that is better (docs/itarflow.md).
+This is the flow of the quickstart (fashion_mnist.py), 7-64-4-2, conditioned on the noise level and
+trained at all levels from 0.01 to 0.1 (Chen et al., arXiv 2604.20041). It has 0.6M parameters,
+trains as long as the quickstart, and classifies 81% of the test images. It samples at the highest
+level and denoises in 5 steps; more are no better. Unlike the large configs, it averages the
+parameters, clips gradients, and has blocks of equal depth, which is better at this size
+(docs/itarflow.md).
 """
 
 from tarflow_jax import config as configs

@@ -2,8 +2,8 @@
 # Sourced by the scripts of this folder: flags, quoting, waiting and the log.
 
 program=$(basename "$0")
-words=()      # what parse_flags found outside flags
-rest=()       # what stood after --
+words=()      # arguments that are not flags
+rest=()       # arguments after --
 dry_run=''
 
 # The comment at the top of a script is its usage text.
@@ -16,7 +16,7 @@ refuse() {
   exit 2
 }
 
-# Words as one line of shell that means them again.
+# Quotes words as one line of shell.
 quoted() {
   local line
   printf -v line '%q ' "$@"
@@ -33,9 +33,9 @@ execute() {
   fi
 }
 
-# parse_flags 'NAME= SWITCH ...' "$@" sets the variable of each flag that is given (1 for a switch).
+# parse_flags 'NAME= SWITCH ...' "$@" sets the variable of each given flag (1 for a switch).
 parse_flags() {
-  # Underlined lest they hide the variable of a flag.
+  # The underscores keep them from hiding the variable of a flag.
   local _known=" ${1//[[:space:]]/ } dry_run " _arg _flag
   shift
   while (($#)); do
@@ -59,22 +59,22 @@ parse_flags() {
   done
 }
 
-# Variables that must have been given.
+# Checks that these variables are set.
 require() {
   local _flag
   for _flag; do [[ ${!_flag} ]] || refuse "--$_flag is missing"; done
 }
 
-# Variables that must be whole numbers, and have few digits lest arithmetic overflow.
+# Checks that these variables are whole numbers, with few digits so that arithmetic cannot overflow.
 whole_numbers() {
-  # In a variable: early versions of bash 3.2 do not parse a pattern with brackets.
+  # A variable, because early versions of bash 3.2 do not parse a pattern with brackets.
   local _flag _whole='^(0|[1-9][0-9]{0,8})$'
   for _flag; do
     [[ ${!_flag} =~ $_whole ]] || refuse "--$_flag=${!_flag} is not a whole number"
   done
 }
 
-# Sleeps, a second at a time: a trap runs between two, and ends it by setting `stopping`.
+# Sleeps one second at a time. Traps run in between; setting `stopping` ends the pause.
 stopping=''
 pause() {
   local i
@@ -85,10 +85,10 @@ pause() {
   if [[ $1 == *.* ]]; then sleep "0.${1#*.}"; fi
 }
 
-# Exit codes of the training program that another start would only repeat.
+# Exit codes of the training program after which a restart would not help.
 is_final() { [[ $1 == 0 || $1 == 2 || $1 == 76 || $1 == 130 ]]; }
 
-# A prefix for commands that must not outlive this script, not even when it is killed.
+# A prefix for commands that must end with this script, even if it is killed.
 # shellcheck disable=SC2034  # the scripts use it
 with_me=()
 # shellcheck disable=SC2034

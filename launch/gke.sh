@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Trains on TPU slices of Google Kubernetes Engine, as a JobSet that restarts as a whole.
+# Trains on TPU slices of Google Kubernetes Engine, as a JobSet whose jobs restart together.
 #
 #   launch/gke.sh --name=NAME --image=IMAGE --accelerator=tpu-v5-lite-podslice --topology=16x16 \
 #       [FLAGS] -- ARGS OF tarflow_jax.main, such as --workdir=gs://B/FOLDER
 #
 #   --accelerator=A      node label cloud.google.com/gke-tpu-accelerator
-#   --topology=AxB[xC]   chips of a slice; with --chips_per_node it gives the number of hosts
-#   --chips_per_node=N   TPU chips of a node (4)
-#   --slices=N           that many slices (1)
-#   --spot               Spot nodes
-#   --namespace=NS       Kubernetes namespace (that of kubectl)
-#   --claim=PVC          PersistentVolumeClaim to mount at /workdir, where no bucket is used
-#   --service_account=A  Kubernetes service account, which must be allowed to use the bucket
-#   --max_restarts=N     restarts of the whole, preemptions included (100)
-#   --action=ACTION      apply (default), logs (of every worker), delete, or before all else pools:
-#                        make a node pool for each slice (its own are --cluster=C and --location=L,
-#                        the cluster's region or zone)
-#   --dry_run            print the command, with the manifest, and run nothing
+#   --topology=AxB[xC]   chips per slice; with --chips_per_node it determines the number of hosts
+#   --chips_per_node=N   TPU chips per node (4)
+#   --slices=N           number of slices (1)
+#   --spot               use Spot nodes
+#   --namespace=NS       Kubernetes namespace (default: that of kubectl)
+#   --claim=PVC          PersistentVolumeClaim to mount at /workdir, if no bucket is used
+#   --service_account=A  Kubernetes service account, which needs access to the bucket
+#   --max_restarts=N     restarts of the JobSet, including preemptions (100)
+#   --action=ACTION      apply (default), logs (of every worker), delete, or pools. Run pools first: it
+#                        creates a node pool for each slice, and needs --cluster=C and --location=L
+#                        (the cluster's region or zone)
+#   --dry_run            print the command and the manifest, and run nothing
 set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -42,7 +42,7 @@ case $action in
     exit ;;
   apply) require image ;;
   pools) require cluster location ;;
-  *) refuse "--action=$action is none of apply, logs, delete and pools" ;;
+  *) refuse "--action=$action must be one of apply, logs, delete and pools" ;;
 esac
 
 require accelerator topology
@@ -52,14 +52,14 @@ grid='^[1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){1,2}$'
 [[ $topology =~ $grid ]] ||
   refuse "--topology=$topology does not look like 16x16 or 4x4x8"
 [[ $claim || " ${rest[*]-} " == *=gs://* || $action == pools ]] ||
-  refuse '--claim is missing, and no --workdir=gs://BUCKET/FOLDER; the workdir must outlive the pods'
+  refuse 'pass --workdir=gs://BUCKET/FOLDER or --claim; the workdir must outlive the pods'
 chips=$((${topology//x/*}))
 if ((chips < chips_per_node)); then chips_per_node=$chips; fi
 ((chips % chips_per_node == 0)) ||
-  refuse "--topology=$topology has $chips chips, which --chips_per_node=$chips_per_node does not divide"
+  refuse "--topology=$topology has $chips chips, not a multiple of --chips_per_node=$chips_per_node"
 hosts=$((chips / chips_per_node))
 
-# A node pool is a slice. Where chips lie is said by --tpu-topology, of TPU7x by a workload policy.
+# A node pool is a slice. --tpu-topology sets its topology; for TPU7x a workload policy does.
 if [[ $action == pools ]]; then
   ((${#rest[@]} == 0)) || refuse '--action=pools takes no arguments of tarflow_jax.main'
   case $accelerator in
@@ -67,7 +67,7 @@ if [[ $action == pools ]]; then
     tpu-v5p-slice) machine=ct5p-hightpu ;;
     tpu-v6e-slice) machine=ct6e-standard ;;
     tpu7x) machine=tpu7x-standard ;;
-    *) refuse "no machine type is known for --accelerator=$accelerator; make its pools with gcloud" ;;
+    *) refuse "--accelerator=$accelerator has no known machine type; create its pools with gcloud" ;;
   esac
   placement=("--tpu-topology=$topology")
   if [[ $accelerator == tpu7x ]]; then
@@ -86,14 +86,14 @@ if [[ $action == pools ]]; then
   exit
 fi
 
-# A JSON string, which is a YAML one too.
+# Prints a JSON string, which is also a YAML string.
 json() {
   local s=${1//\\/\\\\} code character escape
   s=${s//'"'/'\"'}
   s=${s//$'\n'/\\n}
   s=${s//$'\t'/\\t}
   s=${s//$'\r'/\\r}
-  # Other control characters, which YAML does not allow: those of ASCII and the C1 of Unicode.
+  # YAML does not allow the other control characters of ASCII and the C1 range of Unicode.
   for code in {0..1}{{0..9},{a..f}} 7f {8..9}{{0..9},{a..f}}; do
     case $code in
       00 | 09 | 0a | 0d) continue ;;
@@ -114,7 +114,7 @@ kind: JobSet
 metadata:
   name: $name
 YAML
-  # One slice a node pool, so that no slice is put together from two.
+  # Each slice is one node pool, so that no job spans two slices.
   if ((slices > 1)); then cat <<YAML; fi
   annotations:
     alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
@@ -124,7 +124,7 @@ spec:
   failurePolicy:
     maxRestarts: $max_restarts
     rules:
-    # Only podFailurePolicy below gives this reason: exit codes that a restart would repeat.
+    # Only the podFailurePolicy below has this reason, for exit codes that a restart cannot fix.
     - action: FailJobSet
       onJobFailureReasons:
       - PodFailurePolicy
@@ -136,7 +136,7 @@ spec:
         parallelism: $hosts
         completions: $hosts
         completionMode: Indexed
-        # One lost worker ends the job, and with it the whole set starts again.
+        # A lost worker ends the job, and the whole JobSet restarts.
         backoffLimit: 0
         podFailurePolicy:
           rules:
@@ -171,7 +171,7 @@ YAML
               command: ["python", "-m", "tarflow_jax.main"]
               args:
 YAML
-  # Nothing in the environment would say so where every slice is a single host.
+  # With single-host slices, the environment would not tell that there are several processes.
   if ((slices > 1)); then echo '              - "--distributed=on"'; fi
   # Kubernetes reads $(NAME) as a variable and $$ as a dollar sign.
   # shellcheck disable=SC2016
@@ -196,7 +196,7 @@ YAML
 YAML
   cat <<YAML
             volumes:
-            # Through which the processes of data.workers hand over batches: Kubernetes gives 64 MiB.
+            # The processes of data.workers pass batches through it; Kubernetes provides only 64 MiB.
             - name: shared-memory
               emptyDir:
                 medium: Memory
@@ -208,7 +208,7 @@ YAML
 YAML
 }
 
-((${#rest[@]})) || refuse 'the arguments of tarflow_jax.main are missing; they stand after --'
+((${#rest[@]})) || refuse 'the arguments of tarflow_jax.main are missing; write them after --'
 if [[ $dry_run ]]; then
   echo "$(quoted "${kubectl[@]}" apply -f -) <<'MANIFEST'"
   manifest

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Runs the training program as N processes on this machine, all of them again if one fails.
+# Runs the training program as N processes on this machine; restarts all of them if one fails.
 #
 #   launch/local_processes.sh N [FLAGS] -- ARGS OF tarflow_jax.main
 #
 #   --platform=cpu|gpu  cpu (default): each process has --devices devices; gpu: process i has GPU i
 #   --devices=K         devices of each process on cpu (1)
-#   --port=P            port of the coordinator; a free one by default, another at every start
-#   --logs=DIR          output goes to DIR/process_I.log, that of process 0 also here (logs)
-#   --grace=S           seconds from SIGTERM to SIGKILL when another process has failed (30)
-#   --once              do not start again
+#   --port=P            port of the coordinator (by default a new free port at every start)
+#   --logs=DIR          write output to DIR/process_I.log; that of process 0 also appears here (logs)
+#   --grace=S           seconds from SIGTERM to SIGKILL after another process has failed (30)
+#   --once              do not restart
 #   --max_restarts=M --min_uptime=S --wait=S  as in supervise.sh
 #   --dry_run           print the commands and run nothing
 #
-# Exit code: 0 if all finished, 75 after SIGTERM, else that of the process that failed first.
+# Exit code: 0 if all finished, 75 after SIGTERM, otherwise that of the first process that failed.
 set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -35,14 +35,14 @@ if [[ ! $once && ! $dry_run ]]; then
     "--min_uptime=$min_uptime" "--wait=$wait" -- "${again[@]}" -- ${rest[@]+"${rest[@]}"}
 fi
 
-# Below the ports that the system gives to outgoing connections.
+# Choose a port below those of outgoing connections.
 while [[ ! $port ]]; do
   port=$((20000 + RANDOM % 12000))
   if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then port=''; fi
 done
 
 IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-}"
-# Sets `command` to that of process $1.
+# Sets `command` to the command of process $1.
 command_of() {
   command=(${with_me[@]+"${with_me[@]}"} env "JAX_COORDINATOR_ADDRESS=127.0.0.1:$port" "JAX_NUM_PROCESSES=$count"
     "JAX_PROCESS_ID=$1")
@@ -68,7 +68,7 @@ signal_all() {
   local pid
   for pid in ${pids[@]+"${pids[@]}"}; do kill -s "$1" -- "$pid" 2>/dev/null || true; done
 }
-# Each process leads a process group, with all that it has started.
+# Each process leads a process group with all its children.
 kill_groups() {
   local pid
   for pid in ${pids[@]+"${pids[@]}"}; do kill -KILL -- "-$pid" 2>/dev/null || true; done
@@ -82,7 +82,7 @@ trap 'forward TERM' TERM HUP
 trap 'forward INT' INT
 
 mkdir -p "$logs"
-# Descriptor 9: versions of bash before 4.1 cannot choose a free one.
+# Descriptor 9 is fixed because bash before 4.1 cannot choose a free one.
 exec 9> >(exec tee -ia "$logs/process_0.log")
 tee=$!
 for ((i = 0; i < count; i++)); do
@@ -98,11 +98,11 @@ for ((i = 0; i < count; i++)); do
 done
 exec 9>&-
 log "$count processes, coordinator 127.0.0.1:$port, output in $logs"
-if [[ $stopping ]]; then signal_all "$stopping"; fi  # it came while they were being started
+if [[ $stopping ]]; then signal_all "$stopping"; fi  # it arrived during the start
 
 running=("${!pids[@]}")
 while ((${#running[@]})); do
-  # Looked at in turns: `wait -n` of older versions of bash misses what ended before it.
+  # Poll, because `wait -n` of older versions of bash misses processes that ended before the call.
   left=()
   for i in "${running[@]}"; do
     if kill -0 "${pids[i]}" 2>/dev/null; then
@@ -112,14 +112,14 @@ while ((${#running[@]})); do
     code=0
     wait "${pids[i]}" 2>/dev/null || code=$?
     ((code == 0)) || log "process $i ended with exit code $code"
-    # Of several that fail together, one that no restart can help decides.
+    # If several fail together, prefer an exit code that a restart cannot fix.
     if ((code)) && { [[ ! $failed ]] || { [[ ! $terminated_at ]] && is_final "$code"; }; }; then
       failed=$code
     fi
   done
   running=(${left[@]+"${left[@]}"})
   if [[ $failed && ! $terminated_at ]]; then
-    # Those that were told to stop are saving.
+    # Processes that received a signal are already saving.
     [[ $stopping ]] || signal_all TERM
     terminated_at=$SECONDS
   fi

@@ -3,18 +3,18 @@
 #
 #   sbatch [SBATCH FLAGS] launch/slurm.sh [FLAGS] -- ARGS OF tarflow_jax.main
 #
-# from the top of the checkout; or the same without sbatch, inside an allocation. The defaults below
-# ask for a node of 8 GPUs: for four, sbatch --nodes=4; for nodes of 4 GPUs, also --gpus-per-node=4
-# --ntasks-per-node=4.
+# Run it from the top of the checkout, or without sbatch inside an allocation. The defaults below
+# request one node with 8 GPUs. For four nodes, use sbatch --nodes=4; for nodes with 4 GPUs, add
+# --gpus-per-node=4 --ntasks-per-node=4.
 #
-#   --logs=DIR        output of task T goes to DIR/slurm_JOB_task_T.log (logs)
-#   --max_restarts=N  crashes in a row before it gives up (20)
-#   --min_uptime=S    a run of at least S seconds makes the count start again (600)
+#   --logs=DIR        write output of task T to DIR/slurm_JOB_task_T.log (logs)
+#   --max_restarts=N  consecutive crashes before it gives up (20)
+#   --min_uptime=S    a run of at least S seconds resets the count of crashes (600)
 #   --wait=S          seconds before a restart after a crash (10)
-#   --no_requeue      exit with 75 where the job would put itself back into the queue
+#   --no_requeue      exit with 75 instead of requeueing the job
 #   --dry_run         print the commands and run nothing
 #
-# 120 seconds before the time limit the program is told to save; the job then queues again.
+# 120 seconds before the time limit, the program saves a checkpoint and the job requeues itself.
 
 #SBATCH --job-name=tarflow
 #SBATCH --nodes=1
@@ -26,7 +26,7 @@
 #SBATCH --output=slurm_%j.log
 
 set -euo pipefail
-# sbatch runs a copy of this file from a folder of its own.
+# sbatch runs a copy of this file from another folder.
 here=$(dirname "${BASH_SOURCE[0]}")
 [[ -f $here/common.sh ]] || here=${SLURM_SUBMIT_DIR:-.}/launch
 # shellcheck source=common.sh
@@ -42,13 +42,13 @@ if [[ ! $job ]]; then
   job=JOB
 fi
 
-# JAX gives each task the GPU of its number on the node, so each must see all of the node's.
+# JAX assigns each task the GPU with its index on the node, so each task must see all GPUs.
 steps=(srun --kill-on-bad-exit=1 --gpu-bind=none "--output=$logs/slurm_%j_task_%t.log"
   --open-mode=append python -m tarflow_jax.main ${rest[@]+"${rest[@]}"})
 
 signalled='' step=''
-# srun would end the tasks itself on SIGTERM, and soon kill them. scancel only passes the signal on,
-# to the tasks and not to this script.
+# On SIGTERM, srun would stop the tasks itself and soon kill them. scancel only forwards the signal,
+# to the tasks but not to this script.
 forward() {
   stopping=$1 signalled=1
   log "SIG$1"
@@ -69,22 +69,22 @@ while :; do
   began=$SECONDS
   "${steps[@]}" &
   step=$!
-  # A signal that came before there was a step to send it to.
+  # A signal may have arrived before the step existed.
   [[ ! $stopping ]] || forward "$stopping"
   while :; do
     signalled='' code=0
     wait "$step" || code=$?
-    # A signal to us ends `wait` early; then the code is not yet srun's.
+    # A signal to this script ends `wait` early; the code is then not that of srun.
     [[ $signalled ]] || break
   done
   step=''
   log "exit code $code"
-  # srun returns the highest code, and the first task to end makes it kill slower ones.
+  # srun returns the highest code, and kills slower tasks when the first one ends.
   if [[ $stopping == TERM ]] && ! is_final "$code"; then code=75; fi
   if is_final "$code" || [[ $stopping == INT ]]; then exit "$code"; fi
   if ((code == 75)); then
     [[ ! $no_requeue ]] || exit 75
-    log 'back into the queue'
+    log 'requeueing the job'
     scontrol requeue "$job"
     exit 75
   fi

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Runs a command and starts it again when it was preempted or crashed.
+# Runs a command and restarts it after a preemption or a crash.
 #
 #   launch/supervise.sh [FLAGS] -- COMMAND...
 #
-#   --max_restarts=N     crashes in a row before it gives up (20)
-#   --min_uptime=S       a run of at least S seconds makes the count start again (600)
+#   --max_restarts=N     consecutive crashes before it gives up (20)
+#   --min_uptime=S       a run of at least S seconds resets the count of crashes (600)
 #   --wait=S             seconds before a restart, doubled with every crash up to 300 (5)
 #   --watch_maintenance  on Google Compute Engine: send SIGTERM to the command on notice that the
-#                        machine will go away, so that it saves a checkpoint
-#   --poll=S             seconds between looks for such a notice (5)
-#   --exit_file=FILE     leave the exit code in FILE at the end
+#                        machine will be shut down, so that it saves a checkpoint
+#   --poll=S             seconds between checks for such a notice (5)
+#   --exit_file=FILE     write the exit code to FILE at the end
 #   --dry_run            print the command and run nothing
 #
-# Exit codes of the command: 0, 2, 76 and 130 end; 75 restarts and does not count; any other is a
-# crash. SIGTERM and SIGINT go on to the command, whose exit code is then the one returned.
+# Exit codes of the command: 0, 2, 76 and 130 are final; 75 restarts without counting; any other is
+# a crash. SIGTERM and SIGINT are forwarded to the command; its exit code is then returned.
 set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -21,8 +21,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 max_restarts=20 min_uptime=600 wait=5 poll=5 watch_maintenance='' exit_file=''
 parse_flags 'max_restarts= min_uptime= wait= poll= exit_file= watch_maintenance' "$@"
 whole_numbers max_restarts min_uptime wait
-((${#rest[@]})) || refuse 'the command is missing; it stands after --'
-((${#words[@]} == 0)) || refuse "${words[0]} is not a flag; the command stands after --"
+((${#rest[@]})) || refuse 'the command is missing; write it after --'
+((${#words[@]} == 0)) || refuse "${words[0]} is not a flag; write the command after --"
 command=(${with_me[@]+"${with_me[@]}"} "${rest[@]}")
 if [[ $dry_run ]]; then
   execute "${command[@]}"
@@ -44,7 +44,7 @@ finish() {
   exit "$1"
 }
 
-# The notice that this machine will go away, or nothing. Live migration is not one.
+# Prints a notice that this machine will be shut down, if there is one. Live migration is not one.
 notice() {
   local key value
   for key in maintenance-event preempted; do
@@ -57,7 +57,7 @@ notice() {
   done
 }
 
-# Tells the process $1 once. Ends with this script even if that is killed.
+# Sends SIGTERM to process $1 once, on notice. Ends with this script, even if that is killed.
 watch() {
   local found
   trap - TERM INT HUP
@@ -72,8 +72,8 @@ watch() {
   done
 }
 
-# Sets `code` to the command's. Job control gives the command a process group of its own: Ctrl-C
-# reaches it once, through us, and what it leaves behind can be found and ended.
+# Sets `code` to the exit code of the command. Job control gives the command its own process group:
+# Ctrl-C reaches it once, through this script, and leftover processes can be found and killed.
 run_once() {
   set -m
   "${command[@]}" </dev/null &
@@ -83,12 +83,12 @@ run_once() {
     watcher=$!
   fi
   set +m
-  # A signal that came before there was a child to send it to.
+  # A signal may have arrived before the child existed.
   if [[ $stopping ]]; then kill -s "$stopping" "$child" 2>/dev/null || true; fi
   while :; do
     signalled='' code=0
     wait "$child" 2>/dev/null || code=$?
-    # A signal to us ends `wait` early; then the code is not yet the command's.
+    # A signal to this script ends `wait` early; the code is then not that of the command.
     [[ $signalled ]] || break
   done
   # A worker left behind by a crash would hold the accelerator.
@@ -104,7 +104,7 @@ run_once() {
 crashes=0
 while :; do
   if [[ $watch_maintenance ]]; then
-    # Started now, the command would only be stopped again.
+    # Do not start the command now; it would be stopped again.
     while [[ ! $stopping ]] && found=$(notice) && [[ $found ]]; do
       log "$found: waiting until it is over"
       pause "$poll"
@@ -130,5 +130,5 @@ while :; do
   fi
   pause "$delay"
 done
-# Told to stop while nothing ran.
+# A signal arrived while nothing was running.
 if [[ $stopping == INT ]]; then finish 130; else finish 75; fi

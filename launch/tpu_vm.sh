@@ -1,27 +1,27 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPU VMs (queued resources), through preemptions, to the end.
+# Trains on Cloud TPU VMs (queued resources) and restarts after preemptions.
 #
 #   launch/tpu_vm.sh ACTION --name=NAME --zone=ZONE [FLAGS] [-- ARGS OF tarflow_jax.main]
 #
-#   up    ask for the TPU and wait until it is there
-#   run   up; install; start on all workers; watch, and when the TPU is taken away, all of it again.
-#         Workers that already run are only watched. Ends when the run does; Ctrl-C ends only the
-#         watching
-#   logs  fetch the log of each worker to DIR/worker_I.log (DIR/slice_S_worker_I.log)
-#   stop  tell the program to save a checkpoint and stop; `run` goes on
+#   up    request the TPU and wait until it is ready
+#   run   up, install, start on all workers and monitor them; if the TPU is preempted, start over. If
+#         the workers are already running, only monitor them. Ends with the run; Ctrl-C ends only the
+#         monitoring
+#   logs  copy the log of each worker to DIR/worker_I.log (DIR/slice_S_worker_I.log)
+#   stop  make the program save a checkpoint and stop; `run` resumes it
 #   down  delete the TPU
 #
-#   --project=P      Google Cloud project (that of gcloud)
+#   --project=P      Google Cloud project (default: that of gcloud)
 #   --type=TYPE      accelerator type, such as v5litepod-256; for up and run
-#   --version=V      runtime version (by the type)
-#   --slices=N       N such slices as one TPU (1)
-#   --spot           cheaper, and taken away at times
+#   --version=V      runtime version (default: depends on the type)
+#   --slices=N       number of slices (1)
+#   --spot           use a Spot TPU, which is cheaper but may be preempted
 #   --source=DIR     checkout to install (.)
-#   --setup=COMMAND  shell to run on each worker before the installation
-#   --logs=DIR       where logs go; given to run, it fetches them at the end (logs)
+#   --setup=COMMAND  shell command to run on each worker before the installation
+#   --logs=DIR       folder for logs (logs); with run, copy them there at the end
 #   --max_restarts=N --min_uptime=S --wait=S  as in supervise.sh, on the workers
-#   --poll=S         seconds between looks (30)
-#   --dry_run        print the commands of an undisturbed run, and run nothing
+#   --poll=S         seconds between checks (30)
+#   --dry_run        print the commands of an uninterrupted run, and run nothing
 set -euo pipefail
 # shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -39,18 +39,18 @@ esac
 ((${#words[@]} == 1)) || refuse "${words[1]} is not a flag"
 require name zone
 whole_numbers slices max_restarts min_uptime wait
-((slices > 0)) || refuse '--slices=0 is no TPU'
+((slices > 0)) || refuse '--slices=0 must be at least 1'
 case $action in up | run) require type ;; esac
 case $type in
   v5litepod-*) : "${version:=v2-alpha-tpuv5-lite}" ;;
   v6e-*) : "${version:=v2-alpha-tpuv6e}" ;;
   v5p-*) : "${version:=v2-alpha-tpuv5}" ;;
   '' | v[234]-*) : "${version:=tpu-ubuntu2204-base}" ;;
-  *) [[ $version ]] || refuse "--version is missing, and no default is known for --type=$type" ;;
+  *) [[ $version ]] || refuse "--version is missing, and --type=$type has no default" ;;
 esac
 
 where=("--zone=$zone")
-[[ $name =~ ^[a-z0-9][a-z0-9._-]*$ ]] || refuse "$name cannot be a name"
+[[ $name =~ ^[a-z0-9][a-z0-9._-]*$ ]] || refuse "--name=$name is not a valid name"
 [[ ! $project ]] || where+=("--project=$project")
 nodes=("$name")
 if ((slices > 1)); then
@@ -59,7 +59,7 @@ if ((slices > 1)); then
 fi
 
 queued() { execute gcloud compute tpus queued-resources "$1" "$name" "${where[@]}" "${@:2}"; }
-# on_workers COMMAND: on all workers of all slices, all of whom must succeed.
+# on_workers COMMAND: runs it on all workers of all slices, and fails if one fails.
 on_workers() {
   local node failed=0
   for node in "${nodes[@]}"; do
@@ -69,7 +69,7 @@ on_workers() {
   return "$failed"
 }
 
-# Sets `state`: as Google names it, ABSENT, or UNKNOWN when the question failed.
+# Sets `state` to Google's name for it, to ABSENT, or to UNKNOWN if the query failed.
 state='' answered=0
 look() {
   if [[ $dry_run ]]; then
@@ -83,7 +83,7 @@ look() {
   elif [[ $state == *NOT_FOUND* ]]; then
     state=ABSENT
   else
-    log "cannot see the state: $state"
+    log "cannot get the state: $state"
     state=UNKNOWN
   fi
 }
@@ -94,7 +94,7 @@ create() {
   local shape=("--node-id=$name") extra=()
   if ((slices > 1)); then shape=("--node-count=$slices" "--node-prefix=$name"); fi
   [[ ! $spot ]] || extra=(--spot)
-  log "asking for $type"
+  log "requesting $type"
   queued create "${shape[@]}" "--accelerator-type=$type" "--runtime-version=$version" \
     ${extra[@]+"${extra[@]}"}
 }
@@ -113,14 +113,14 @@ up() {
         was_active=1
         return ;;
       ABSENT)
-        # A request that was never granted may be wrong; one that was is only unlucky now.
+        # A request that was never granted may be invalid; one that was granted before is valid.
         if create; then created=1
-        elif [[ $was_active ]]; then log 'could not ask; trying again'
+        elif [[ $was_active ]]; then log 'the request failed; trying again'
         else exit 1; fi ;;
-      # Either stays in the list, and keeps the name, until it is deleted.
+      # Both stay in the list and keep the name until they are deleted.
       FAILED | SUSPENDED)
         if [[ $state == FAILED ]] && ((++failures > 3)); then
-          log 'the request failed again and again; see: gcloud compute tpus queued-resources describe'
+          log 'the request failed 4 times; see: gcloud compute tpus queued-resources describe'
           exit 1
         fi
         remove || log 'could not delete; trying again' ;;
@@ -129,8 +129,8 @@ up() {
   done
 }
 
-# What workers run. $HOME/tarflow has the source, the venv, train.log, pid, exit_code and stopped.
-# The images of some TPUs have a Python that is too old; uv brings one along.
+# Commands for workers. $HOME/tarflow has the source, the venv, train.log, pid, exit_code and stopped.
+# The images of some TPUs have a Python that is too old; uv installs another.
 install="if [ -e tarflow/pid ]; then kill -TERM \$(cat tarflow/pid) 2>/dev/null || true
 for wait in \$(seq 120); do kill -0 \$(cat tarflow/pid) 2>/dev/null || break; sleep 1; done
 kill -KILL \$(cat tarflow/pid) 2>/dev/null || true; fi
@@ -167,7 +167,7 @@ ${setup:+$setup
   on_workers "$start"
 }
 
-# Sets `workers` to one word per worker: running, stopped, lost or an exit code.
+# Sets `workers` to one word per worker: running, stopped, lost, or an exit code.
 look_at_workers() {
   local answer line
   workers=()
@@ -181,7 +181,7 @@ look_at_workers() {
   ((${#workers[@]}))
 }
 
-# Prints the exit code of the whole, nothing while it runs, or `lost`.
+# Prints the exit code of the run, nothing while it is running, or `lost`.
 verdict() {
   local worker code=0 running='' lost='' stopped=''
   for worker in "${workers[@]}"; do
@@ -189,7 +189,7 @@ verdict() {
       0) ;;
       running) running=1 ;;
       stopped) stopped=1 ;;
-      # Nobody told it to stop: its machine goes away, or was started anew.
+      # It was not stopped by the user, so its machine is shutting down or was restarted.
       75 | lost) lost=1 ;;
       *) code=$worker ;;
     esac
@@ -210,7 +210,7 @@ run() {
   local lost=0 result='' start_again=1
   up
   if [[ ! $created ]] && all_running; then
-    log 'already running; watching it'
+    log 'already running; monitoring it'
     start_again=''
   fi
   while :; do
@@ -225,7 +225,7 @@ run() {
     case $state in
       ACTIVE) ;;
       SUSPENDING | SUSPENDED | FAILED | ABSENT | DELETING)
-        log "$name: $state; starting over, from the newest checkpoint"
+        log "$name: $state; restarting from the newest checkpoint"
         start_again=1
         continue ;;
       *) continue ;;
@@ -234,12 +234,12 @@ run() {
     result=$(verdict)
     case $result in
       '') lost=0 ;;
-      # The machine may be on its way out; three looks show whether the state follows.
+      # The machine may be shutting down; check three times if the state changes.
       lost) if ((++lost >= 3)); then start_again=1; fi ;;
       *) break ;;
     esac
   done
-  log "exit code $result; the TPU is still there, \`down\` deletes it"
+  log "exit code $result; the TPU still exists, \`down\` deletes it"
   if ((result)) && ! on_workers "$stop"; then log 'some workers could not be stopped'; fi
   [[ ! $logs ]] || fetch_logs
   exit "$result"

@@ -31,7 +31,7 @@ def test_a_folder_is_held_by_one_at_a_time(bucket):
         for take in (lambda: lock.check(bucket), lock.held(bucket).__enter__):
             with pytest.raises(lock.Taken) as error:
                 take()
-            assert str(error.value).startswith(f'{bucket} is writing to {HOLDER}; wait for it')
+            assert str(error.value).startswith(f'{HOLDER} is writing to {bucket}; wait for it')
     assert not path.exists()
     with lock.held(bucket):
         pass
@@ -41,7 +41,7 @@ def test_a_lock_that_is_renewed_is_held(bucket, monkeypatch):
     write(bucket)
     beats = iter(range(1, 100))
     monkeypatch.setattr(bucket_lock.time, 'sleep', lambda _: write(bucket, beat=next(beats)))
-    with pytest.raises(lock.Taken, match=f'^{bucket} is writing to process 7 on elsewhere; '):
+    with pytest.raises(lock.Taken, match=f'^process 7 on elsewhere is writing to {bucket}; '):
         lock.check(bucket)
 
 

@@ -1,4 +1,4 @@
-"""Writes files and folders atomically."""
+"""Tests of writing files atomically."""
 
 import os
 import socket

@@ -30,7 +30,7 @@ def test_a_folder_is_held_by_one_at_a_time(tmp_path):
         for take in (lambda: lock.check(folder), lock.held(folder).__enter__):
             with pytest.raises(lock.Taken) as error:
                 take()
-            assert str(error.value).startswith(f'{folder} is writing to {holder}; wait for it')
+            assert str(error.value).startswith(f'{holder} is writing to {folder}; wait for it')
         assert (folder / lock.FILE).read_text() == holder
     assert list(folder.iterdir()) == []
     with lock.held(folder):

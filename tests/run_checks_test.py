@@ -1,4 +1,4 @@
-"""Checks before a run: memory, disk, workers."""
+"""Tests of the checks before a run."""
 
 import pytest
 
@@ -14,7 +14,7 @@ def test_names_that_a_run_needs(tmp_path):
         run_checks.workdir(str(tmp_path))
     (tmp_path / 'samples').unlink()
     (tmp_path / 'evaluation.json').mkdir()
-    with pytest.raises(ValueError, match='evaluation.json is no file, .* move it'):
+    with pytest.raises(ValueError, match='evaluation.json is not a file, .* move it'):
         run_checks.workdir(str(tmp_path))
     with pytest.raises(ValueError, match=f'^--workdir={tmp_path}/file: .*is not a folder; choose'):
         (tmp_path / 'file').write_text('mine')

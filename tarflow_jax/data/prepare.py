@@ -268,14 +268,14 @@ def _check_same(folder: epath.Path, before: dict, settings: dict) -> None:
         if has != wants:
             if key == 'features':
                 raise ValueError(
-                    f'{folder} has a dataset with {_columns(has)}, but this one has '
+                    f'{folder} was prepared with {_columns(has)}, but this command has '
                     f'{_columns(wants)}; pass the same columns as --features, or another --out.'
                 )
             if key == 'classes':  # too long to print; one of them is None
                 has, wants = (v and 'labels' for v in (has, wants))
             remedy = ', or --name if it is the same dataset' if key == 'dataset' else ''
             raise ValueError(
-                f'{folder} has a dataset with {key} {has!r}, but this one has {wants!r}; choose '
+                f'{folder} was prepared with {key} {has!r}, but this command has {wants!r}; choose '
                 f'another --out{remedy}.'
             )
 

@@ -53,12 +53,12 @@ def test_large_pixels_are_not_read_into_memory(tmp_path):
 
 
 @pytest.mark.parametrize('changed, says', [
-    ({'labels': [1, 2, 3]}, 'holds 5 images and 3 labels'),
-    ({'labels': [0, 1, 2, 3, 4]}, 'holds the label 0, not of 1 to 1000'),
-    ({'labels': [1, 1001, 2, 3, 4]}, 'holds the label 1001'),
+    ({'labels': [1, 2, 3]}, 'has 5 images but 3 labels'),
+    ({'labels': [0, 1, 2, 3, 4]}, 'has the label 0, outside 1 to 1000'),
+    ({'labels': [1, 1001, 2, 3, 4]}, 'has the label 1001'),
     ({'labels': ['1', 2, 3, 4, 5]}, 'labels that are not whole numbers'),
     ({'labels': np.ones(5)}, 'labels that are not whole numbers'),
-    ({'data': np.zeros((5, 190), np.uint8)}, 'rows of 190 numbers, which is no square'),
+    ({'data': np.zeros((5, 190), np.uint8)}, 'rows of 190 numbers, which is not a square'),
     ({'data': np.zeros((5, 192), np.int64)}, 'data other than uint8'),
     ({'data': np.zeros(960, np.uint8)}, 'data other than uint8'),
     ({'data': [1, 2]}, 'data other than uint8'),

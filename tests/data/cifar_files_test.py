@@ -148,8 +148,8 @@ def deep_key():
     ('python', 'data_batch_2', lambda: file_of('python', 10, 0)[:-500], 'is damaged or not a'),
     ('python', 'data_batch_2', lambda: pickled({'data': [1]}), 'is damaged or not a C'),
     ('python', 'batches.meta', lambda: pickled({'label_names': ['a', 'b']}), 'the names of 10 classes'),
-    ('binary', 'data_batch_2.bin', lambda: bytes(3000), 'has 3000 bytes, no multiple of 3073'),
-    ('binary', 'data_batch_2.bin', lambda: b'\x0a' + bytes(3072), 'a label that is not of 0 to 9'),
+    ('binary', 'data_batch_2.bin', lambda: bytes(3000), 'has 3000 bytes, not a multiple of 3073'),
+    ('binary', 'data_batch_2.bin', lambda: b'\x0a' + bytes(3072), 'a label outside 0 to 9'),
     ('matlab', 'data_batch_2.mat', lambda: file_of('matlab', 10, 1)[:-99], 'it is truncated'),
     ('matlab', 'data_batch_2.mat', lambda: b'hello', 'it is not a .mat file of version 5'),
 ])

@@ -134,9 +134,9 @@ def test_without_labels(tmp_path, capfd):
     ('LOC_val_solution.csv', 'ImageId,PredictionString\nILSVRC2012_val_00000001,n01 1\n', 'has no label for ILSVRC2012_val_00000002'),
     ('LOC_val_solution.csv', 'ImageId,PredictionString\nILSVRC2012_val_00000001\n', 'line 2 is not IMAGE,CLASS'),
     ('LOC_val_solution.csv', '\xff', 'is damaged or not a file of ImageNet'),
-    ('ILSVRC2012_validation_ground_truth.txt', '1\n2\n1001\n', "'1001' is no number from 1 to 1000"),
-    ('ILSVRC2012_validation_ground_truth.txt', '', 'is no number from 1 to 1000'),
-    ('labels.json', '{}', 'holds no labels that are read; give LOC_val_solution.csv'),
+    ('ILSVRC2012_validation_ground_truth.txt', '1\n2\n1001\n', "'1001' is not a number from 1 to 1000"),
+    ('ILSVRC2012_validation_ground_truth.txt', '', 'is not a number from 1 to 1000'),
+    ('labels.json', '{}', 'is not a known file of labels; pass LOC_val_solution.csv'),
     (None, '', 'does not exist; correct --labels'),
 ])
 def test_labels_that_are_refused(tmp_path, name, text, says, capfd):
@@ -204,7 +204,7 @@ def test_test_fractions_that_are_refused(tmp_path, fraction, says, capfd):
 
 def test_test_fraction_of_a_source_with_splits(classes, tmp_path, capfd):
     run(classes, tmp_path / 'out', '--size=8', '--test_fraction=0.5', code=2)
-    assert 'holds the split(s) train, validation; leave --test_fraction away' in last_error(capfd)
+    assert 'has the split(s) train, validation; leave out --test_fraction' in last_error(capfd)
 
 
 def test_a_folder_around_splits_may_hold_other_files(classes, tmp_path):

@@ -49,7 +49,7 @@ def test_prepared_by_another_meanwhile(prepared, tmp_path, capfd, monkeypatch):
 
     monkeypatch.setattr(manifests, 'read', first_nothing)
     run(source, out, '--size=8', code=1)
-    assert last_error(capfd).endswith('by another process meanwhile; run the same command again to resume.\n')
+    assert last_error(capfd).endswith('by another process in the meantime; run the same command again to resume.\n')
     assert content(out) == content(wanted)
 
 

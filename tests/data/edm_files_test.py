@@ -60,8 +60,8 @@ def test_another_size_and_a_part_for_the_test(tmp_path, capfd):
 
 
 @pytest.mark.parametrize('labels, says', [
-    ([0.5] * COUNT, 'the label 0.5 in dataset.json, which is no whole number'),
-    ([[0, 1]] * COUNT, 'the label [0, 1] in dataset.json, which is no whole number'),
+    ([0.5] * COUNT, 'the label 0.5 in dataset.json, which is not a'),
+    ([[0, 1]] * COUNT, 'the label [0, 1] in dataset.json, which is not a'),
     ([0] * (COUNT - 1), 'gives 00002/img00000011.png the label None'),
     ([-1] * COUNT, 'the label -1'),
     ([2**40] * COUNT, 'which is not a whole number, 0 or more'),
@@ -77,4 +77,4 @@ def test_a_damaged_index(tmp_path, text, capfd):
     with zipfile.ZipFile(source, 'a') as archive:
         archive.writestr('dataset.json', text.encode('latin1'))
     run(source, tmp_path / 'out', '--split=train', code=2)
-    assert f'{source} holds a damaged dataset.json' in last_error(capfd)
+    assert f'{source} has a damaged dataset.json' in last_error(capfd)

@@ -121,14 +121,14 @@ def test_interrupted_and_damaged_sets_come_out_the_same(
     run(classes, out, *options)
     assert content(out) == content(tmp_path / 'whole')
     run(classes, out, '--size=8x4', f'--features={other}', code=2)
-    assert "already holds the split 'train', of other images or with other" in last_error(capfd)
+    assert "already has the split 'train' with other images or" in last_error(capfd)
 
 
 def test_rows_of_no_image_are_counted(classes, tmp_path, capfd):
     path = write_csv(tmp_path / 'f.csv', rows(classes))
     run(classes, tmp_path / 'out', '--size=8', f'--features={path}', '--split=validation')
     said = capfd.readouterr().err
-    assert f"{path}: 6 rows are of no image that is prepared, such as 'train/dog/5.png'; ign" in said
+    assert f"{path}: ignored 6 rows that belong to no image of the dataset, such as 'train/dog/5.png'" in said
     np.testing.assert_array_equal(features(tmp_path / 'out', 'validation'), vectors(6, 7, 8))
 
 
@@ -141,8 +141,8 @@ def test_other_columns_in_another_split(classes, tmp_path, capfd):
 
     prepared('train', ['a', 'b'])
     for columns, says in (
-        (['a', 'b', 'c'], 'holds a set with 2 features (a, b), and this one has 3 features (a, b,'),
-        (['a', 'c'], 'and this one has 2 features (a, c); give the same columns as --features'),
+        (['a', 'b', 'c'], 'was prepared with 2 features (a, b), but this command has 3 features (a, b,'),
+        (['a', 'c'], 'but this command has 2 features (a, c); pass the same columns as --features'),
         ([], 'holds a set with 2 features (a, b), and this one has no features; give'),
     ):
         prepared('val', columns, code=2)
@@ -157,11 +157,11 @@ def test_other_columns_in_another_split(classes, tmp_path, capfd):
     (lambda text: text.replace('2.5', 'old'), "line 8: could not convert string to float: 'old'"),
     (lambda text: text.replace('2.5', ''), "line 8: could not convert string to float: ''; write"),
     (lambda text: text.replace('2.5', 'nan'),
-     "holds nan as the feature 'age' of the image 'train/cat/2.png', which is no finite float32"),
-    (lambda text: text.replace('2.5', '1e39'), "holds inf as the feature 'age' of the image"),
-    (lambda text: text.replace('2.5', '2.5,1'), 'line 8: 3 numbers, and the header names 2'),
-    (lambda text: text.replace('2.5,', ''), 'line 8: 1 numbers, and the header names 2'),
-    (lambda text: text + text.splitlines()[3], 'is there twice; write an image'),
+     "holds nan as the feature 'age' of the image 'train/cat/2.png', which is not a finite float32"),
+    (lambda text: text.replace('2.5', '1e39'), "has inf as the feature 'age' of the image"),
+    (lambda text: text.replace('2.5', '2.5,1'), 'line 8: 3 numbers, but the header names 2'),
+    (lambda text: text.replace('2.5,', ''), 'line 8: 1 numbers, but the header names 2'),
+    (lambda text: text + text.splitlines()[3], 'appears twice; write a header'),
     (lambda text: 'image\n', 'line 1: its header names no feature after the first column'),
     (lambda text: '', 'its header names no feature'),
     (lambda text: 'image,age\n', "has no row for 'train/cat/0.png' (6 of 6 images"),
@@ -205,13 +205,13 @@ def test_npy(tmp_path, dtype, small_shards, monkeypatch):
 
 
 @pytest.mark.parametrize('made, says', [
-    (np.ones((4, 3)), 'has the shape [4, 3], and the split train 5 images; write one row for each'),
-    (np.ones(5), 'has the shape [5], and'),
-    (np.ones((5, 0)), 'has the shape [5, 0], and'),
-    (np.ones((5, 1), complex), 'holds no array of numbers; write float32 [5, F]'),
+    (np.ones((4, 3)), 'has the shape [4, 3], but the split train has 5 images; write one row for each'),
+    (np.ones(5), 'has the shape [5], but'),
+    (np.ones((5, 0)), 'has the shape [5, 0], but'),
+    (np.ones((5, 1), complex), 'is not an array of numbers; write float32 [5, F]'),
     (np.full((5, 1), None), 'is not a .npy file'),
-    (np.full((5, 2), [0, -np.inf]), "holds -inf as the feature '1' of the image 0, which is no"),
-    (np.full((5, 1), 1e39), "holds 1e+39 as the feature '0' of the image 0, which is no finite"),
+    (np.full((5, 2), [0, -np.inf]), "has -inf as the feature '1' of the image 0, which is no"),
+    (np.full((5, 1), 1e39), "has 1e+39 as the feature '0' of the image 0, which is not a finite"),
 ])
 def test_refused_npy(tmp_path, made, says, capfd):
     write_digits(tmp_path / 'digits')
@@ -226,9 +226,9 @@ def test_refused_files(classes, tmp_path, capfd):
     np.save(tmp_path / 'f.npy', np.ones((5, 3)))
     (tmp_path / 'words.npy').write_text('hello')
     for source, name, says in (
-        ('digits', 'f.npy', 'holds the features of one split, and this source has train and test;'),
-        ('digits', 'f.csv', 'features of parquet, CIFAR, batch or IDX files are in a .npy; give one'),
-        ('pets', 'f.npy', 'features of image files are in a .csv; give one'),
+        ('digits', 'f.npy', 'has the features of one split, but this source has train and test;'),
+        ('digits', 'f.csv', 'parquet, CIFAR, batch or IDX files need a .npy file; give one'),
+        ('pets', 'f.npy', 'image files need a .csv file; give one'),
         ('pets', 'f.csv', 'f.csv is not there; correct --features'),
     ):
         run(tmp_path / source, tmp_path / 'out', f'--features={tmp_path / name}', code=2)

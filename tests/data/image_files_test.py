@@ -158,12 +158,12 @@ def bomb():
 @pytest.mark.parametrize('data, says', [
     (lambda: save(Image.fromarray(ramp(90, 90)), 'JPEG')[:900], 'is damaged: image file is trunc'),
     (lambda: save(Image.fromarray(ramp(90, 90)), 'PNG')[:900], 'is damaged: '),
-    (lambda: b'hello', 'is no image, or of none of the formats JPEG, PNG'),
+    (lambda: b'hello', 'is not an image in any of the formats JPEG, PNG'),
     (lambda: b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', 'is not an image'),
     (lambda: b'', 'is empty'),
     (bomb, 'is a decompression bomb: '),
-    (lambda: save(Image.fromarray(np.ones((9, 9), np.float32)), 'TIFF'), 'has pixels of F'),
-    (lambda: save(Image.new('L', (1, 60000)), 'PNG'), 'is 1x60000, too long for its other side'),
+    (lambda: save(Image.fromarray(np.ones((9, 9), np.float32)), 'TIFF'), 'has 32-bit pixels (F)'),
+    (lambda: save(Image.new('L', (1, 60000)), 'PNG'), 'is 1x60000, which is too elongated'),
 ])
 def test_bad_files_have_a_reason(tmp_path, data, says):
     (tmp_path / 'bad.jpg').write_bytes(data())

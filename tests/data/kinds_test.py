@@ -71,7 +71,7 @@ def test_mismatch():
     assert kinds.mismatch(('photographs/torchvision',), 'photographs/torchvision') is None
     assert kinds.mismatch(('imagenet_resized', 'photographs'), 'photographs/adm') is None
     said = kinds.mismatch(('photographs/torchvision',), 'imagenet_resized')
-    assert 'is for photographs, resized and cropped as torchvision does, and this set' in said
-    assert "holds the ImageNet site's downsampled images" in said
+    assert 'is for photographs, resized and cropped as torchvision does, but this dataset' in said
+    assert "has the ImageNet site's downsampled images" in said
     assert 'as edm does' in kinds.mismatch(('photographs/torchvision',), 'photographs/edm')
     assert 'images of an unknown kind' in kinds.mismatch(('cifar10',), None)

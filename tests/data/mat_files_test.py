@@ -37,9 +37,9 @@ def matrix(kind, dims, *parts):
     (matrix(1, [2**30, 2**30]), 'it is truncated'),  # cells that are not there
     (matrix(2, [2**30, 4], struct.pack('<II', 0x40005, 4) + struct.pack('<II', 1, 0)), 'it is damaged'),
     (matrix(9, [-1, 2]), 'it is damaged'),
-    (matrix(9, [2, 2], struct.pack('<II', 2, 8) + bytes(8)), 'it holds 8 numbers in place of 4'),
+    (matrix(9, [2, 2], struct.pack('<II', 2, 8) + bytes(8)), 'it has 8 numbers instead of 4'),
     (matrix(9, [2, 2], struct.pack('<II', 2, 2**31) + bytes(8)), 'it is truncated'),
-    (matrix(3, [1, 1]), 'a variable of the class 3, which is not read'),
+    (matrix(3, [1, 1]), 'a variable of the class 3, which is not supported'),
     (struct.pack('<II', 15, 4) + b'junk', 'it is damaged: Error -3'),
 ])
 def test_hostile_files(variable, says):

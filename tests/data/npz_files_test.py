@@ -74,11 +74,11 @@ def test_one_zip_and_unpacked_files(tmp_path):
 @pytest.mark.parametrize('data, says', [
     (lambda: npz(0)[:300], 'is damaged or not a file of the ImageNet site'),
     (lambda: b'hello', 'is truncated or damaged'),
-    (lambda: npz(0, labels=np.array([1, 2])), 'it holds 3 images and 2 labels'),
-    (lambda: npz(0, labels=np.array([1, 2, 1001])), 'holds the label 1001'),
-    (lambda: npz(0, labels=np.array([0.5, 1, 2])), 'it holds labels of float64 [3]'),
-    (lambda: npz(0, data=np.zeros((3, 190), np.uint8)), 'rows of 190 numbers, which is no square'),
-    (lambda: npz(0, data=np.zeros((3, 192))), 'it holds data of float64 [3, 192]'),
+    (lambda: npz(0, labels=np.array([1, 2])), 'it has 3 images but 2 labels'),
+    (lambda: npz(0, labels=np.array([1, 2, 1001])), 'has the label 1001'),
+    (lambda: npz(0, labels=np.array([0.5, 1, 2])), 'its labels are float64 [3]'),
+    (lambda: npz(0, data=np.zeros((3, 190), np.uint8)), 'rows of 190 numbers, which is not a square'),
+    (lambda: npz(0, data=np.zeros((3, 192))), 'its data is float64 [3, 192]'),
     (lambda: npz(0, data=np.asfortranarray(np.ones((3, 192), np.uint8))), 'in Fortran order'),
     (lambda: npz(0, data=np.array([None] * 3)), 'it contains Python objects, which are not loaded'),
     (lambda: npz(0).replace(b'(3, 192), }', b'(3e9,19), }'), 'is damaged or not a file of'),
@@ -103,4 +103,4 @@ def test_zips_of_pickles_are_to_be_unpacked(tmp_path, capfd):
     with zipfile.ZipFile(tmp_path / 'Imagenet64_val.zip', 'w') as archive:
         archive.writestr('val_data', b'x')
     run(tmp_path / 'Imagenet64_val.zip', tmp_path / 'out', code=2)
-    assert 'holds the pickle val_data; unpack it' in last_error(capfd)
+    assert 'contains the pickle val_data; unpack the zip' in last_error(capfd)

@@ -89,7 +89,7 @@ def test_images_that_are_none_are_named(tmp_path):
     pq.write_table(pa.table({'image': rows}), tmp_path / 'train.parquet')
     run(tmp_path / 'train.parquet', tmp_path / 'out')
     skipped = dict(manifest(tmp_path / 'out')['splits']['train']['skipped']['list'])
-    none = 'is no image of 1 channel(s) from 0 to 255'
+    none = 'is not an image of 1 channel(s) from 0 to 255'
     assert skipped == {
         **{f'train.parquet[{k}]': none for k in (3, 4, 5)}, 'train.parquet[6]': 'is 5x4, not 5x6',
     }
@@ -123,9 +123,9 @@ def damage_page(path):
     (lambda path: pq.write_table(pa.table({'image': [[[0.5]]]}), path), 'neither bytes nor lists of'),
     (lambda path: pq.write_table(pa.table({'image': [b'x'], 'label': [0.5]}), path), 'prepare one dataset'),
     (lambda path: pq.write_table(table([0], [0]).set_column(1, 'label', [['cat']]), path), 'others with names'),
-    (lambda path: pq.write_table(table([0], [3]), path), 'holds the label 3, and its schema names 3'),
+    (lambda path: pq.write_table(table([0], [3]), path), 'has the label 3, but its schema names 3'),
     (lambda path: pq.write_table(table([0], [-2]), path), 'has labels above a million'),
-    (lambda path: pq.write_table(table([0], [-1]), path), 'has no label in its row 0'),
+    (lambda path: pq.write_table(table([0], [-1]), path), 'has no label in row 0'),
     (lambda path: pq.write_table(table([0], [0], names=['a']), path), 'prepare one dataset'),
 ])
 def test_refuses(hub, tmp_path, damage, says, capfd):
@@ -143,7 +143,7 @@ def test_rows_beside_image_files_are_no_set(classes, tmp_path):
 def test_names_without_a_split(hub, tmp_path, capfd):
     path = (hub / 'data' / 'test-00000-of-00001.parquet').rename(hub / 'data' / 'part.parquet')
     run(path, tmp_path / 'out', code=2)
-    assert 'says no split, as train-00000-of-00001.parquet does; say which' in last_error(capfd)
+    assert 'has no split, unlike train-00000-of-00001.parquet; name the' in last_error(capfd)
     run(hub, tmp_path / 'out', '--test_fraction=0.1', '--split=train', code=2)
     assert 'rename it, or prepare it alone' in last_error(capfd)
     path.unlink()
@@ -164,7 +164,7 @@ def test_a_bomb_is_read_one_row_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet_files, 'BOMB_BYTES', 2**20)
     table = pa.table({'image': [bytes(2**22)]})
     pq.write_table(table, tmp_path / 'val.parquet', compression='zstd', use_dictionary=False)
-    with pytest.raises(ValueError, match='a decompression bomb: .* bytes that make 41943'):
+    with pytest.raises(ValueError, match='a decompression bomb: .* bytes unpack to 41943'):
         list(parquet_files.images(parquet_files.open_part(tmp_path / 'val.parquet'), 0, 1))
     zeros = pa.array([[[0] * 1000] * 1000] * 4, pa.list_(pa.list_(pa.uint8())))
     pq.write_table(pa.table({'image': zeros}), tmp_path / 'dev.parquet')

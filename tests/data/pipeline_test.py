@@ -223,7 +223,7 @@ def test_steps_per_epoch(source):
     assert pipeline.steps_per_epoch(source, 8) == 4
     assert pipeline.steps_per_epoch(source, COUNT) == 1
     for batch_size in (0, COUNT + 1):
-        with pytest.raises(ValueError, match=f'^batch_size is {batch_size} .*from 1 to 37'):
+        with pytest.raises(ValueError, match=f'^batch_size is {batch_size}, .*from 1 to 37'):
             pipeline.steps_per_epoch(source, batch_size)
 
 
@@ -247,9 +247,9 @@ def test_workers_need_shared_memory(source, monkeypatch, tmp_path):
     with pytest.raises(ValueError) as error:
         pipeline.check_workers(source, 110_000, 3)
     assert str(error.value) == (
-        f'workers 3 hand over batches through {tmp_path}, which has 64 MiB free and needs 65; make '
-        'it larger (docker run --shm-size=2g; in Kubernetes an emptyDir with medium: Memory mounted '
-        'there), or set it to 0, which reads with threads.'
+        f'workers 3 need 65 MiB in {tmp_path} to pass batches, which has 64 MiB free; enlarge it '
+        '(docker run --shm-size=2g; in Kubernetes an emptyDir with medium: Memory mounted there), or '
+        'set workers to 0, which reads with threads.'
     )
     monkeypatch.setattr(pipeline, 'SHARED_MEMORY', str(tmp_path / 'none'))
     with pytest.raises(ValueError, match='which has 0 MiB free'):

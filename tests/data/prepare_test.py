@@ -259,7 +259,7 @@ def test_sets_of_versions_without_other_crops_are_already_prepared(classes, tmp_
     run(classes, out, '--size=12')
     assert 'already prepared' in capfd.readouterr().err and content(out) == before
     run(classes, out, '--size=12', '--crop=edm', code=2)
-    assert "with image {'size': 12, 'channels': 3, 'encoding': 'png'}, and" in last_error(capfd)
+    assert "with image {'size': 12, 'channels': 3, 'encoding': 'png'}, but" in last_error(capfd)
     save(classes / 'test' / 'cat' / '1.png', picture(1))
     run(classes / 'test', out, '--size=12')
     assert 'crop' not in manifest(out)['image'] and len(manifest(out)['splits']) == 3
@@ -282,7 +282,7 @@ def test_crops(classes, tmp_path, capfd):
     run(classes, tmp_path / 'edm', '--size=12', '--crop=adm', code=2)
     assert 'choose another --out' in last_error(capfd)
     run(classes, tmp_path / 'new', '--size=8x4', '--crop=edm', code=2)
-    assert '--size is 8x4, but --crop=edm makes squares' in last_error(capfd)
+    assert '--size is 8x4, but --crop=edm needs a square' in last_error(capfd)
 
 
 def make_hostile(folder):
@@ -347,7 +347,7 @@ def test_strict(classes, tmp_path, capfd):
     (classes / 'train' / 'cat' / 'words.jpg').unlink()
     (classes / 'train' / 'fish').mkdir()
     run(classes, tmp_path / 'other', '--size=8', '--strict', code=2)
-    assert 'fish is a class without a file' in last_error(capfd)
+    assert 'fish is a class without files' in last_error(capfd)
 
 
 def test_strict_after_skipping(classes, tmp_path, capfd):
@@ -375,36 +375,36 @@ def test_a_second_split_extends(classes, tmp_path, capfd):
     run(classes / 'test', tmp_path / 'out', '--size=16', code=2)
     assert "with image {'size': 8" in last_error(capfd)
     run(classes / 'test', tmp_path / 'out', '--size=8', '--name=zoo', code=2)
-    assert "with dataset 'pets', and this one has 'zoo'" in last_error(capfd)
+    assert "with dataset 'pets', but this command has 'zoo'" in last_error(capfd)
     save(classes / 'train' / 'cat' / 'new.png', picture(1))
     run(classes / 'train', tmp_path / 'out', '--size=8', code=2)
-    assert "already holds the split 'train', of other images" in last_error(capfd)
+    assert "already has the split 'train' with other images" in last_error(capfd)
     assert content(tmp_path / 'out') == before
 
 
 @pytest.mark.parametrize('make, more, says', [
-    (lambda path: None, [], 'is not there'),
+    (lambda path: None, [], 'does not exist'),
     (lambda path: path.mkdir(), [], 'has no files; pass one of these'),
     (lambda path: save(path / 'a' / '1.png', picture(0)), [], 'such as --split=train'),
     (lambda path: save(path / 'train' / 'a' / '1.png', picture(0)), ['--split=test'],
-     "holds the split(s) train and not 'test'"),
+     "has the split(s) train, but not 'test'"),
     (lambda path: path.write_bytes(b'\x1f\x8b12345678'), [], 'is compressed (gzip)'),
-    (lambda path: path.write_bytes(b'hello' * 300), ['--split=train'], 'is no tar, truncated'),
+    (lambda path: path.write_bytes(b'hello' * 300), ['--split=train'], 'is damaged or not a tar'),
     (lambda path: (save(path / 'train' / 'a' / '1.png', picture(0)),
                    save(path / 'val' / '1.png', picture(0))), [],
      'the split validation of {path} has no class folders'),
     (lambda path: (save(path / 'train' / 'a' / '1.png', picture(0)),
                    save(path / 'training' / 'a' / '1.png', picture(0))), [],
-     'holds train and training, two names of one split'),
+     'has train and training, two names for one split'),
     (lambda path: save(path / 'train_8x8' / '1.png', picture(0)), ['--size=4'], '--size is 4, but'),
     (lambda path: (write_batches(path), (path / 'train_data_batch_4').unlink()), [],
      'lacks train_data_batch_4'),
     (lambda path: (write_batches(path), os.truncate(path / 'train_data_batch_4', 300)), [],
-     'train_data_batch_4 is truncated'),
-    (lambda path: write_batches(path), ['--size=4'], 'fetch the files of size 4'),
+     'train_data_batch_4 is damaged'),
+    (lambda path: write_batches(path), ['--size=4'], 'download the files of size 4'),
     (lambda path: write_batches(path), ['--size=8x4'], '--size is 8x4, but'),
     (lambda path: save(path / 'train_8x8' / '1.png', picture(0)), ['--size=4x8'],
-     'holds images of size 8, resized before'),
+     'has images already resized to 8'),
     (lambda path: (path.mkdir(), (path / 'a.jpg').write_text('x')), ['--split=train'],
      'the split train has no usable image'),
 ])
@@ -420,7 +420,7 @@ def test_truncated_tar(classes, tmp_path, capfd):
     path = pack(classes, tmp_path / 'pets.tar')
     os.truncate(path, path.stat().st_size // 2)
     run(path, tmp_path / 'out', code=2)
-    assert 'pets.tar is no tar, truncated or damaged' in last_error(capfd)
+    assert 'pets.tar is damaged or not a tar' in last_error(capfd)
 
 
 def test_does_not_write_among_other_files(classes, tmp_path, capfd):
@@ -497,8 +497,8 @@ def test_rotation_and_transparency_are_counted(tmp_path, capfd):
         Image.new('RGBA', (9, 9), (200, 0, 0, 0)).save(source / f'{k}.png', exif=exif if k else None)
     run(source, tmp_path / 'out', '--size=8')
     said = capfd.readouterr().err
-    assert 'train: 2 of 3 images: each has an EXIF rotation, which was not applied' in said
-    assert 'train: 3 of 3 images: each is transparent in places' in said
+    assert 'train: 2 of 3 images: each has an EXIF rotation that was not applied' in said
+    assert 'train: 3 of 3 images: each has transparent pixels' in said
     assert said.count('EXIF') == 1  # not a line for each
     run(source, tmp_path / 'white', '--size=8', '--rotate', '--background=white')
     assert 'EXIF' not in (said := capfd.readouterr().err) and 'transparent' not in said
@@ -509,9 +509,9 @@ def test_rotation_and_transparency_are_counted(tmp_path, capfd):
 
 def test_colours_and_flags_without_a_meaning(tmp_path, capfd):
     assert prepare.main(['prepare', str(tmp_path), '--out=x', '--background=whitish']) == 2
-    assert "'whitish' is no colour; give white" in capfd.readouterr().err
+    assert "'whitish' is not a colour; use white" in capfd.readouterr().err
     pixels = np.zeros((4, 8, 8), np.uint8)
     for name, array in (('images-idx3', pixels), ('labels-idx1', np.zeros(4, np.uint8))):
         write_idx(tmp_path / f'train-{name}-ubyte', array)
     assert prepare.main(['prepare', str(tmp_path), f'--out={tmp_path}/../o', '--rotate']) == 2
-    assert '--rotate is for image files, and' in last_error(capfd)
+    assert '--rotate is for image files, but' in last_error(capfd)

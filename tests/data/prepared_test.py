@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures('in_threads')
 
 @pytest.mark.parametrize('damage, says', [
     (Path.unlink, 'is missing'),
-    (lambda path: os.truncate(path, 700), 'has 700 bytes in place of'),
+    (lambda path: os.truncate(path, 700), 'has 700 bytes instead of'),
     (lambda path: path.write_bytes(path.read_bytes()[:-1] + b'x'), 'does not match the checksum'),
 ])
 def test_damage_is_seen_and_mended(classes, tmp_path, small_shards, damage, says):
@@ -62,7 +62,7 @@ def test_manifest_is_damaged_or_of_another_version(classes, tmp_path, capfd):
     with pytest.raises(ValueError, match='manifest.json is damaged .* prepare the dataset again'):
         sources.load('prepared', 'train', path=str(out))
     path.write_text(text.replace('"format": 1', '"format": 2'))
-    with pytest.raises(ValueError, match='has the format 2, and this version reads 1'):
+    with pytest.raises(ValueError, match='has the format 2, but this version reads 1'):
         sources.load('prepared', 'train', path=str(out))
 
 
@@ -83,7 +83,7 @@ def test_about_and_pickle(classes, tmp_path):
     assert sources.classes('prepared', path=str(out)) == (
         ['cat', 'dog'], 'photographs/torchvision'
     )
-    with pytest.raises(FileNotFoundError, match='has no manifest.json; prepare a set with'):
+    with pytest.raises(FileNotFoundError, match='has no manifest.json; prepare a dataset with'):
         sources.load('prepared', 'train', path=str(tmp_path))
     with pytest.raises(ValueError, match="has no split 'test'; choose one of train, validation"):
         sources.load('prepared', 'test', path=str(out))
@@ -96,7 +96,7 @@ def test_other_classes_than_the_model_knows(classes, tmp_path):
     source = sources.load('prepared', 'train', path=str(tmp_path / 'out'))
     sizes = dict(image_size=8, channels=3, what='the training set')
     sources.check(source, num_classes=2, **sizes)
-    with pytest.raises(ValueError, match='holds the label 1, but model.num_classes = 1 takes 0'):
+    with pytest.raises(ValueError, match='has the label 1, but model.num_classes = 1 allows 0'):
         sources.check(source, num_classes=1, **sizes)
     with pytest.raises(ValueError, match='num_classes = 10, but the training set has 2 classes.* '
                        'set model.num_classes to 2'):

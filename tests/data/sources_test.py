@@ -96,7 +96,7 @@ def test_make_embedded_makes_the_same_images(tmp_path):
 
 def test_make_embedded_wants_the_complete_set(tmp_path):
     write_folder(tmp_path)
-    with pytest.raises(ValueError, match='holds 5 train images, 10000 are wanted'):
+    with pytest.raises(ValueError, match='has 5 train images, but 10000 are needed'):
         make_embedded.make(tmp_path, tmp_path)
 
 
@@ -123,8 +123,8 @@ def test_idx_folder_counts(tmp_path):
     with pytest.raises(ValueError) as error:
         sources.idx_folder(tmp_path, 'train')
     message = str(error.value)
-    assert 'train-images-idx3-ubyte holds 5 images' in message
-    assert 'train-labels-idx1-ubyte labels of shape (4,)' in message
+    assert 'train-images-idx3-ubyte has 5 images' in message
+    assert 'train-labels-idx1-ubyte has labels of shape (4,)' in message
 
 
 def test_idx_folder_refuses_labels_in_place_of_images(tmp_path):
@@ -138,7 +138,7 @@ def test_missing_idx_files_are_named_with_the_folder(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         sources.load('idx', 'test', path=str(tmp_path))
     message = str(error.value)
-    assert message.startswith('t10k-images-idx3-ubyte or t10k-images-idx3-ubyte.gz is wanted')
+    assert 'has neither t10k-images-idx3-ubyte nor t10k-images-idx3-ubyte.gz;' in message
     assert str(tmp_path) in message and 'data.path' in message and '\n' not in message
 
 
@@ -146,7 +146,7 @@ def test_missing_idx_files_are_named_with_the_folder(tmp_path):
     (('embeded', 'train'), "data.source is 'embeded', .* the closest is 'embedded'"),
     (('tdfs', 'train'), "the closest is 'tfds'"),
     (('prepare', 'train'), "the closest is 'prepared'"),
-    (('embedded', 'validation'), "the split is 'validation', .* choose one of train, test"),
+    (('embedded', 'validation'), "IDX files have no split 'validation'.* choose one of train, test"),
     (('idx', 'train'), 'data.path is empty'),
     (('tfds', 'train'), 'data.name is empty'),
 ])
@@ -158,7 +158,7 @@ def test_load_refuses(arguments, says):
 @pytest.mark.parametrize('field, says', [
     ({'image_size': 32}, r'uint8 \[28, 28, 1\], but model.image_size = 32 .*uint8 \[32, 32, 1\]'),
     ({'channels': 3}, r'model.image_channels = 3 need uint8 \[28, 28, 3\]'),
-    ({'num_classes': 9}, 'holds the label 9, but model.num_classes = 9 takes 0 to 8'),
+    ({'num_classes': 9}, 'has the label 9, but model.num_classes = 9 allows 0 to 8'),
     ({'image_size': (28, 32)}, r'model.image_size = \(28, 32\) and .*uint8 \[28, 32, 1\]'),
 ])
 def test_check_refuses(field, says):
@@ -181,7 +181,7 @@ def test_check_ignores_labels_without_classes_and_sees_them_all_with_classes():
     image = np.zeros((3, 28, 28, 1), np.uint8)
     source = sources.InMemory(image, np.array([0, 1, -1], np.int32))
     fits(source, num_classes=0)
-    with pytest.raises(ValueError, match='holds the label -1'):
+    with pytest.raises(ValueError, match='has the label -1'):
         fits(source, num_classes=2)
     with pytest.raises(ValueError, match=r'images of float32 \[28, 28, 1\]'):
         fits(sources.InMemory(image.astype(np.float32), source.label_N), num_classes=0)
@@ -209,10 +209,10 @@ def test_check_of_features():
     sources.check(source, num_features=3, **sizes)
     sources.check(source, num_features=0, **sizes)
     sources.check(plain, num_features=0, **sizes)
-    with pytest.raises(ValueError, match=r'set holds features of float32 \[3\], but model.num_feat'
+    with pytest.raises(ValueError, match=r'set has features of float32 \[3\], but model.num_feat'
                        r'ures = 4 needs float32 \[4\]; set model.num_features to the number'):
         sources.check(source, num_features=4, **sizes)
-    with pytest.raises(ValueError, match='set holds no features, but model.num_features = 4; prep'):
+    with pytest.raises(ValueError, match='set has no features, but model.num_features = 4; prep'):
         sources.check(plain, num_features=4, **sizes)
 
 

@@ -58,13 +58,13 @@ def test_kinds_of_labels(tmp_path, label, classes, labels):
 
 
 @pytest.mark.parametrize('content, says', [
-    ({'a.png': b'x', 'a.cls': 3, 'b.png': b'x'}, 'holds 00000/b.png and no .cls or .json of that name'),
-    ({'a.png': b'x', 'a.cls': -3}, 'holds a damaged 00000/a.cls (the label is'),
-    ({'a.png': b'x', 'a.cls': ''}, 'holds a damaged 00000/a.cls (the label is'),
-    ({'a.png': b'x', 'a.cls': b'\xff'}, 'holds a damaged 00000/a.cls ('),
-    ({'a.png': b'x', 'a.json': '{"label": [1]}'}, 'holds a damaged 00000/a.json (the label is'),
-    ({'a.png': b'x', 'a.json': '{"label": 1}', 'b.png': b'x', 'b.json': '{}'}, 'holds 00000/b.png without a class'),
-    ({'a.png': b'x', 'a.json': '[' * 10**5}, 'holds a damaged 00000/a.json ('),
+    ({'a.png': b'x', 'a.cls': 3, 'b.png': b'x'}, 'has 00000/b.png without a .cls or .json'),
+    ({'a.png': b'x', 'a.cls': -3}, 'has a damaged 00000/a.cls (the label is'),
+    ({'a.png': b'x', 'a.cls': ''}, 'has a damaged 00000/a.cls (the label is'),
+    ({'a.png': b'x', 'a.cls': b'\xff'}, 'has a damaged 00000/a.cls ('),
+    ({'a.png': b'x', 'a.json': '{"label": [1]}'}, 'has a damaged 00000/a.json (the label is'),
+    ({'a.png': b'x', 'a.json': '{"label": 1}', 'b.png': b'x', 'b.json': '{}'}, 'has 00000/b.png without a class'),
+    ({'a.png': b'x', 'a.json': '[' * 10**5}, 'has a damaged 00000/a.json ('),
     ({'a.png': b'x', 'a.cls': 1, 'b.png': b'x', 'b.cls': 'cat'}, 'both names and numbers as labels'),
 ])
 def test_labels_that_are_refused(tmp_path, content, says, capfd):
