@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tarflow_jax.loading import load, load_config
     from tarflow_jax.sampling.calibration import calibrate
     from tarflow_jax.sampling.generate import sample_images
+    from tarflow_jax.sampling.reweighting import Annealed, anneal, effective_sample_size
     from tarflow_jax.sampling.sample import SampleInfo, sample, sample_trajectory
     from tarflow_jax.sampling.schedule import Schedule
     from tarflow_jax.training.fit import Fitted, fit
@@ -22,6 +23,7 @@ __version__ = '0.1.0'
 
 # Where each public name lives; a module is imported when a name of it is first used (PEP 562).
 _HOMES = {
+    'Annealed': 'sampling.reweighting',
     'Condition': 'flow.condition',
     'Fitted': 'training.fit',
     'Guidance': 'flow.guidance',
@@ -30,9 +32,11 @@ _HOMES = {
     'SequenceFlow': 'flow.flow',
     'Standardize': 'flow.standardize',
     'TarFlow': 'flow.flow',
+    'anneal': 'sampling.reweighting',
     'bits_per_dim': 'flow.likelihood',
     'calibrate': 'sampling.calibration',
     'denoise': 'flow.denoising',
+    'effective_sample_size': 'sampling.reweighting',
     'fit': 'training.fit',
     'iterative_denoise': 'flow.denoising',
     'latent_log_prob': 'flow.likelihood',
@@ -46,6 +50,7 @@ _HOMES = {
     'save_official': 'convert',
 }
 __all__ = [
+    'Annealed',
     'Condition',
     'Fitted',
     'Guidance',
@@ -54,9 +59,11 @@ __all__ = [
     'SequenceFlow',
     'Standardize',
     'TarFlow',
+    'anneal',
     'bits_per_dim',
     'calibrate',
     'denoise',
+    'effective_sample_size',
     'fit',
     'iterative_denoise',
     'latent_log_prob',
