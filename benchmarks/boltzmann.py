@@ -85,7 +85,7 @@ SYSTEMS = {
     'dw4': System(
         double_well, 4, 2, spread=2.0, leapfrogs=10, thin=50, energies=(-26.5, -10.0),
         flow=dict(width=32, head_dim=16, layers_per_block=(1,) * 8),
-        fit=dict(steps=5000, batch_size=256, learning_rate=2e-3),
+        fit=dict(steps=4000, batch_size=256, learning_rate=2e-3),
     ),
     'lj13': System(
         lennard_jones, 13, 3, spread=0.7, leapfrogs=20, thin=20, energies=(-25.0, 30.0),

@@ -10,7 +10,7 @@ PAGE = ROOT / 'docs' / 'boltzmann_generators.md'
 # In place of the page's numbers; tests/docs_test.py has the same.
 SMALL = {
     'width=32, head_dim=16, layers_per_block=(1,) * 8': 'width=8, head_dim=4, layers_per_block=(1,)',
-    'steps=5000': 'steps=3', '[-2000]': '[-40]', '(5000,': '(64,', 'y[:1000]': 'y[:32]',
+    'steps=4000': 'steps=3', '[-2000]': '[-40]', '(5000,': '(64,', 'y[:1000]': 'y[:32]',
     'steps=50,': 'steps=2,',
 }
 
