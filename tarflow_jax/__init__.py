@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tarflow_jax.sampling.completion import complete
     from tarflow_jax.sampling.generate import sample_images
     from tarflow_jax.sampling.interpolation import interpolate
+    from tarflow_jax.sampling.reweighting import Annealed, anneal, effective_sample_size
     from tarflow_jax.sampling.sample import SampleInfo, sample, sample_trajectory
     from tarflow_jax.sampling.schedule import Schedule
     from tarflow_jax.training.fit import Fitted, fit
@@ -26,6 +27,7 @@ __version__ = '0.1.0'
 # The module of each public name; a module is imported at the first use of one of its names
 # (PEP 562).
 _HOMES = {
+    'Annealed': 'sampling.reweighting',
     'Condition': 'flow.condition',
     'Fitted': 'training.fit',
     'Guidance': 'flow.guidance',
@@ -36,10 +38,12 @@ _HOMES = {
     'Standardize': 'flow.standardize',
     'TarFlow': 'flow.flow',
     'animate': 'animation',
+    'anneal': 'sampling.reweighting',
     'bits_per_dim': 'flow.likelihood',
     'calibrate': 'sampling.calibration',
     'complete': 'sampling.completion',
     'denoise': 'flow.denoising',
+    'effective_sample_size': 'sampling.reweighting',
     'fit': 'training.fit',
     'interpolate': 'sampling.interpolation',
     'iterative_denoise': 'flow.denoising',
@@ -54,6 +58,7 @@ _HOMES = {
     'save_official': 'convert',
 }
 __all__ = [
+    'Annealed',
     'Condition',
     'Fitted',
     'Guidance',
@@ -64,10 +69,12 @@ __all__ = [
     'Standardize',
     'TarFlow',
     'animate',
+    'anneal',
     'bits_per_dim',
     'calibrate',
     'complete',
     'denoise',
+    'effective_sample_size',
     'fit',
     'interpolate',
     'iterative_denoise',

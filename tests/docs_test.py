@@ -90,6 +90,14 @@ PYTHON = {
     'docs/extending.md': ({'range(1500)': 'range(1)'}, lambda folder: {}),
     'docs/simulation_based_inference.md': (simulation_based_inference_test.SMALL, lambda folder: {}),
     'docs/time_series.md': (time_series_test.SMALL, lambda folder: {}),
+    'docs/boltzmann_generators.md': (
+        {'width=32, head_dim=16, layers_per_block=(1,) * 8': 'width=8, head_dim=4, layers_per_block=(1,)',
+         'steps=4000': 'steps=3', '[-2000]': '[-40]', '(5000,': '(64,', 'y[:1000]': 'y[:32]',
+         'steps=50,': 'steps=2,'},
+        lambda folder: np.save(
+            folder / 'dw4.npy', 2 * np.random.default_rng(0).standard_normal((320, 4, 2), np.float32)
+        ) or {},
+    ),
 }
 
 
