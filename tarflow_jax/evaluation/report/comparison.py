@@ -37,10 +37,9 @@ class Run:
 def compare(runs: list[Run], date: str) -> str:
     """Returns the page of two runs or more."""
     names = [run.name for run in runs]
-    summary = paragraph(
-        f'{len(runs)} runs side by side: {", ".join(names)}. Written {date}.', 'summary'
-    )
-    return page.whole(f'Comparison of {", ".join(names)}', summary, [
+    summary = paragraph(f'{len(runs)} runs side by side. Written {date}.', 'summary')
+    title = f'Comparison of {", ".join(names[:-1])} and {names[-1]}'
+    return page.whole(title, summary, [
         ('samples', 'Samples', _samples(runs)),
         ('scores', 'Scores', _scores(runs)),
         ('training', 'Training', _training(runs)),

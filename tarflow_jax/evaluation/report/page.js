@@ -24,7 +24,8 @@ addEventListener('DOMContentLoaded', () => {
     };
     const traces = data.traces.map((trace) => trace.type === 'heatmap'
       ? { ...trace, colorscale: [[0, colour('--paper')], [1, colour('--accent')]] }
-      : { ...trace, x: timed ? trace.meta.hours : trace.x, hovertemplate: trace.text ? '%{y:.4g}, %{text}' : '%{y:.5g}' });
+      : { ...trace, opacity: trace.opacity && dark.matches ? 0.75 : trace.opacity,
+        x: timed ? trace.meta.hours : trace.x, hovertemplate: trace.text ? '%{y:.4g}, %{text}' : '%{y:.5g}' });
     const heat = data.traces.some((trace) => trace.type === 'heatmap');
     Plotly.react(plot, traces, {
       width: box.clientWidth, height: narrow ? 330 : 360, margin: { l: 48, r: 14, t: 8, b: 44 },

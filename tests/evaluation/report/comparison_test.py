@@ -36,7 +36,7 @@ def test_two_runs_on_one_page(tmp_path):
     after = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
     assert after.keys() - before.keys() == {page} and before.items() <= after.items()
     read = checked(page.read_text())
-    assert 'a, <b>' in read.text and '4.568 (20 test images, step 12)' in read.text
+    assert 'Comparison of a and <b>' in read.text and '4.568 (20 test images, step 12)' in read.text
     assert '3.250 (20 test images, step 12)' in read.text and 'not scored' in read.text
     # Three rows of samples of a, two of b.
     alts = [tag['alt'] for name, tag in read.tags if name == 'img']
