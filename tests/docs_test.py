@@ -40,7 +40,7 @@ def test_pages_are_found():
     assert {
         'README.md', 'launch/README.md', 'docs/mathematics.md', 'docs/your_images.md',
         'docs/cloud_tpu.md', 'docs/sampling.md', 'docs/from_the_official_code.md',
-        'docs/extending.md', 'docs/itarflow.md',
+        'docs/extending.md', 'docs/itarflow.md', 'docs/uses.md',
     } <= set(PAGES)
 
 
@@ -81,6 +81,12 @@ PYTHON = {
     ),
     'docs/mathematics.md': ({}, lambda folder: {}),
     'docs/extending.md': ({'range(1500)': 'range(1)'}, lambda folder: {}),
+    'docs/uses.md': (
+        {'num_samples=4': 'num_samples=1, steps=2', 'range(48)': 'range(4)', 'range(48, 60)': 'range(4, 6)',
+         '(60, 1,': '(6, 1,', '(3, 60, 1)': '(3, 6, 1)', 'np.arange(60) < 48': 'np.arange(6) < 4',
+         '(2,) * 4': '(1,) * 4'},
+        _readme,
+    ),
 }
 
 
