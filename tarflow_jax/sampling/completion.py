@@ -74,6 +74,9 @@ def complete(
         past, future = range(P), range(P, P + F)
         orders = [(*past, *future), (*reversed(past), *reversed(future))] * 2
 
+    Blocks that all read in one order are together no more than one block, which makes each token
+    Gaussian given those before it; so let the orders differ.
+
     In all other cases, such as a hole in an image, each completion is the end of a Markov chain of
     its own (`sampling.chain`). It starts from the most similar of a few samples of the flow, and
     the first half of its steps adapts its step size. Its distribution approaches
