@@ -42,7 +42,7 @@ def test_pages_are_found():
     assert {
         'README.md', 'launch/README.md', 'docs/mathematics.md', 'docs/your_images.md',
         'docs/cloud_tpu.md', 'docs/sampling.md', 'docs/from_the_official_code.md',
-        'docs/extending.md', 'docs/itarflow.md',
+        'docs/extending.md', 'docs/itarflow.md', 'docs/uses.md',
     } <= set(PAGES)
 
 
@@ -97,6 +97,12 @@ PYTHON = {
         lambda folder: np.save(
             folder / 'dw4.npy', 2 * np.random.default_rng(0).standard_normal((320, 4, 2), np.float32)
         ) or {},
+    ),
+    'docs/uses.md': (
+        {'num_samples=4': 'num_samples=1, steps=2', 'range(48)': 'range(4)', 'range(48, 60)': 'range(4, 6)',
+         '(60, 1,': '(6, 1,', '(3, 60, 1)': '(3, 6, 1)', 'np.arange(60) < 48': 'np.arange(6) < 4',
+         '(2,) * 4': '(1,) * 4'},
+        _images_and_a_run,
     ),
 }
 

@@ -74,6 +74,9 @@ def complete(
         past, future = range(P), range(P, P + F)
         orders = [(*past, *future), (*reversed(past), *reversed(future))] * 2
 
+    Blocks that all read in one order are together no more than one block, which makes each token
+    Gaussian given those before it; so let the orders differ.
+
     In all other cases, such as a hole in an image, each completion is the end of a Markov chain of
     its own (`sampling.chain`). It starts from the most similar of a few samples of the flow, and
     the first half of its steps adapts its step size. Its distribution approaches
@@ -118,7 +121,7 @@ def complete(
     shape = (*(() if num_samples is None else (num_samples,)), len(mask))
     rows = np.tile(np.arange(len(mask)), num_samples or 1)
     mask, condition = mask[rows], conditions.rows(condition, rows)
-    tokens = np.asarray(model.to_tokens(mask))
+    tokens = np.asarray(model.to_tokens(jnp.asarray(mask)))
     exact = is_exact(model, tokens)
     if return_log_prob and not exact:
         raise ValueError(
@@ -140,7 +143,7 @@ def complete(
             partial(_run, model), x, variables, jax.random.fold_in(draw_key, CANDIDATES), mask,
             condition, guided, steps, leapfrog,
         )
-        found, log_prob = chains.x, None
+        found, log_prob = chains.x, chains.log_prob  # the joint one; not returned
         since = steps - steps // 2
         info = CompletionInfo(
             False, np.asarray(chains.accepted / since).reshape(shape),
@@ -178,8 +181,8 @@ def is_exact(model: Flow, known_BxTxD: np.ndarray) -> bool:
     One token may be known in part if it comes next in every block: its numbers are independent of
     each other, given the tokens before it.
     """
-    whole, some = known_BxTxD.all(2), known_BxTxD.any(2)
-    raster = np.arange(whole.shape[1])
+    whole, some = np.all(known_BxTxD, axis=2), np.any(known_BxTxD, axis=2)
+    raster = jnp.arange(whole.shape[1])
     for order in model.block_orders():
         own = np.asarray(reorder(raster, order, axis=0))
         before = np.cumprod(whole[:, own], axis=1).astype(bool)[:, :-1]

@@ -1,4 +1,4 @@
-"""From noise to finished samples: what pictures, bulk sampling, the report and benchmarks call."""
+"""From noise to finished samples: drawing, then denoising."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -19,15 +19,16 @@ from tarflow_jax.sampling.schedule import Schedule
 
 @dataclasses.dataclass(frozen=True)
 class Denoising:
-    """How the noise of training is removed from samples.
+    """How to remove the noise of training from samples.
 
     Args:
-      noise_std: of a flow trained at one noise level: one step from it.
-      strength: of that step; 1 is the theoretical optimum.
-      levels: of a noise-conditioned flow: `iterative_denoise` through these, from the first, in
-        float32 whatever the flow's dtype (as the official code; one step is in the flow's dtype).
+      noise_std: for a flow trained at one noise level, that level. One step of `denoise` removes
+        the noise, in the flow's dtype.
+      strength: of this step; 1 is optimal in theory.
+      levels: for a noise-conditioned flow, the levels that `iterative_denoise` goes down. It
+        computes in float32 whatever the flow's dtype, as the official code does.
       solver, clip: of `iterative_denoise`.
-      precision: of its float32 products, as the flow's field.
+      precision: of the float32 matrix products of `iterative_denoise`, as the field of the flow.
     """
 
     noise_std: float = 0.0
@@ -39,7 +40,7 @@ class Denoising:
 
 
 class Generated(NamedTuple):
-    """Finished `samples`, and the `raw` ones before denoising; `info` if it was asked for."""
+    """The finished `samples`, the `raw` ones before denoising, and `info` if requested."""
 
     samples: Array
     raw: Array
@@ -64,10 +65,11 @@ def generate(
 
     Args:
       noise, condition, guidance, key: as for `sample`.
-      denoising: None leaves the samples as they are drawn.
-      schedule: how the blocks are decoded; None is sequentially.
-      denoising_key: of denoising by 'sde', as for `iterative_denoise`; None is a fixed one.
-      progress: of `iterative_denoise`.
+      denoising: None skips it.
+      schedule: how to decode the blocks; None decodes sequentially.
+      denoising_key: for the solver 'sde', as for `iterative_denoise`; None is a fixed key.
+      progress: as for `iterative_denoise`.
+      return_info: also returns a `SampleInfo`.
     """
     found = sample(
         model, variables, noise, condition, guidance=guidance,
@@ -93,16 +95,17 @@ def sample_images(
     denoise: float | Sequence[float] | None = None,
     schedule: Schedule | None = None,
 ) -> Array:
-    """Draws `count` finished samples: noise from the key, the flow's inverse, then denoising.
+    """Draws `count` finished samples: noise from the key, the inverse of the flow, denoising.
 
     Args:
-      labels: one class for all, or int32 [count] (-1 for "no class"); None is without classes.
-      features: float32 [F] for all, or [count, F] or per token [count, T, F].
+      labels: one class for all samples, or int32 [count], -1 for "no class"; None is no class.
+      features: float32, [F] for all samples, [count, F], or for each token [count, T, F].
       guidance: None is unguided.
-      denoise: the noise level that the flow was trained at, to take one step of `denoise` from it.
-        Of a noise-conditioned flow, falling levels [N] as for `iterative_denoise`, or one: samples
-        are drawn at the first. None leaves the noise in, for flows trained without.
-      schedule: of `calibrate`; None decodes sequentially.
+      denoise: the noise level that the flow was trained at; one step of `denoise` removes it. For
+        a noise-conditioned flow: one level or falling levels [N] of `iterative_denoise`, of which
+        the first is the level that samples are drawn at. None skips denoising; it is for flows
+        trained without Gaussian noise.
+      schedule: from `calibrate`; None decodes sequentially.
     Returns:
       float32 images [count, H, W, C] in about [-1, 1], or sequences [count, T, D].
     Raises:
@@ -168,11 +171,11 @@ def denoised(
     key: Array | None = None, *, return_path: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> Array:
-    """The samples [B, ...] after denoising, or as they are.
+    """Denoises samples [B, ...]; returns them unchanged if `denoising` is None.
 
     Args:
-      key: of denoising by 'sde'; None is a fixed one.
-      return_path, progress: of `iterative_denoise`; ignored by flows of one noise level.
+      key: for the solver 'sde'; None is a fixed key.
+      return_path, progress: as for `iterative_denoise`; unused for flows of one noise level.
     """
     if denoising is None:
         return samples
@@ -181,7 +184,7 @@ def denoised(
             model, variables, samples, condition, noise_std=denoising.noise_std,
             strength=denoising.strength,
         )
-    # Each step's error stays in the sample, and the last steps are small: float32.
+    # The last steps are smaller than what bfloat16 resolves, and rounding errors add up.
     model = model.clone(dtype=at_least_float32(model.dtype), precision=denoising.precision)
     sde = denoising.solver == 'sde'
     return iterative_denoise(
@@ -193,14 +196,14 @@ def denoised(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Conditions:
-    """What numbered samples are conditioned on, so that any of them can be drawn by itself.
+    """The conditions of numbered samples: a sample's number alone decides its condition.
 
     Args:
       num_classes: of the flow.
-      label: of all samples; -1 goes through the classes in turn.
-      noise_std: of a noise-conditioned flow, the level that samples are drawn at.
-      features: float32 [M, F], taken in turn; None without.
-      class_names: by label; None without.
+      label: the class of all samples; -1 goes through the classes in turn.
+      noise_std: the level that a noise-conditioned flow draws samples at; None for other flows.
+      features: float32 [M, F], used in turn; None for no features.
+      class_names: by label; None if the classes have no names.
     """
 
     num_classes: int = 0
@@ -210,18 +213,18 @@ class Conditions:
     class_names: Sequence[str] | None = None
 
     def name(self, label: int) -> str:
-        """What to call a class, such as 'ankle boot', or 'class 9' where it has no name."""
+        """Returns the name of a class, such as 'ankle boot', or 'class 9' if it has no name."""
         return f'class {label}' if self.class_names is None else self.class_names[label]
 
     def captions(self, numbers) -> list[str] | None:
-        """The names of the classes of these samples; None where they have none."""
+        """Returns the class name of each of these samples; None if the classes have no names."""
         labels = self.labels(numbers)
         if self.class_names is None or labels is None:
             return None
         return [self.name(label) for label in labels]
 
     def labels(self, numbers) -> np.ndarray | None:
-        """int32 [n]; None without classes."""
+        """Returns the labels of these samples, int32 [n]; None for a flow without classes."""
         if self.num_classes == 0:
             return None
         numbers = np.asarray(numbers)
@@ -230,10 +233,10 @@ class Conditions:
         return (numbers % self.num_classes).astype(np.int32)
 
     def of(self, numbers, labels: np.ndarray | None = None) -> Condition:
-        """The condition of the samples with these numbers [n], as host arrays.
+        """Returns the condition of the samples with these numbers [n], as host arrays.
 
         Args:
-          labels: in place of those that the numbers have.
+          labels: int32 [n], replace the labels that belong to the numbers.
         """
         numbers = np.asarray(numbers)
         features = self.features
