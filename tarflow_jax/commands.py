@@ -1,7 +1,7 @@
-"""What the modes of the command line do.
+"""The modes of the command line.
 
-Each function here checks everything a user can get wrong and returns the work as a closure:
-whatever is raised before that is the user's to mend, and nothing has been compiled by then.
+Each function checks for all user errors and returns the work as a closure. An exception before that
+is a user error, and nothing has been compiled yet.
 """
 
 import functools
@@ -83,7 +83,7 @@ def train(config, given) -> Callable[[], None]:
 
 
 def sample(config, given) -> Callable[[], None]:
-    """Draws config.sample.count images, or those that are missing: see `evaluation.bulk`."""
+    """Samples config.sample.count images, or the missing ones; see `evaluation.bulk`."""
     workdir, plan, mesh = _setup(config, given, 'input')
     needed = run_checks.sample_set(config, plan, mesh, workdir, always=True)
     if plan.model.num_features:
@@ -113,10 +113,10 @@ def sample(config, given) -> Callable[[], None]:
 
 
 def sample_set(config, plan, variables, origin: dict, mesh, workdir: Path):
-    """config.sample.count samples in a folder of WORKDIR/samples, drawn where they are not there.
+    """Opens config.sample.count samples in WORKDIR/samples, sampling those that are missing.
 
     Returns:
-      (source, summary): the images, see `data.sources`, and what `bulk.draw_set` returns.
+      (source, summary): the images, see `data.sources`, and the result of `bulk.draw_set`.
     """
     s, step = config.sample, origin.get('step')
     name = re.sub(r'[^\w.-]', '_', Path(origin['name']).stem)
@@ -163,7 +163,7 @@ def evaluate(config, given) -> Callable[[], None]:
 
 
 def report(config, given) -> Callable[[], None]:
-    """Writes report.html: what the workdir's flow has learned, on one page."""
+    """Writes report.html, one page about the workdir's flow."""
     workdir, plan, mesh = _setup(config, given)
     train_source = configs.source(config, 'train', plan.model)
     test_source = configs.source(config, 'test', plan.model)
@@ -187,12 +187,12 @@ def report(config, given) -> Callable[[], None]:
 
 
 def convert(config, given) -> Callable[[], None]:
-    """Official checkpoint into a workdir as step 0, or out of a workdir (averaged parameters)."""
+    """Converts an official checkpoint to step 0 of a workdir, or a workdir to an official one."""
     _only(given, 'workdir', 'input', 'output')
     input_file, output_file = given.input, given.output
     plan, mesh = _plan(config)
     if jax.process_count() > 1:
-        raise ValueError('--mode=convert is for one process; start it alone.')
+        raise ValueError('--mode=convert supports one process only; start a single process.')
     if not (input_file or output_file):
         raise ValueError(
             '--mode=convert needs --input=FILE (an official checkpoint, to --workdir) or '
@@ -213,7 +213,7 @@ def convert(config, given) -> Callable[[], None]:
             official.save_official(
                 class_order.reorder(variables, found), plan.model, output_file, names
             )
-            log.info('%s is now %s', origin['name'], output_file)
+            log.info('wrote %s to %s', origin['name'], output_file)
 
         return write
 
@@ -224,7 +224,7 @@ def convert(config, given) -> Callable[[], None]:
     checkpoints = Checkpoints(workdir, plan.model, config.to_dict(), known.remembered())
     if checkpoints.latest() is not None:
         raise ValueError(
-            f'{workdir} already holds a checkpoint at step {checkpoints.latest()}; choose an empty '
+            f'{workdir} already has a checkpoint at step {checkpoints.latest()}; choose an empty '
             '--workdir.'
         )
 
@@ -232,20 +232,20 @@ def convert(config, given) -> Callable[[], None]:
         _announce(
             given.mode, plan.model, mesh, checkpoint=input_file, output=str(checkpoints.folder)
         )
-        # The optimizer starts afresh: the structure of its state does not depend on its settings.
+        # The optimizer starts from a new state, whose structure does not depend on its settings.
         optimizer = configs.optimizer(config, optax.constant_schedule(0.0))
         state = from_variables(variables, optimizer, ema=plan.recipe.ema_decay > 0)
         with checkpoints:
             checkpoints.save(state)
             checkpoints.wait()
-        log.info('%s is now step 0 of %s', input_file, workdir)
+        log.info('wrote %s to step 0 of %s', input_file, workdir)
 
     return store
 
 
 def compile_ahead(config, given) -> Callable[[], None]:
-    """Compiles a step for each of the TPU topologies and prints what it costs; needs no TPU."""
-    # Imported here: the other modes need nothing of it.
+    """Compiles a step for each TPU topology and prints its cost; needs no TPU."""
+    # Only this mode needs these imports.
     from tarflow_jax.ahead_of_time import report as cost_report
     from tarflow_jax.ahead_of_time import topology
 
@@ -263,7 +263,7 @@ def compile_ahead(config, given) -> Callable[[], None]:
         own = config.copy_and_resolve_references()
         if given.batch_per_chip:
             own[given.program].batch_size = given.batch_per_chip * slice_.chips
-        cost_report.planned(own, slice_, given.program)  # whatever cannot be says so here
+        cost_report.planned(own, slice_, given.program)  # raises for all user errors
         setups.append((own, slice_))
 
     def job():
@@ -284,14 +284,14 @@ def compile_ahead(config, given) -> Callable[[], None]:
                     if better else 'none found; take more chips, or chips with more memory'
                 ), flush=True)
             rows.append(row)
-            if given.json:  # now, so that Ctrl-C leaves what is known
+            if given.json:  # write it after each topology, so that Ctrl-C keeps the results
                 files.write_text(given.json, json.dumps(rows, indent=2) + '\n')
         if len(rows) > 1:
             print(*cost_report.table(rows), sep='\n', flush=True)
         if given.json:
-            log.info('the numbers are in %s', given.json)
+            log.info('wrote the numbers to %s', given.json)
         if given.out:
-            log.info('the compiled programs are in %s', given.out)
+            log.info('wrote the compiled programs to %s', given.out)
 
     return job
 
@@ -304,15 +304,15 @@ MODES = {
     'convert': convert,
     'compile': compile_ahead,
 }
-# What Ctrl-C leaves behind, where the mode has not said so itself.
+# The state after Ctrl-C, if the mode has not logged it itself.
 INTERRUPTED = {
-    'train': 'the checkpoints are as they were; the same command goes on from the newest',
-    'sample': 'the batches that were drawn are kept; the same command goes on from there',
-    'evaluate': 'no scores were written, samples that were drawn are kept; the same command '
-    'starts the scores again',
-    'report': 'no report was written, one from before is as it was; the same command starts again',
-    'convert': 'a checkpoint is there whole or not at all; the same command starts again',
-    'compile': 'what was compiled is printed above; the same command starts again',
+    'train': 'the checkpoints are kept; run the same command again to resume from the newest',
+    'sample': 'finished batches are kept; run the same command again to resume',
+    'evaluate': 'no scores were written, but samples are kept; run the same command again to '
+    'compute the scores',
+    'report': 'no report was written and an old one is kept; run the same command again',
+    'convert': 'the checkpoint is either complete or missing; run the same command again',
+    'compile': 'finished topologies are printed above; run the same command again',
 }
 
 _FLAGS = (

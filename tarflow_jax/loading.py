@@ -17,8 +17,8 @@ def load(workdir: str, step: int | None = None) -> tuple[TarFlow, Variables]:
 
         model, variables = tfj.load('runs/fashion_mnist')
 
-    The parameters come to the first device of this process, whatever devices saved them;
-    `jax.device_put` takes them elsewhere.
+    The parameters are put on the first device of this process, even if other devices saved them.
+    Use `jax.device_put` to move them.
 
     Args:
       workdir: folder of the run, on a disk or gs://BUCKET/FOLDER.
