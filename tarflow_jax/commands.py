@@ -83,7 +83,7 @@ def train(config, given) -> Callable[[], None]:
 
 
 def sample(config, given) -> Callable[[], None]:
-    """Samples config.sample.count images, or the missing ones; see `evaluation.bulk`."""
+    """Draws config.sample.count images, or those that are missing: see `evaluation.bulk`."""
     workdir, plan, mesh = _setup(config, given, 'input')
     needed = run_checks.sample_set(config, plan, mesh, workdir, always=True)
     if plan.model.num_features:
@@ -163,7 +163,7 @@ def evaluate(config, given) -> Callable[[], None]:
 
 
 def report(config, given) -> Callable[[], None]:
-    """Writes report.html, one page about the workdir's flow."""
+    """Writes report.html: what the workdir's flow has learned, on one page."""
     workdir, plan, mesh = _setup(config, given)
     train_source = configs.source(config, 'train', plan.model)
     test_source = configs.source(config, 'test', plan.model)
@@ -187,7 +187,7 @@ def report(config, given) -> Callable[[], None]:
 
 
 def convert(config, given) -> Callable[[], None]:
-    """Converts an official checkpoint to step 0 of a workdir, or a workdir to an official one."""
+    """Official checkpoint into a workdir as step 0, or out of a workdir (averaged parameters)."""
     _only(given, 'workdir', 'input', 'output')
     input_file, output_file = given.input, given.output
     plan, mesh = _plan(config)

@@ -62,7 +62,7 @@ def default() -> ConfigDict:
     m.volume_preserving = False
     m.dtype = 'float32'  # or 'bfloat16'
     m.residual_dtype = 'bfloat16'  # of the residual stream, where dtype is no wider; or 'float32'
-    m.precision = 'highest'  # float32 products on TPU; or 'high', 'default'
+    m.precision = 'highest'  # of float32 products on TPU: or 'high', 'default'
     m.remat = 'none'  # or 'layer', 'dots', 'attention'
     m.unroll = 1  # layers per loop iteration
     m.attention = 'auto'  # the best kernel for the chip; or one of flow.attention.KERNELS

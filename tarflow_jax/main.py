@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
         sharding.use_cores_as_devices(config.train.batch_size // max(config.train.accumulation, 1))
         environment.start_devices()
         if jax.process_index() > 0:
-            log.setLevel(logging.WARNING)  # only the first process logs progress
+            log.setLevel(logging.WARNING)  # the first process speaks for all
         compiled.keep_in(given.workdir)
         job = commands.MODES[given.mode](config, given)
     except (environment.Unavailable, processes.Alone) as error:

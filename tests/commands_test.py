@@ -137,10 +137,10 @@ def press_ctrl_c(*_, **__):
 
 
 @pytest.mark.parametrize('mode, where, name, says', [
-    ('train', loop, 'jitted_train_step', 'goes on from the newest'),
+    ('train', loop, 'jitted_train_step', 'run the same command again to resume from the newest'),
     ('sample', bulk, 'noise_of_examples', 'run the same command again to resume'),
-    ('evaluate', bits_per_dim, 'over_set', 'starts the scores again'),
-    ('convert', official, '_rearrange', 'starts again'),
+    ('evaluate', bits_per_dim, 'over_set', 'run the same command again to compute the scores'),
+    ('convert', official, '_rearrange', 'run the same command again'),
     ('evaluate', configs, 'source', 'stopped before anything was done'),
 ])
 def test_ctrl_c(trained, images, tmp_path, monkeypatch, capfd, mode, where, name, says):
