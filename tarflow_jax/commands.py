@@ -104,7 +104,7 @@ def sample(config, given) -> Callable[[], None]:
         )
         _, summary = sample_set(config, plan, variables, origin, mesh, workdir)
         log.info(
-            '%d samples of %s (%d drawn now, in %.1f s; %d drawn again as not finite) are in %s',
+            '%d samples of %s (%d new, in %.1f s; %d sampled again as not finite) are in %s',
             summary['count'], origin['name'], summary['drawn'], summary['seconds'],
             summary['redrawn'], summary['path'],
         )
@@ -394,7 +394,7 @@ def _variables(plan, workdir, input_file, mesh):
         step, known = checkpoints.latest(), run_checks.classes_of(checkpoints)
     if not jax.jit(all_finite)(variables):
         raise ValueError(
-            f'{checkpoints.folder / str(step)} holds parameters that are not finite; delete this '
+            f'{checkpoints.folder / str(step)} has parameters that are not finite; delete this '
             'folder to take the checkpoint before it, or train again with a lower '
             'train.peak_learning_rate.'
         )

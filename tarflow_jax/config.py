@@ -153,7 +153,7 @@ def default() -> ConfigDict:
     r.after_training = True
     r.rows = 10  # of samples, one class each
     r.columns = 6
-    r.guidance_weights = (0.5, 1.0, 2.0, 4.0)  # beside guidance.weight
+    r.guidance_weights = (0.5, 1.0, 2.0, 4.0)  # in addition to guidance.weight
     r.training_images = 2000  # among which the neighbours of samples are looked for
     r.test_images = 500  # whose likelihoods are compared
     return c
@@ -207,7 +207,7 @@ class Plan:
         return dataclasses.replace(self, model=self.model.clone(layout=layout))
 
     def with_features_of(self, source) -> 'Plan':
-        """Returns the plan with the features of the source's images as conditions, in turn."""
+        """Returns the plan with samples conditioned on the features of the source, in turn."""
         if not self.model.num_features:
             return self
         count = min(len(source), MOST_FEATURES)

@@ -46,7 +46,7 @@ def load_config(workdir: str) -> ConfigDict:
     saved = config_of_run.saved(_resolved(workdir))
     if saved is None:
         raise FileNotFoundError(
-            f'{workdir} holds no checkpoint that says its config; give the --workdir of a run.'
+            f'{workdir} has no checkpoint with a config; pass the --workdir of a run.'
         )
     return config_of_run.whole(saved, training=False)
 

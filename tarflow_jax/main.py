@@ -3,7 +3,7 @@
     python -m tarflow_jax.main --config=configs/NAME.py --workdir=DIR [--mode=MODE]
         [--config.field=value ...]
 
-Without --config a workdir with a checkpoint goes on with the config that it was trained with.
+Without --config, a workdir with a checkpoint uses the config of its training.
 
 Modes:
   train     train, or go on from the newest checkpoint; then sample, evaluate and report
