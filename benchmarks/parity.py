@@ -93,7 +93,7 @@ def denoised(case: Case) -> dict[str, float]:
 
 
 def trained(name: str) -> dict[str, float]:
-    """Compares the losses of the recorded steps, and the final parameters of each tensor."""
+    """Returns the errors of the recorded losses, and of the final parameters of each tensor."""
     case = Case(name, 'initial.pth')
     schedule = learning_rate_schedule(
         peak=float(case['peak_lr']), floor=float(case['min_lr']),

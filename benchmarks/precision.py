@@ -49,7 +49,7 @@ LEVELS = np.linspace(0.3, 0.01, 30)  # for untrained flows
 
 
 def parts(x: jax.Array, count: int) -> list[jax.Array]:
-    """Splits x into bfloat16 arrays, stored as float32, whose sum is x up to the last rounding."""
+    """Splits x into `count` bfloat16 arrays, stored as float32, whose sum approximates x."""
     found = []
     for _ in range(count):
         found.append(jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7))

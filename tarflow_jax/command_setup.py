@@ -116,7 +116,7 @@ def variables_of(plan, workdir, given, mesh):
         known = run_checks.classes_of(checkpoints)
     if not jax.jit(all_finite)(variables):
         raise ValueError(
-            f'{checkpoints.folder / str(step)} holds parameters that are not finite; delete this '
+            f'{checkpoints.folder / str(step)} has parameters that are not finite; delete this '
             'folder to take the checkpoint before it, or train again with a lower '
             'train.peak_learning_rate.'
         )

@@ -1,7 +1,7 @@
-"""What the modes of the command line do.
+"""The modes of the command line.
 
-Each function here checks everything a user can get wrong and returns the work as a closure:
-whatever is raised before that is the user's to mend, and nothing has been compiled by then.
+Each function checks for all user errors and returns the work as a closure. An exception before that
+is a user error, and nothing has been compiled yet.
 """
 
 import functools
@@ -106,7 +106,7 @@ def sample(config, given) -> Callable[[], None]:
         )
         _, summary = sample_set(config, plan, variables, origin, mesh, workdir)
         log.info(
-            '%d samples of %s (%d drawn now, in %.1f s; %d drawn again as not finite) are in %s',
+            '%d samples of %s (%d new, in %.1f s; %d sampled again as not finite) are in %s',
             summary['count'], origin['name'], summary['drawn'], summary['seconds'],
             summary['redrawn'], summary['path'],
         )
@@ -117,10 +117,10 @@ def sample(config, given) -> Callable[[], None]:
 
 
 def sample_set(config, plan, variables, origin: dict, mesh, workdir: Path):
-    """config.sample.count samples in a folder of WORKDIR/samples, drawn where they are not there.
+    """Opens config.sample.count samples in WORKDIR/samples, sampling those that are missing.
 
     Returns:
-      (source, summary): the images, see `data.sources`, and what `bulk.draw_set` returns.
+      (source, summary): the images, see `data.sources`, and the result of `bulk.draw_set`.
     """
     s, step = config.sample, origin.get('step')
     name = re.sub(r'[^\w.-]', '_', Path(origin['name']).stem)
@@ -206,7 +206,7 @@ def convert(config, given) -> Callable[[], None]:
     input_file, output_file = given.input, given.output
     plan, mesh = setup.plan_of(config)
     if jax.process_count() > 1:
-        raise ValueError('--mode=convert is for one process; start it alone.')
+        raise ValueError('--mode=convert supports one process only; start a single process.')
     if not (input_file or output_file):
         raise ValueError(
             '--mode=convert needs --input=FILE (an official checkpoint, to --workdir) or '
@@ -231,7 +231,7 @@ def convert(config, given) -> Callable[[], None]:
             official.save_official(
                 class_order.reorder(variables, found), plan.model, output_file, names
             )
-            log.info('%s is now %s', origin['name'], output_file)
+            log.info('wrote %s to %s', origin['name'], output_file)
 
         return write
 
@@ -242,7 +242,7 @@ def convert(config, given) -> Callable[[], None]:
     checkpoints = Checkpoints(workdir, plan.model, config.to_dict(), known.remembered())
     if checkpoints.latest() is not None:
         raise ValueError(
-            f'{workdir} already holds a checkpoint at step {checkpoints.latest()}; choose an empty '
+            f'{workdir} already has a checkpoint at step {checkpoints.latest()}; choose an empty '
             '--workdir.'
         )
 
@@ -250,20 +250,20 @@ def convert(config, given) -> Callable[[], None]:
         setup.announce(
             given.mode, plan.model, mesh, checkpoint=input_file, output=str(checkpoints.folder)
         )
-        # The optimizer starts afresh: the structure of its state does not depend on its settings.
+        # The optimizer starts from a new state, whose structure does not depend on its settings.
         optimizer = configs.optimizer(config, optax.constant_schedule(0.0))
         state = from_variables(variables, optimizer, ema=plan.recipe.ema_decay > 0)
         with checkpoints:
             checkpoints.save(state)
             checkpoints.wait()
-        log.info('%s is now step 0 of %s', input_file, workdir)
+        log.info('wrote %s to step 0 of %s', input_file, workdir)
 
     return store
 
 
 def compile_ahead(config, given) -> Callable[[], None]:
-    """Compiles a step for each of the TPU topologies and prints what it costs; needs no TPU."""
-    # Imported here: the other modes need nothing of it.
+    """Compiles a step for each TPU topology and prints its cost; needs no TPU."""
+    # Only this mode needs these imports.
     from tarflow_jax.ahead_of_time import report as cost_report
     from tarflow_jax.ahead_of_time import topology
 
@@ -281,7 +281,7 @@ def compile_ahead(config, given) -> Callable[[], None]:
         own = config.copy_and_resolve_references()
         if given.batch_per_chip:
             own[given.program].batch_size = given.batch_per_chip * slice_.chips
-        cost_report.planned(own, slice_, given.program)  # whatever cannot be says so here
+        cost_report.planned(own, slice_, given.program)  # raises for all user errors
         setups.append((own, slice_))
 
     def job():
@@ -302,14 +302,14 @@ def compile_ahead(config, given) -> Callable[[], None]:
                     if better else 'none found; take more chips, or chips with more memory'
                 ), flush=True)
             rows.append(row)
-            if given.json:  # now, so that Ctrl-C leaves what is known
+            if given.json:  # write it after each topology, so that Ctrl-C keeps the results
                 files.write_text(given.json, json.dumps(rows, indent=2) + '\n')
         if len(rows) > 1:
             print(*cost_report.table(rows), sep='\n', flush=True)
         if given.json:
-            log.info('the numbers are in %s', given.json)
+            log.info('wrote the numbers to %s', given.json)
         if given.out:
-            log.info('the compiled programs are in %s', given.out)
+            log.info('wrote the compiled programs to %s', given.out)
 
     return job
 
@@ -325,16 +325,16 @@ MODES = {
     'convert': convert,
     'compile': compile_ahead,
 }
-# What Ctrl-C leaves behind, where the mode has not said so itself.
+# The state after Ctrl-C, if the mode has not logged it itself.
 INTERRUPTED = {
-    'train': 'the checkpoints are as they were; the same command goes on from the newest',
-    'sample': 'the batches that were drawn are kept; the same command goes on from there',
-    'evaluate': 'no scores were written, samples that were drawn are kept; the same command '
-    'starts the scores again',
-    'report': 'no report was written, one from before is as it was; the same command starts again',
-    'likelihood': 'no table was written; the same command starts again',
-    'interpolate': 'no picture was written; the same command starts again',
-    'complete': 'no picture was written; the same command starts again',
-    'convert': 'a checkpoint is there whole or not at all; the same command starts again',
-    'compile': 'what was compiled is printed above; the same command starts again',
+    'train': 'the checkpoints are kept; run the same command again to resume from the newest',
+    'sample': 'finished batches are kept; run the same command again to resume',
+    'evaluate': 'no scores were written, but samples are kept; run the same command again to '
+    'compute the scores',
+    'report': 'no report was written and an old one is kept; run the same command again',
+    'likelihood': 'no table was written; run the same command again',
+    'interpolate': 'no picture was written; run the same command again',
+    'complete': 'no picture was written; run the same command again',
+    'convert': 'the checkpoint is either complete or missing; run the same command again',
+    'compile': 'finished topologies are printed above; run the same command again',
 }

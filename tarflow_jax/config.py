@@ -1,7 +1,7 @@
-"""The configuration: every field with its default, and the objects made from it.
+"""The config: every field with its default, and the objects built from it.
 
-`configs/*.py` start from `default()` and change what differs. A ConfigDict goes no deeper than
-this file: everything inside takes plain arguments.
+`configs/*.py` start from `default()` and change some fields. Only this file and the command line
+handle a ConfigDict; all other code takes plain arguments.
 """
 
 import dataclasses
@@ -31,31 +31,31 @@ FEATURE_NETWORKS = ('auto', 'inception', 'efficientnet_lite0')
 MOST_STEPS = 2**31 - 1
 SAMPLE_FORMATS = ('npz', 'array_record')
 SAMPLE_METHODS = ('sequential', 'auto')
-MOST_FEATURES = 10_000  # images whose features samples are drawn with
-STEP_OF_LEVELS = 0.01  # of iterative denoising, by default (iTARFlow's evaluation)
+MOST_FEATURES = 10_000  # the largest number of images whose features are used for sampling
+STEP_OF_LEVELS = 0.01  # default step of iterative denoising (iTARFlow's evaluation)
 
 
 def _any(value) -> FieldReference:
-    """A field whose value may be of several types."""
+    """Makes a field whose value may have several types."""
     return FieldReference(value, field_type=object)
 
 
 def default() -> ConfigDict:
-    """All fields; the values are the recipe's where it has one (paper, section 4 and appendix)."""
+    """Returns all fields with defaults from the recipe in the paper (section 4 and appendix)."""
     c = ConfigDict()
     c.seed = 0
 
     c.model = m = ConfigDict()
-    m.image_size = _any(28)  # or (height, width), as the next but one
+    m.image_size = _any(28)  # or (height, width); patch_size too
     m.image_channels = 1
     m.patch_size = _any(4)
     m.width = 128
     m.layers_per_block = (4, 4, 4, 4)
-    m.num_classes = 10  # 0 is without classes
-    m.num_features = 0  # numbers in an image's feature vector; 0 is without features
-    m.noise_conditioned = False  # iTARFlow; goes with train.noise 'levels'
+    m.num_classes = 10  # 0 for no classes
+    m.num_features = 0  # length of an image's feature vector; 0 for no features
+    m.noise_conditioned = False  # iTARFlow; needs train.noise='levels'
     m.head_dim = 64
-    m.orders = _any('alternate')  # or a permutation of the patches for each block
+    m.orders = _any('alternate')  # or one permutation of the patches per block
     m.scale = 'exp'  # or 'softplus'
     m.scale_limit = _any(None)  # bounds log-scales and shifts
     m.first_token = 'identity'  # or 'start'
@@ -65,32 +65,32 @@ def default() -> ConfigDict:
     m.precision = 'highest'  # of float32 products on TPU: or 'high', 'default'
     m.remat = 'none'  # or 'layer', 'dots', 'attention'
     m.unroll = 1  # layers per loop iteration
-    m.attention = 'auto'  # the kernel of the chip; or one of flow.attention.KERNELS
+    m.attention = 'auto'  # the best kernel for the chip; or one of flow.attention.KERNELS
 
-    c.mesh = mesh = ConfigDict()  # sizes of the device mesh; -1 for one is the rest
+    c.mesh = mesh = ConfigDict()  # sizes of the device mesh; one may be -1 for all other devices
     mesh.data = -1
     mesh.fsdp = 1
     mesh.tensor = 1
 
     c.data = d = ConfigDict()
-    d.source = 'embedded'  # or 'prepared' (a folder by data.prepare), 'idx' (IDX files), 'tfds'
+    d.source = 'embedded'  # or 'prepared' (a folder of data.prepare), 'idx' (IDX files), 'tfds'
     d.path = ''  # the folder; for tfds its data_dir
-    d.name = ''  # of the TFDS builder
+    d.name = ''  # name of the TFDS builder
     d.train_split = 'train'
     d.test_split = 'test'
-    d.expects = ()  # kinds of sets that the stated result is for; see data.kinds
+    d.expects = ()  # kinds of datasets that the config's result is for; see data.kinds
     d.flip = False  # random horizontal flips
-    d.workers = 0  # processes that decode; 0 uses threads
+    d.workers = 0  # number of decoding processes; 0 uses threads
 
     c.train = t = ConfigDict()
     t.batch_size = 256
     t.epochs = 100.0
     t.noise = 'gaussian'  # or 'uniform', 'levels'
-    t.noise_std = 0.1  # of the [-1, 1] range; the highest of the levels
-    t.lowest_noise_std = 0.01  # of the levels
-    t.levels = 'uniform'  # their distribution: or 'uniform_square', 'log_normal'
-    t.weight = 'level'  # of an image's loss at its level; see training.corruption.WEIGHTS
-    t.label_dropout = 0.1  # of features too
+    t.noise_std = 0.1  # in units of the [-1, 1] range; the highest level
+    t.lowest_noise_std = 0.01  # the lowest level
+    t.levels = 'uniform'  # distribution of levels; or 'uniform_square', 'log_normal'
+    t.weight = 'level'  # weight of an image's loss at its level; see training.corruption.WEIGHTS
+    t.label_dropout = 0.1  # drops features too
     t.peak_learning_rate = 1e-4
     t.floor_learning_rate = 1e-6
     t.warmup_epochs = 1.0
@@ -112,14 +112,14 @@ def default() -> ConfigDict:
     c.sample = s = ConfigDict()
     s.count = 100
     s.batch_size = 100
-    s.label = -1  # one class for all samples; -1 goes through the classes
-    s.denoise_strength = 1.0  # 0 leaves denoising out
-    s.denoise_steps = 0  # of noise-conditioned flows; 0 is one for each 0.01 of train.noise_std
+    s.label = -1  # one class for all samples; -1 cycles through the classes
+    s.denoise_strength = 1.0  # 0 turns denoising off
+    s.denoise_steps = 0  # for noise-conditioned flows; 0 is one per 0.01 of train.noise_std
     s.denoise_solver = 'ode'  # or 'sde'
-    s.denoise_clip = False  # estimates to [-1, 1]
-    s.denoise_precision = 'highest'  # as model.precision; many steps are taken in float32
-    s.method = 'sequential'  # or 'auto': as a schedule kept in the workdir says
-    s.tolerance = 1e-4  # of 'auto': largest error of an image, in [-1, 1]
+    s.denoise_clip = False  # clips estimates to [-1, 1]
+    s.denoise_precision = 'highest'  # as model.precision; iterative denoising uses float32
+    s.method = 'sequential'  # or 'auto': uses a schedule stored in the workdir
+    s.tolerance = 1e-4  # for 'auto': largest error of an image, in [-1, 1]
     s.format = 'npz'  # one of SAMPLE_FORMATS
 
     c.guidance = g = ConfigDict()  # the fields of tarflow_jax.Guidance
@@ -128,26 +128,26 @@ def default() -> ConfigDict:
     g.temperature = 1.0
     g.annealed = False
     g.rule = 'linear'
-    g.blocks = _any(None)  # guide only so many blocks, those inverted first
+    g.blocks = _any(None)  # number of blocks to guide, from the one inverted first
 
     c.evaluate = e = ConfigDict()
     e.metrics = ('bits_per_dim',)  # any of evaluation.scores.SCORES
     e.batch_size = 200
-    e.draws = 1  # noise draws per image
-    e.levels = ()  # noise levels of the score 'levels'; () is five from the lowest to the highest
+    e.draws = 1  # noise samples per image
+    e.levels = ()  # levels of the score 'levels'; () for five from the lowest to the highest
     e.round_trip_images = 32
     e.outliers = o = ConfigDict()
-    o.images = 1000  # of each set
-    o.source = ''  # one more set, in the fields of data
+    o.images = 1000  # images per dataset
+    o.source = ''  # one more dataset, with the fields of data
     o.path = ''
     o.name = ''
     o.split = 'test'
     e.frechet = f = ConfigDict()
-    f.network = 'auto'  # 'inception' (FID) if there are weights, else 'efficientnet_lite0'
+    f.network = 'auto'  # 'inception' (FID) if weights is set, else 'efficientnet_lite0'
     f.weights = ''  # pt_inception-2015-12-05-6726825d.pth
     f.references = ('train_flipped', 'train')  # or files of statistics: .npz, .pth
-    f.samples = ''  # a finished set of samples; empty draws config.sample
-    f.statistics = ''  # where statistics are kept; empty is WORKDIR/statistics
+    f.samples = ''  # a finished set of samples; '' samples as in config.sample
+    f.statistics = ''  # folder for cached statistics; '' for WORKDIR/statistics
     f.neighbours = 10_000  # images of each kind for precision and recall
     f.batch_size = 100
 
@@ -155,26 +155,28 @@ def default() -> ConfigDict:
     r.after_training = True
     r.rows = 10  # of samples, one class each
     r.columns = 6
-    r.guidance_weights = (0.5, 1.0, 2.0, 4.0)  # beside guidance.weight
+    r.guidance_weights = (0.5, 1.0, 2.0, 4.0)  # in addition to guidance.weight
     r.training_images = 2000  # among which the neighbours of samples are looked for
     r.test_images = 500  # whose likelihoods are compared
     return c
 
 
 def variant(arg: str, variants: tuple[str, ...], *, default: str) -> tuple[str, bool]:
-    """What stands behind the colon of --config=FILE:ARG, as (variant, whether to `smoke` it)."""
+    """Parses ARG of --config=FILE:ARG into (variant, whether to `smoke` it)."""
     words = [word for word in arg.split(',') if word]
     chosen = [word for word in words if word != 'smoke']
     for word in chosen:
         if word not in variants:
-            raise ValueError(f'config variant {word!r} is none of {", ".join(variants)}, smoke.')
+            raise ValueError(
+                f'config variant {word!r} must be one of {", ".join(variants)}, smoke.'
+            )
     if len(chosen) > 1:
         raise ValueError(f'config variants {chosen} exclude each other; choose one.')
     return (chosen or [default])[0], 'smoke' in words
 
 
 def smoke(config: ConfigDict) -> ConfigDict:
-    """The config shrunk to seconds on a CPU: its recipe, on embedded images and a tiny flow."""
+    """Shrinks a config to seconds on a CPU: its recipe with embedded images and a tiny flow."""
     c = config
     c.data.update(source='embedded', path='', name='', train_split='train', test_split='test')
     c.data.expects = ()
@@ -194,22 +196,22 @@ def smoke(config: ConfigDict) -> ConfigDict:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a config means: the objects that training, sampling and evaluation work with."""
+    """The objects that training, sampling and evaluation use, built from a config."""
 
     model: TarFlow
     recipe: Recipe
     guidance: Guidance
     denoising: Denoising | None
-    conditions: Conditions  # of samples
+    conditions: Conditions  # conditions of samples
 
     def on(self, layout) -> 'Plan':
-        """The plan with its flow laid out over a mesh; ValueError if it cannot be."""
+        """Returns the plan with its flow on a mesh; raises ValueError if it does not fit."""
         named('model', layout.check_attention, self.model)
         layout.check_parameters(self.model)
         return dataclasses.replace(self, model=self.model.clone(layout=layout))
 
     def with_features_of(self, source) -> 'Plan':
-        """The plan whose samples have the features of the source's images, in turn."""
+        """Returns the plan with samples conditioned on the features of the source, in turn."""
         if not self.model.num_features:
             return self
         count = min(len(source), MOST_FEATURES)
@@ -218,7 +220,7 @@ class Plan:
         return dataclasses.replace(self, conditions=conditions)
 
     def with_class_names(self, names) -> 'Plan':
-        """The plan whose samples are called by these names of the classes; None has none."""
+        """Returns the plan with these class names for its samples; None for no names."""
         named = names if self.model.num_classes else None
         conditions = dataclasses.replace(self.conditions, class_names=named)
         return dataclasses.replace(self, conditions=conditions)
@@ -226,7 +228,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How long training goes on, and with which optimizer."""
+    """The number of training steps, and the optimizer."""
 
     steps_per_epoch: int
     total_steps: int
@@ -235,10 +237,10 @@ class Schedule:
 
 
 def plan(config: ConfigDict) -> Plan:
-    """Checks every field but those of the data and makes the objects they name.
+    """Checks every field except those of the data, and builds the plan.
 
     Raises:
-      ValueError: one sentence that names the field, its value and the remedy.
+      ValueError: if a field is wrong; the message has the field, its value and the remedy.
     """
     config_ranges.check(config, default())
     for field, choices in (
@@ -252,17 +254,17 @@ def plan(config: ConfigDict) -> Plan:
         value = operator.attrgetter(field)(config)
         if value not in choices:
             raise ValueError(
-                f'{field} {value!r:.100} is none of {", ".join(filter(None, choices))}.'
+                f'{field} {value!r:.100} must be one of {", ".join(filter(None, choices))}.'
             )
     for kind in config.data.expects:
         if kinds.plain(kind) not in kinds.NAMES:
             raise ValueError(
-                f'data.expects {kind!r:.100} is no kind of set; there are {", ".join(kinds.NAMES)}.'
+                f'data.expects {kind!r:.100} must be one of {", ".join(kinds.NAMES)}.'
             )
     fields = config.model.to_dict()
     for field in ('dtype', 'residual_dtype'):
         fields[field] = DTYPES[fields[field]]
-    del fields['attention']  # a field of the layout
+    del fields['attention']  # it belongs to the layout
     fields['layers_per_block'] = tuple(fields['layers_per_block'])
     model = named('model', TarFlow, **fields)
     t, s = config.train, config.sample
@@ -271,15 +273,15 @@ def plan(config: ConfigDict) -> Plan:
     })
     if model.noise_conditioned != (recipe.noise == 'levels'):
         raise ValueError(
-            f"train.noise {recipe.noise!r} does not go with model.noise_conditioned "
-            f"{model.noise_conditioned}; 'levels' is for noise-conditioned flows, and they need it."
+            f"train.noise {recipe.noise!r} does not fit model.noise_conditioned "
+            f"{model.noise_conditioned}; noise-conditioned flows, and only these, need 'levels'."
         )
     guidance = named('guidance', Guidance, **config.guidance.to_dict())
     named('guidance', guidance.check, model, Condition(labels=(), features=()))
     if s.label >= max(model.num_classes, 1):
         raise ValueError(
             f'sample.label {s.label} is outside 0..{model.num_classes - 1}, the classes of the '
-            'model; -1 goes through all of them.'
+            'model; -1 cycles through all classes.'
         )
     if recipe.noise == 'levels':
         _check_levels(config.evaluate.levels, recipe)
@@ -290,10 +292,10 @@ def plan(config: ConfigDict) -> Plan:
 
 
 def named(section: str, function: Callable, *args, **kwargs):
-    """Calls a function of the library, whose errors begin with the name of an argument.
+    """Calls a library function whose errors start with the name of an argument.
 
     Raises:
-      ValueError: the function's, beginning with the config's field.
+      ValueError: the function's error, with the name of the config field instead.
     """
     try:
         return function(*args, **kwargs)
@@ -302,14 +304,14 @@ def named(section: str, function: Callable, *args, **kwargs):
 
 
 def _check_levels(levels, recipe: Recipe) -> None:
-    """ValueError unless these are noise levels that the flow has seen in training."""
+    """Raises ValueError unless the flow was trained on these noise levels."""
     low, high = recipe.lowest_noise_std, recipe.noise_std
     if recipe.levels == 'log_normal':
         low, high = 0.0, math.inf
     for level in levels:
         if not low <= level <= high:
             raise ValueError(
-                f'evaluate.levels {tuple(levels)} must hold numbers from train.lowest_noise_std '
+                f'evaluate.levels {tuple(levels)} must be numbers from train.lowest_noise_std '
                 f'{recipe.lowest_noise_std} to train.noise_std {recipe.noise_std}, the levels of '
                 'training.'
             )
@@ -329,16 +331,16 @@ def _denoising(recipe: Recipe, s: ConfigDict) -> Denoising | None:
 
 
 def source(config: ConfigDict, split: str, model: TarFlow):
-    """The 'train' or 'test' images, checked against the model.
+    """Opens the 'train' or 'test' images and checks them against the model.
 
     Raises:
-      ValueError or FileNotFoundError: if they are not there, damaged or of another shape.
+      ValueError or FileNotFoundError: if they are missing, damaged or of another shape.
     """
     d = config.data
     if d.source == 'embedded' and (d.path or d.name):
         field = 'path' if d.path else 'name'
         raise ValueError(
-            f"data.{field} {d[field]!r:.200} has no meaning with data.source 'embedded'; set "
+            f"data.{field} {d[field]!r:.200} has no effect with data.source 'embedded'; set "
             'data.source to prepared, idx or tfds, or leave it out.'
         )
     opened = sources.load(
@@ -358,10 +360,10 @@ def source(config: ConfigDict, split: str, model: TarFlow):
 
 
 def schedule(config: ConfigDict, training_images) -> Schedule:
-    """The steps and the optimizer for a training set.
+    """Returns the number of steps and the optimizer for a training set.
 
     Raises:
-      ValueError: if the batch or the epochs do not fit the set.
+      ValueError: if the batch size or the epochs do not fit the training set.
     """
     t = config.train
     if t.batch_size % t.accumulation:
@@ -372,15 +374,15 @@ def schedule(config: ConfigDict, training_images) -> Schedule:
     steps_per_epoch = named('train', pipeline.steps_per_epoch, training_images, t.batch_size)
     if t.epochs * steps_per_epoch > MOST_STEPS:
         raise ValueError(
-            f'train.epochs {t.epochs:g} are more than {MOST_STEPS} steps of {t.batch_size} images; '
+            f'train.epochs {t.epochs:g} is more than {MOST_STEPS} steps of {t.batch_size} images; '
             'choose fewer.'
         )
     total_steps = round(t.epochs * steps_per_epoch)
     warmup_steps = round(t.warmup_epochs * steps_per_epoch)
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(
-            f'train.warmup_epochs {t.warmup_epochs} are {warmup_steps} steps, which leave none of '
-            f'{total_steps} for the rest; lower train.warmup_epochs or raise train.epochs.'
+            f'train.warmup_epochs {t.warmup_epochs} is {warmup_steps} steps, all of the '
+            f'{total_steps} steps; lower train.warmup_epochs or raise train.epochs.'
         )
     learning_rate = optimizers.learning_rate_schedule(
         peak=t.peak_learning_rate,
@@ -394,7 +396,7 @@ def schedule(config: ConfigDict, training_images) -> Schedule:
 
 
 def optimizer(config: ConfigDict, learning_rate: Callable) -> optax.GradientTransformation:
-    """The config's optimizer under a learning rate, a function of the number of updates."""
+    """Returns the config's optimizer for a learning rate, a function of the update count."""
     t = config.train
     return named(
         'train',

@@ -1,6 +1,6 @@
-"""The type of every field of a config and the range of every number, and the one place to check.
+"""Checks the type of every config field and the range of every number.
 
-Limits that depend on another field are checked where both are known.
+Limits that depend on another field are checked elsewhere.
 """
 
 import difflib
@@ -8,7 +8,7 @@ import difflib
 import numpy as np
 from ml_collections import ConfigDict
 
-# Intervals as mathematics writes them. Of a tuple they hold for each entry; a field may be None if
+# Intervals in mathematical notation. For a tuple they apply to each entry. A field may be None if
 # that is its default. JAX counts in 31 bits.
 WHOLE = {
     '[-1, 2147483648)': ('mesh.data', 'mesh.fsdp', 'mesh.tensor', 'sample.label'),
@@ -46,7 +46,7 @@ LONGEST = 4096  # characters of a word
 
 
 def fields(config: dict, prefix: str = '') -> dict:
-    """The sections and fields of a config by name, such as 'model' and 'model.width'."""
+    """Returns the sections and fields of a config by name, such as 'model' and 'model.width'."""
     found = {}
     for name, value in config.items():
         found[prefix + name] = value
@@ -56,7 +56,7 @@ def fields(config: dict, prefix: str = '') -> dict:
 
 
 def kind_of(field: str, default) -> str:
-    """What a field holds, in words: by its default, or by the tables above."""
+    """Describes the type of a field in words, from its default or the tables above."""
     if any(field in names for names in WHOLE.values()):
         return 'a whole number'
     if any(field in names for names in REAL.values()):
@@ -64,15 +64,15 @@ def kind_of(field: str, default) -> str:
     if field in WORDS:
         return 'words'
     if field == 'model.orders':
-        return "'alternate', or a permutation of the patches for each block"
+        return "'alternate', or one permutation of the patches per block"
     return 'True or False' if isinstance(default, bool) else 'a word'
 
 
 def check(config: ConfigDict, default: ConfigDict) -> None:
-    """Checks that a config has the fields of the default one, their types and their ranges.
+    """Checks that a config has the fields of the default config, with valid types and ranges.
 
     Raises:
-      ValueError: one sentence that names a field, its value and what it must be.
+      ValueError: if not; the message has the field, its value and what it must be.
     """
     wanted, given = fields(default.to_dict()), fields(config.to_dict())
     for field, value in wanted.items():
@@ -85,7 +85,7 @@ def check(config: ConfigDict, default: ConfigDict) -> None:
     for field in sorted(given.keys() - wanted.keys()):
         close = difflib.get_close_matches(field, wanted, 1)
         hint = f'did you mean {close[0]!r}?' if close else 'tarflow_jax/config.py lists them.'
-        raise ValueError(f'the config has {field}, which is no field; {hint}')
+        raise ValueError(f'the config has the unknown field {field}; {hint}')
     for ranges, types in ((WHOLE, (int,)), (REAL, (int, float))):
         for interval, names in ranges.items():
             for field in names:
@@ -93,8 +93,8 @@ def check(config: ConfigDict, default: ConfigDict) -> None:
     for field in WORDS:
         if not isinstance(given[field], tuple | list) or not all(map(_is_word, given[field])):
             raise ValueError(
-                f'{field} {given[field]!r:.100} must hold words, such as ("one", "two"); '
-                '() holds none.'
+                f'{field} {given[field]!r:.100} must be a tuple of words, such as ("one", "two"), '
+                'or ().'
             )
     for field, value in wanted.items():
         words, right = kind_of(field, value), True
@@ -141,7 +141,7 @@ def _check_number(field: str, value, default, interval: str, types: tuple[type, 
 
 
 def _within(x, interval: str) -> bool:
-    # In float32, as it is computed with: 1e39 is infinite there, and 1e-50 is 0.
+    # Compare as float32, the type of the computation, where 1e39 is infinite and 1e-50 is 0.
     if isinstance(x, float):
         with np.errstate(over='ignore'):
             x = float(np.float32(x))

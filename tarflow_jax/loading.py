@@ -17,8 +17,8 @@ def load(workdir: str, step: int | str | None = None) -> tuple[TarFlow, Variable
 
         model, variables = tfj.load('runs/fashion_mnist')
 
-    The parameters come to the first device of this process, whatever devices saved them;
-    `jax.device_put` takes them elsewhere.
+    The parameters are put on the first device of this process, even if other devices saved them.
+    Use `jax.device_put` to move them.
 
     Args:
       workdir: folder of the run, on a disk or gs://BUCKET/FOLDER.
@@ -49,7 +49,7 @@ def load_config(workdir: str, step: int | str | None = None) -> ConfigDict:
     saved = config_of_run.saved(_resolved(workdir), step)
     if saved is None:
         raise FileNotFoundError(
-            f'{workdir} holds no checkpoint that says its config; give the --workdir of a run.'
+            f'{workdir} has no checkpoint with a config; pass the --workdir of a run.'
         )
     return config_of_run.whole(saved, training=False)
 

@@ -3,7 +3,7 @@
     python -m tarflow_jax.main --config=configs/NAME.py --workdir=DIR [--mode=MODE]
         [--config.field=value ...]
 
-Without --config a workdir with a checkpoint goes on with the config that it was trained with.
+Without --config, a workdir with a checkpoint uses the config of its training.
 
 Modes:
   train        train, or resume from the newest checkpoint; then sample, evaluate and report
@@ -28,7 +28,7 @@ from pathlib import Path
 
 try:
     import jax
-except ValueError as error:  # a variable JAX_... has a value that JAX does not know
+except ValueError as error:  # a variable JAX_... has an invalid value
     if __name__ != '__main__':
         raise
     print(f'error: {error}; correct or unset it.', file=sys.stderr)
@@ -55,10 +55,10 @@ log = logging.getLogger('tarflow_jax')
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command line; returns the exit code, which launchers go by.
+    """Runs the command line and returns the exit code for launchers.
 
-    0: done; 2: bad input; 1: the run failed; 130: Ctrl-C; 75: stopped by SIGTERM, start it again;
-    76: diverged.
+    0: done; 1: the run failed; 2: invalid input; 75: stopped by SIGTERM, to be restarted;
+    76: diverged; 130: Ctrl-C.
     """
     _log_to_stderr()
     try:
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
         log.error('error: %s', _one_line(error))
         return 2
     except KeyboardInterrupt:
-        log.info('stopped before anything was done; the same command starts again')
+        log.info('stopped before anything was done; run the same command again')
         return 130
     try:
         job()
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
         return 130
     except CheckpointError as error:
         log.error('error: %s', error)
-        # What failed in Orbax's threads would bury the sentence under their tracebacks at exit.
+        # Otherwise tracebacks of Orbax's threads at exit would hide this sentence.
         os._exit(2 if isinstance(error, Unreadable) else 1)
     except (Diverged, OSError) as error:  # such as no room for metrics or pictures
         log.error('error: %s', error)
@@ -120,13 +120,13 @@ def _job(given) -> Callable[[], None]:
 
 
 def _one_line(error: Exception) -> str:
-    """What an error says; values in it may be long and hold anything."""
+    """Returns an error's message in one line; values in it may be long and arbitrary."""
     text = ''.join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
     return re.sub(r'(\S{300})\S{20,}', r'\1...', text)
 
 
 def _leave(code: int) -> int:
-    """The code; of several processes, this one ends at once, so that none waits for it at exit."""
+    """Returns the code; of several processes, ends this one at once, so that none waits for it."""
     if jax.process_count() > 1:
         os._exit(code)
     return code
@@ -153,7 +153,7 @@ _TEXT_FLAGS = {
 
 
 def _flags(argv: list[str], saved: config_of_run.Saved | None) -> flags.FlagValues:
-    """The flags there are; of their own, so that `main` means the argv that it is given."""
+    """Defines the flags, separately from the global ones, so that `main` uses its own argv."""
     f = flags.FlagValues()
     meaning = (
         'Python file with get_config(), such as configs/fashion_mnist.py; its fields are '
@@ -172,26 +172,26 @@ def _flags(argv: list[str], saved: config_of_run.Saved | None) -> flags.FlagValu
         'mode', 'train', list(commands.MODES), 'What to do; see above.', flag_values=f
     )
     flags.DEFINE_list(
-        'topology', [], 'TPU slices to compile for, such as v5e:4x4,v5e:16x16,v4:4x4x4; two slices '
-        'joined by the datacenter network are 2*v5e:16x16.', flag_values=f,
+        'topology', [], 'TPU slices to compile for, such as v5e:4x4,v5e:16x16,v4:4x4x4; write '
+        '2*v5e:16x16 for two slices joined by the datacenter network.', flag_values=f,
     )
     flags.DEFINE_enum(
         'program', 'train', ('train', 'evaluate', 'sample'), 'What to compile.', flag_values=f
     )
     flags.DEFINE_integer(
-        'batch_per_chip', None, "Images per chip, in place of the config's batch_size of the "
+        'batch_per_chip', None, "Images per chip, instead of the config's batch_size, for the "
         'program to compile.', lower_bound=1, flag_values=f,
     )
     flags.DEFINE_enum(
         'distributed', 'auto', processes.MODES, 'Whether this is one of several processes: auto '
-        'asks the environment, on asks JAX (needed on Cloud TPU VMs).', flag_values=f,
+        'reads the environment, on asks JAX (needed on Cloud TPU VMs).', flag_values=f,
     )
     flags.DEFINE_boolean('help', False, 'Show this.', flag_values=f)
     return f
 
 
 def _parse(argv: list[str]) -> flags.FlagValues:
-    """The flags of the command line; ValueError if they cannot be understood."""
+    """Parses the flags of the command line; raises ValueError if they are invalid."""
     argv = _config_first(_last_of_tuples(argv))
     argv = [
         f'{word[:9]}{os.path.expanduser(word[9:])}' if word.startswith('--config=') else word
@@ -213,7 +213,7 @@ def _parse(argv: list[str]) -> flags.FlagValues:
         rest = given(argv)
         config = given.config
         if config is not None:
-            _ = config.seed  # a file that could not be read only now says so
+            _ = config.seed  # raises now if the file cannot be read
     except flags.UnrecognizedFlagError as error:
         raise ValueError(_unknown_flag(error.flagname, known)) from error
     except flags.IllegalFlagValueError as error:
@@ -242,8 +242,8 @@ def _parse(argv: list[str]) -> flags.FlagValues:
         raise ValueError(f'{rest[1]!r} is not a flag; flags look like --workdir=DIR.')
     if config is None and not given.help and not compares:
         raise ValueError(
-            '--config is missing; give a file such as configs/fashion_mnist.py, or as --workdir '
-            'the folder of a run, whose checkpoint holds its config.'
+            '--config is missing; pass a file such as configs/fashion_mnist.py, or as --workdir '
+            'the folder of a run, whose checkpoint has its config.'
         )
     if saved and config is not None:
         _say_changes(given, saved, _given_fields(argv), file=bool(_values_of('config', argv)))
@@ -251,7 +251,7 @@ def _parse(argv: list[str]) -> flags.FlagValues:
 
 
 def _say_changes(given, saved: config_of_run.Saved, fields: list[str], file: bool) -> None:
-    """Says in a line what of the config a checkpoint decides, or else the command."""
+    """Logs which fields of the config come from the checkpoint, or what the command changes."""
     config, message = given.config, None
     if not file:
         there = config_of_run.whole(saved, given.mode == 'train').to_dict()
@@ -262,7 +262,7 @@ def _say_changes(given, saved: config_of_run.Saved, fields: list[str], file: boo
     elif given.mode not in ('train', 'compile') and not given.input:
         if changed := config_of_run.adopt(config, saved, fields):
             message = (
-                f'taken from {saved.name}, as the command does not say otherwise: '
+                f'taken from {saved.name}, because the command does not set them: '
                 f'{config_of_run.told(changed)}'
             )
     if message:
@@ -270,13 +270,13 @@ def _say_changes(given, saved: config_of_run.Saved, fields: list[str], file: boo
 
 
 def _sentence(error: Exception) -> str:
-    # config_flags passes on what the config file raised with its traceback, the sentence last.
+    # config_flags passes on the config file's exception with its traceback; the message is last.
     lines = [line for line in str(error).splitlines() if line.strip(' ;')]
     return re.sub(r'^\s*(\[Errno \d+\]|\w+Error:) ', '', lines[-1]).rstrip('.')
 
 
 def _values_of(name: str, argv: list[str]) -> list[str]:
-    """The values that are given for a flag, before the flags are parsed."""
+    """Returns the values of a flag before the flags are parsed."""
     given = [re.fullmatch(rf'--?{name}(?:=(.*))?', word, re.DOTALL) for word in argv[1:]]
     return [
         match[1] if match[1] is not None else argv[i + 1]
@@ -289,21 +289,21 @@ def _mode(argv: list[str]) -> str:
 
 
 def _check_file(argv: list[str]) -> None:
-    """ValueError that names the closest config there is if --config names a file that is not."""
+    """Raises ValueError, with the closest existing config, if the --config file does not exist."""
     for value in _values_of('config', argv):
         path = Path(re.sub(r'(\.py):.*', r'\1', value))
         if not value or path.is_file():
             continue
-        # Where it was looked for, here, and in the clone that this package may lie in.
+        # Search the given folder, the current one, and the clone that may contain this package.
         folders = (path.parent, Path('configs'), Path(__file__).parents[1] / 'configs')
         there = {file.stem: file for folder in reversed(folders) for file in folder.glob('*.py')}
         close = difflib.get_close_matches(path.name.removesuffix('.py'), there, 1)
-        hint = 'give one such as configs/fashion_mnist.py of the repository.'
+        hint = 'use one such as configs/fashion_mnist.py of the repository.'
         if close:
             hint = f'did you mean {there[close[0]]}?'
         elif there:
             hint = f'there are {", ".join(str(there[stem]) for stem in sorted(there))}.'
-        raise ValueError(f'--config={value}: there is no such file; {hint}')
+        raise ValueError(f'--config={value}: the file does not exist; {hint}')
 
 
 def _given_fields(argv: list[str]) -> list[str]:
@@ -312,17 +312,17 @@ def _given_fields(argv: list[str]) -> list[str]:
 
 
 def _fields() -> dict:
-    """Sections and fields of the config with their defaults, such as 'model' and 'model.width'."""
+    """Returns sections and fields of the config with defaults, such as 'model', 'model.width'."""
     return config_ranges.fields(configs.default().to_dict())
 
 
 def _last_of_tuples(argv: list[str]) -> list[str]:
-    """Drops what was given for a tuple before its last value, to which config_flags would add it.
+    """Keeps only the last value of each tuple field, because config_flags would append to it.
 
-    Of fields of other types the last value wins already.
+    For fields of other types, the last value already wins.
     """
     tuples = {f'config.{name}' for name, value in _fields().items() if isinstance(value, tuple)}
-    groups: list[list[str]] = []  # each word, with the next one where that is its value
+    groups: list[list[str]] = []  # each word, with the next one if that is its value
     for word in argv:
         if groups and len(groups[-1]) == 1 and groups[-1][0].lstrip('-') in tuples:
             groups[-1].append(word)
@@ -336,7 +336,7 @@ def _last_of_tuples(argv: list[str]) -> list[str]:
 
 
 def _config_first(argv: list[str]) -> list[str]:
-    """Moves --config before its fields, which config_flags demands."""
+    """Moves --config before its fields, as config_flags requires."""
     for i, word in enumerate(argv[1:], 1):
         if word.lstrip('-') == 'config' or word.lstrip('-').startswith('config='):
             end = i + 1 if '=' in word else i + 2
@@ -345,7 +345,7 @@ def _config_first(argv: list[str]) -> list[str]:
 
 
 def _closest_fields(name: str) -> list[str]:
-    """Fields that may have been meant: of a name much alike, or of another section."""
+    """Returns likely intended fields: with a similar name, or in another section."""
     elsewhere = [field for field in _fields() if field.split('.')[-1] == name.split('.')[-1]]
     return difflib.get_close_matches(name, _fields(), 1, 0.75) or elsewhere
 
@@ -362,7 +362,7 @@ def _either(names: list[str]) -> str:
 
 
 def _log_to_stderr() -> None:
-    # Orbax and others talk through absl at length; their warnings are enough.
+    # Orbax and others log a lot through absl; their warnings are enough.
     logging.basicConfig(
         level=logging.WARNING, format='%(asctime)s %(message)s', datefmt='%H:%M:%S', force=True
     )

@@ -34,7 +34,7 @@ def test_sample(trained, images, tmp_path, capfd):
     assert call(*flags(workdir, images), '--mode=sample') == 0
     [folder] = samples_in(workdir)
     assert re.fullmatch('step_0000012-[0-9a-f]{8}', folder.name)
-    assert f'13 samples of step 12 of {workdir} (13 drawn now' in capfd.readouterr().err
+    assert f'13 samples of step 12 of {workdir} (13 new' in capfd.readouterr().err
     arrays = np.load(folder / 'samples.npz')
     assert arrays['arr_0'].shape == (13, 16, 16, 1) and arrays['arr_0'].dtype == np.uint8
     np.testing.assert_array_equal(arrays['arr_1'], np.arange(13) % 5)
@@ -45,9 +45,9 @@ def test_sample(trained, images, tmp_path, capfd):
 
     # Again there is nothing to draw; then a longer set, whose first images are the same.
     assert call(*flags(workdir, images), '--mode=sample') == 0
-    assert '(0 drawn now' in capfd.readouterr().err
+    assert '(0 new' in capfd.readouterr().err
     assert call(*flags(workdir, images, sample__count=17), '--mode=sample') == 0
-    assert '(4 drawn now' in capfd.readouterr().err
+    assert '(4 new' in capfd.readouterr().err
     assert samples_in(workdir) == [folder]
     longer = np.load(folder / 'samples.npz')
     assert len(longer['arr_0']) == 17
@@ -76,7 +76,7 @@ def test_sampling_stops_and_goes_on(trained, images, tmp_path, monkeypatch, capf
     last = capfd.readouterr().err.splitlines()[-1]
     assert f'stopped; the 8 images drawn so far are kept in {folder} and the same' in last
     assert call(*command) == 0
-    assert '(5 drawn now' in capfd.readouterr().err
+    assert '(5 new' in capfd.readouterr().err
     assert len(sample_files.open_samples(folder)) == 13
 
 
@@ -137,10 +137,10 @@ def press_ctrl_c(*_, **__):
 
 
 @pytest.mark.parametrize('mode, where, name, says', [
-    ('train', loop, 'jitted_train_step', 'goes on from the newest'),
+    ('train', loop, 'jitted_train_step', 'run the same command again to resume from the newest'),
     ('sample', bulk, 'noise_of_examples', 'run the same command again to resume'),
-    ('evaluate', bits_per_dim, 'over_set', 'starts the scores again'),
-    ('convert', official, '_rearrange', 'starts again'),
+    ('evaluate', bits_per_dim, 'over_set', 'run the same command again to compute the scores'),
+    ('convert', official, '_rearrange', 'run the same command again'),
     ('evaluate', configs, 'source', 'stopped before anything was done'),
 ])
 def test_ctrl_c(trained, images, tmp_path, monkeypatch, capfd, mode, where, name, says):

@@ -27,7 +27,7 @@ NONSENSE = {
     'True or False': ['2', 'yes', '', '()', 'ü€', 'nan'],
     'a word': ['a\nb', 'x' * 5000, '\x00'],
     'words': ['(1,)', '(None,)', '((1,),)', '(True,)', '("a\\nb",)'],
-    "'alternate', or a permutation of the patches for each block": [
+    "'alternate', or one permutation of the patches per block": [
         '0', 'None', '(1,)', '((1.5,),)', 'zigzag', '1e308', '((0, 0),)'
     ],
 }

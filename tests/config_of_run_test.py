@@ -40,7 +40,7 @@ def test_a_file_leaves_the_model_and_the_noise_to_the_checkpoint(trained, images
     assert config.model.head_dim == 32  # the command says so
     assert config.train.batch_size == 64  # of the file
     [message] = caplog.messages
-    assert f'taken from step 12 of {trained}, as the command does not say otherwise:' in message
+    assert f'taken from step 12 of {trained}, because the command does not set them:' in message
     assert 'model.width 32 instead of 64' in message and 'head_dim' not in message
     # Training has the config that it is given, and says what differs; see below.
     assert parsed(*given[:-1]).model.width == 64
@@ -66,7 +66,7 @@ def test_metadata_that_says_nothing(tmp_path, content):
     folder.mkdir(parents=True)
     (folder / 'metadata').write_text(content)
     assert config_of_run.saved(tmp_path) is None
-    with pytest.raises(ValueError, match='--config is missing; give a file .* or as --workdir the'):
+    with pytest.raises(ValueError, match='--config is missing; pass a file .* or as --workdir the'):
         parsed(f'--workdir={tmp_path}', '--mode=sample')
 
 

@@ -42,7 +42,7 @@ def test_load_config(trained):
 
 @pytest.mark.parametrize('function', [tfj.load, tfj.load_config])
 def test_no_run(tmp_path, function):
-    with pytest.raises(FileNotFoundError, match=f'{tmp_path} holds no checkpoint that says'):
+    with pytest.raises(FileNotFoundError, match=f'{tmp_path} has no checkpoint with a config'):
         function(tmp_path)
     (tmp_path / 'file').write_text('')
     with pytest.raises(ValueError, match='file is not a folder, but a file; give a folder.'):

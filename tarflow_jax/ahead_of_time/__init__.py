@@ -1,1 +1,1 @@
-"""Predicts what a program costs on a TPU slice, without one: compiles it, counts, and times it."""
+"""Predicts the memory and time of a program on a TPU slice, on a machine without TPUs."""

@@ -337,7 +337,10 @@ def _comparison(module: Module, condition: Computation) -> tuple[Scalar, str, Sc
 def _scalar(
     module: Module, computation: Computation, name: str, arguments: list | None = None
 ) -> Scalar | None:
-    """Returns an integer as a loop-state element plus a constant; `arguments` are a fusion's."""
+    """Expresses an integer as an element of the loop's state plus a constant.
+
+    `arguments` are the operands, if it is inside a fusion.
+    """
     here = functools.partial(_scalar, module, computation, arguments=arguments)
     i = computation.by_name.get(name)
     if i is None:

@@ -50,7 +50,7 @@ def read(path: str | Path, member: zip_files.Member) -> np.ndarray:
         stream = io.BytesIO(data)
         shape, order, dtype = header(stream)
         if math.prod(shape) * dtype.itemsize != len(data) - stream.tell():
-            raise ValueError(f'says that it is {dtype} {list(shape)}, and has other bytes')
+            raise ValueError(f'has another size than {dtype} {list(shape)} needs')
     if not math.prod(shape):
         return np.zeros(shape, dtype)
     return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape, order=order)
@@ -72,7 +72,7 @@ def mapped(path: str | Path, member: zip_files.Member) -> np.ndarray:
         if member.size != member.packed.size or (
             math.prod(shape) * dtype.itemsize != start + member.size - place
         ):
-            raise ValueError(f'says that it is {dtype} {list(shape)}, and has other bytes')
+            raise ValueError(f'has another size than {dtype} {list(shape)} needs')
         file.seek(start)
         left, checksum = member.size, 0
         while left and (chunk := file.read(min(left, _CHUNK_BYTES))):

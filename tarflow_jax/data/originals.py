@@ -45,7 +45,7 @@ def recognise(source: str, *, wanted: Wanted, name: str | None = None) -> Origin
         )
     if not files and wanted.labels is not None:
         raise ValueError(
-            f'--labels is {wanted.labels}, but {source} holds labels of its own; leave out --labels'
+            f'--labels is {wanted.labels}, but {source} already has labels; leave out --labels'
             '.'
         )
     for flag, given in (('--rotate', wanted.rotate), ('--background', wanted.background)):

@@ -44,7 +44,7 @@ def recognise(source: Path, wanted: Wanted) -> Originals:
     found = edm_files.find(listing, wanted.rotate) or webdataset.find(listing)
     if found and wanted.labels:
         raise ValueError(
-            f'--labels is {wanted.labels}, but {source} holds labels of its own; leave out --labels'
+            f'--labels is {wanted.labels}, but {source} already has labels; leave out --labels'
             '.'
         )
     found = found or class_folders.find(source, listing, wanted)

@@ -103,7 +103,7 @@ def name_at(file: BinaryIO, offset: int) -> str:
     file.seek(offset)
     head = file.read(_LOCAL.size)
     if len(head) < _LOCAL.size or head[:4] != b'PK\x03\x04':
-        raise ValueError('is damaged: the zip holds no file where its directory says')
+        raise ValueError('is damaged: its directory points to a place without a file')
     flags, name_length = head[6] | head[7] << 8, _LOCAL.unpack(head)[-2]
     return _text(file.read(name_length), flags)
 
@@ -121,7 +121,7 @@ def open_member(file: BinaryIO, offset: int, packed: Packed) -> 'Stream':
         raise EOFError
     sign, *_, name_length, extra_length = _LOCAL.unpack(head)
     if sign != b'PK\x03\x04':
-        raise ValueError('is damaged: the zip holds no file where its directory says')
+        raise ValueError('is damaged: its directory points to a place without a file')
     file.seek(name_length + extra_length, 1)
     return Stream(file, packed.method, packed.size)
 

@@ -116,7 +116,7 @@ def _other_crop(about: dict, trained: str | None) -> str | None:
     """Returns a warning if the images of a file have another crop than the training set."""
     theirs, whose = CROPS.get(about['format']), 'files of this suite'
     source = about.get('source', {})
-    if 'preprocessing' in source:  # of a prepared set
+    if 'preprocessing' in source:  # a prepared dataset
         theirs = kinds.of_manifest(source | {'kind': kinds.of_set(source | {'classes': None})})
         whose = 'the file'
     of_photographs = {kinds.PHOTOGRAPHS, kinds.BOX_RESIZED, kinds.DOWNSAMPLED}

@@ -96,7 +96,10 @@ def _trusted(measured: dict) -> dict[str, bool]:
 
 
 def _image_z_image(model, variables, sequences, logdet, condition) -> dict:
-    """Inverts a forward pass; `sequences` are the patches and the output of each block."""
+    """Inverts a forward pass and returns the errors.
+
+    `sequences` are the patches and the output of each block.
+    """
     x, total, blocks = sequences[-1], logdet, []
     for b in reversed(range(len(model.layers_per_block))):
         alone, _ = _inverse(model, variables, b, sequences[b + 1], condition)

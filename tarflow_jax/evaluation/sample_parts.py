@@ -1,4 +1,4 @@
-"""The state of a set of samples during sampling: finished images, and parts.
+"""Unfinished sets of samples, as finished images and parts.
 
 A part is a file `parts/FIRST.npz` in the folder of the set, written atomically. It has one batch of
 `bulk`, starting at image FIRST. Each array has a checksum.

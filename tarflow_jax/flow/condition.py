@@ -73,7 +73,7 @@ def at_noise_level(condition, noise_std) -> Condition:
 
 
 def per_example(condition, batch: int) -> Condition:
-    """Broadcasts a single noise level to one per example."""
+    """Broadcasts the noise level of a condition to one level per example."""
     c = as_condition(condition)
     if c.noise_std is None:
         return c

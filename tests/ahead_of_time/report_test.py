@@ -240,7 +240,7 @@ def test_ctrl_c_keeps_what_is_known(tmp_path, monkeypatch, capfd):
     assert json.loads(file.read_text()) == [{'topology': 'v5e:2x4', 'fits': True}]
     first, *_, last = printed.err.splitlines()
     assert first.endswith(' compile') and f'output      {file}' in printed.err
-    assert last.endswith('what was compiled is printed above; the same command starts again')
+    assert last.endswith('finished topologies are printed above; run the same command again')
 
 
 @pytest.mark.parametrize('more, says', [

@@ -143,7 +143,7 @@ def test_other_columns_in_another_split(classes, tmp_path, capfd):
     for columns, says in (
         (['a', 'b', 'c'], 'was prepared with 2 features (a, b), but this command has 3 features (a, b,'),
         (['a', 'c'], 'but this command has 2 features (a, c); pass the same columns as --features'),
-        ([], 'holds a set with 2 features (a, b), and this one has no features; give'),
+        ([], 'was prepared with 2 features (a, b), but this command has no features; pass'),
     ):
         prepared('val', columns, code=2)
         assert says in last_error(capfd)
@@ -229,7 +229,7 @@ def test_refused_files(classes, tmp_path, capfd):
         ('digits', 'f.npy', 'has the features of one split, but this source has train and test;'),
         ('digits', 'f.csv', 'parquet, CIFAR, batch or IDX files need a .npy file; give one'),
         ('pets', 'f.npy', 'image files need a .csv file; give one'),
-        ('pets', 'f.csv', 'f.csv is not there; correct --features'),
+        ('pets', 'f.csv', 'f.csv does not exist; correct --features'),
     ):
         run(tmp_path / source, tmp_path / 'out', f'--features={tmp_path / name}', code=2)
         assert says in last_error(capfd)
