@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 
 import pytest
 from documented import ROOT
@@ -18,6 +19,16 @@ def test_no_outputs_and_no_counts():
     assert len(code_cells()) > 5
     for cell in code_cells():
         assert cell['outputs'] == [] and cell['execution_count'] is None
+
+
+def test_one_address_of_the_repository():
+    """Whoever publishes the repository puts its address in place of one text."""
+    found = {
+        owner
+        for page in (PATH, ROOT / 'README.md', ROOT / 'CONTRIBUTING.md')
+        for owner in re.findall(r'github(?:\.com)?/([\w-]+)/tarflow_jax', page.read_text())
+    }
+    assert len(found) == 1, found
 
 
 def test_is_python_without_magic():
