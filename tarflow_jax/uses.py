@@ -5,7 +5,6 @@ As in `commands`, each function checks what a user can get wrong and returns the
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -199,7 +198,7 @@ class _Run:
             self.variables, known = class_order.at_hand(
                 config.data, plan.model, self.variables, known, self.origin
             )
-            names, folder = known.known_names, Path(given.images).expanduser()
+            names, folder = known.known_names, paths.of(given.images)
             self.source = ImageFolder(
                 folder, plan.model.image_shape, names, plan.model.num_classes
             )

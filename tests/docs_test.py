@@ -112,7 +112,12 @@ def test_every_page_with_python_is_here():
     assert found == set(PYTHON)
 
 
-@pytest.mark.parametrize('name', PYTHON)
+SLOW = ('docs/uses.md',)
+
+
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in PYTHON
+])
 def test_python_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     replaced, prelude = PYTHON[name]

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
+from tarflow_jax import paths
 from tarflow_jax.data import sizes
 from tarflow_jax.data.image_files import Form, encode_files
 from tarflow_jax.data.listing import list_source, printable
@@ -26,7 +28,8 @@ class ImageFolder:
 
     Raises:
         FileNotFoundError: it is not there.
-        ValueError: no file of it is an image, or the flow's images have no 1 or 3 channels.
+        ValueError: no file of it is an image, it is in a bucket, or the flow's images have neither
+            1 nor 3 channels.
 
     Attributes:
         names: of the image files, relative to `path`.
@@ -44,6 +47,11 @@ class ImageFolder:
                 f'{path} holds image files, which have 1 or 3 channels, and the flow has '
                 f'{channels}.'
             )
+        if paths.in_bucket(path):
+            raise ValueError(
+                f'{path} is in a bucket, and image files are read from a disk; copy the folder to '
+                'this machine first.'
+            )
         if not path.exists():
             raise FileNotFoundError(f'{path} is not there.')
         found = list_source(path)
@@ -56,7 +64,7 @@ class ImageFolder:
         self._labels: list[int] = []
         self._files: list[bytes] = []
         form = Form((height, width), channels=channels)
-        for file in found.files:
+        for file in tqdm(found.files, 'reading images', leave=False, disable=None):
             [encoded] = encode_files([file], form)
             name = printable(file.name)
             if encoded.png is None:

@@ -19,19 +19,19 @@ from tarflow_jax.sampling.guided import guided_log_prob
 # The mean acceptance that step sizes are adapted to: of one leapfrog step, and of several.
 ONE_STEP, SEVERAL_STEPS = 0.574, 0.7
 FIRST_STEP_SIZE = 0.05
-# Step sizes vary by so much from proposal to proposal, so that no chain goes round in circles.
+# Each proposal varies its step size by this share, so that no chain runs in a closed orbit.
 JITTER = 0.2
 
 
 class Chains(NamedTuple):
-    """Where the chains are, one for each example.
+    """The state of the chains, one for each example.
 
     Args:
-      x: [B, ...], the examples.
+      x: [B, ...], where they are.
       log_prob: [B], nats.
       gradient: [B, ...], of log_prob; 0 where examples are known.
       log_step_size: [B].
-      acceptance: [B], the proposals accepted since the burn-in.
+      accepted: int32 [B], proposals accepted since the burn-in.
     """
 
     x: Array

@@ -62,10 +62,10 @@ def test_each_example_has_a_past_of_its_own():
     )
     np.testing.assert_array_equal(found[known], x[known])
     # The density of the one number, from the joint one along a line.
-    line = jnp.linspace(-30, 30, 6001)
-    joint = tfj.log_prob(model, variables, jnp.tile(found[:1], (6001, 1, 1)).at[:, 2, 1].set(line))
+    line = jnp.linspace(-20, 20, 801)
+    joint = tfj.log_prob(model, variables, jnp.tile(found[:1], (801, 1, 1)).at[:, 2, 1].set(line))
     own, wanted = tfj.log_prob(model, variables, found), jnp.full(3, jnp.nan)
-    wanted = own[0] - jax.nn.logsumexp(joint) - np.log(60 / 6000)
+    wanted = own[0] - jax.nn.logsumexp(joint) - np.log(40 / 800)
     np.testing.assert_allclose(log_prob[0], wanted, atol=1e-3)
     np.testing.assert_allclose(log_prob[2], own[2], atol=1e-4)
     sample = tfj.sample(model, variables, jax.random.normal(key, x.shape))
@@ -107,7 +107,7 @@ def test_chains_draw_from_the_conditional_density():
     model = sequence_flow(num_classes=3, scale_limit=0.7)
     variables, x = perturbed(model, amount=0.2), normal(0, 1, 4, 2)
     known = np.arange(4) != 1
-    axis = jnp.linspace(-6, 6, 61)
+    axis = jnp.linspace(-6, 6, 41)
     points = jnp.stack(jnp.meshgrid(axis, axis), -1).reshape(-1, 2)
     grid = jnp.tile(x, (len(points), 1, 1)).at[:, 1].set(points)
     weight = jax.nn.softmax(tfj.log_prob(model, variables, grid, jnp.full(len(points), 2)))
@@ -115,16 +115,16 @@ def test_chains_draw_from_the_conditional_density():
     covariance = (points - mean).T @ ((points - mean) * weight[:, None])
 
     found, info = tfj.complete(
-        model, variables, jax.random.key(0), x, known, jnp.array([2]), num_samples=512, steps=60,
+        model, variables, jax.random.key(0), x, known, jnp.array([2]), num_samples=256, steps=40,
         leapfrog=4, return_info=True,
     )
-    np.testing.assert_array_equal(found[:, :, known], jnp.tile(x[:, known], (512, 1, 1, 1)))
+    np.testing.assert_array_equal(found[:, :, known], jnp.tile(x[:, known], (256, 1, 1, 1)))
     drawn = found[:, 0, 1]
     deviation = np.sqrt(np.diag(covariance))
-    np.testing.assert_allclose(drawn.mean(0) / deviation, mean / deviation, atol=0.15)
+    np.testing.assert_allclose(drawn.mean(0) / deviation, mean / deviation, atol=0.2)
     scale = np.outer(deviation, deviation)
-    np.testing.assert_allclose(np.cov(drawn.T) / scale, covariance / scale, atol=0.2)
-    assert not info.exact and info.acceptance.shape == (512, 1)
+    np.testing.assert_allclose(np.cov(drawn.T) / scale, covariance / scale, atol=0.3)
+    assert not info.exact and info.acceptance.shape == (256, 1)
     assert 0.5 < info.acceptance.mean() < 0.9 and (info.step_size > 0).all()
 
 
