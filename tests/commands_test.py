@@ -120,7 +120,7 @@ def test_modes_say_what_they_are_about_to_do(trained, images, tmp_path, capfd):
         assert lines['devices'].startswith('8 x cpu of 1 process(es) as data 8, fsdp 1')
     assert lines['checkpoint'] == f'step 12 of {workdir}' and lines['output'] == str(output)
     assert '96 images' in found['train']['data'] and '20 images' in found['train']['data']
-    assert found['train']['steps'] == '12 of 16 images (2 epochs), going on after step 12'
+    assert found['train']['steps'] == '12 of 16 images (2 epochs), resuming after step 12'
     assert found['sample']['samples'].startswith('13 in batches of 8, all classes in turn')
     assert found['evaluate']['scores'] == 'bits_per_dim'
     for mode, place in (
