@@ -50,7 +50,7 @@ def get_config(arg: str = 'cond'):
         c.train.update(epochs=200.0, noise_std=0.05)
         c.model.update(dtype='bfloat16', remat='attention')
         c.mesh.fsdp = 4  # fits into the 16 GB of a TPU v5e; 1 on a single device
-        c.sample.update(method='auto', tolerance=0.01)  # bfloat16 rounds by as much
+        c.sample.update(method='auto', tolerance=0.01)  # bfloat16 rounding
     if variant == 'uncond':
         c.guidance.update(weight=0.2, temperature=0.3)
     if variant == 'cond':

@@ -19,7 +19,7 @@ def get_config(arg: str = 'cond'):
     c = configs.default()
     c.model.update(image_size=64, image_channels=3, patch_size=2, width=1280)
     c.model.update(layers_per_block=(4, 4, 4, 24), num_classes=1000, noise_conditioned=True)
-    # As the official autocast, which keeps the residual stream in float32.
+    # The residual stream stays in float32 (the default), as in the official autocast.
     c.model.update(dtype='bfloat16', remat='attention')
     c.data.update(source='prepared', path='data/imagenet64_cropped', test_split='validation')
     c.data.update(flip=True, expects=('photographs/torchvision',))

@@ -1,4 +1,4 @@
-"""Animated GIFs of the way from noise to images: through the blocks, then through denoising."""
+"""Animated GIFs of sampling: from noise through the blocks, then through denoising."""
 
 import os
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ from tarflow_jax.sampling.generate import Denoising, denoised, denoising_of
 from tarflow_jax.sampling.sample import sample_trajectory
 from tarflow_jax.training.pictures import sheet, to_pixels
 
-BLEND = 4  # frames from each stage to the next, to which it fades
-FRAME, FIRST, LAST = 80, 400, 2000  # how long a frame stays, in milliseconds
-MOST_LEVELS = 10  # of iterative denoising that are shown
-GREYS = 32  # of a GIF without colours; noise of 256 would make the file twice as large
+BLEND = 4  # frames that fade from each stage to the next
+FRAME, FIRST, LAST = 80, 400, 2000  # duration of a frame in milliseconds
+MOST_LEVELS = 10  # levels of iterative denoising to show, at most
+GREYS = 32  # grey levels of a GIF without colours; 256 would double the file size
 
 
 @labels_keyword
@@ -35,13 +35,13 @@ def animate(
     denoise: float | Sequence[float] | Denoising | None = None,
     columns: int = 10,
 ) -> None:
-    """Writes an animated GIF of images being drawn: noise, every block's output, denoising.
+    """Writes an animated GIF of sampling: noise, the output of every block, denoising.
 
     Args:
-      path: of the GIF; a file there is replaced.
+      path: path of the GIF; an existing file is replaced.
       noise, condition, guidance: as for `sample`.
       denoise: as for `sample_images`; None shows no denoising.
-      columns: of the image grid.
+      columns: columns of the image grid.
     Raises:
       ValueError: if the arguments do not fit the flow or each other.
     """
@@ -56,7 +56,7 @@ def trajectory(
     guidance: Guidance | None = None,
     denoise: float | Sequence[float] | Denoising | None = None,
 ) -> list[np.ndarray]:
-    """The stages of drawing images, each [B, H, W, C]; arguments as for `animate`."""
+    """Returns the stages of sampling, each [B, H, W, C]; arguments as for `animate`."""
     denoising = None if denoise is None else denoising_of(model, denoise)
     if denoising is not None and denoising.levels:
         condition = at_noise_level(condition, denoising.levels[0])

@@ -73,12 +73,12 @@ def of(config, given, *flags: str):
 
 def workdir_of(workdir) -> Path:
     if not workdir:
-        raise ValueError('--workdir is missing; give the folder of the run.')
+        raise ValueError('--workdir is missing; pass the folder of the run.')
     return run_checks.workdir(workdir)
 
 
 def plan_of(config):
-    """Returns the plan, with its flow laid out over the mesh of all devices, and the mesh."""
+    """Returns the plan, with its flow on the mesh of all devices, and the mesh."""
     plan = configs.plan(config)
     check_names(config.evaluate.metrics, plan.model)
     mesh = configs.named('mesh', sharding.make_mesh, **config.mesh)
@@ -94,7 +94,7 @@ def variables_of(plan, workdir, given, mesh):
       the variables, on the devices; their origin, as JSON values; and their classes.
     Raises:
       ValueError: if a parameter is not finite, or the flags do not fit each other.
-      FileNotFoundError: if there is no such checkpoint.
+      FileNotFoundError: if the checkpoint does not exist.
     """
     input_file, step = given.input, given.step
     if input_file:
@@ -117,7 +117,7 @@ def variables_of(plan, workdir, given, mesh):
     if not jax.jit(all_finite)(variables):
         raise ValueError(
             f'{checkpoints.folder / str(step)} has parameters that are not finite; delete this '
-            'folder to take the checkpoint before it, or train again with a lower '
+            'folder to use the previous checkpoint, or train again with a lower '
             'train.peak_learning_rate.'
         )
     return variables, at_step(step, workdir), known

@@ -62,7 +62,7 @@ def train(config, given) -> Callable[[], None]:
             **setup.caution(config, source),
             steps=f'{schedule.total_steps} of {config.train.batch_size} images '
             f'({config.train.epochs:g} epochs), '
-            + ('from the first' if latest is None else f'going on after step {latest}'),
+            + ('from the first' if latest is None else f'resuming after step {latest}'),
             then=f'{config.sample.count} samples if a score needs them; scores: '
             f'{", ".join(config.evaluate.metrics) or "none"}',
             memory=needed, output=f'{workdir}: checkpoints, metrics, samples, evaluation.json',
@@ -77,14 +77,14 @@ def train(config, given) -> Callable[[], None]:
         if show:
             show(variables, origin)
         elif config.report.after_training:
-            log.info('several processes write no report; --mode=report, started alone, does')
-        log.info('pictures are in %s, metrics in %s', workdir / 'samples', workdir)
+            log.info('no report with several processes; run --mode=report in one process')
+        log.info('image grids are in %s, metrics in %s', workdir / 'samples', workdir)
 
     return job
 
 
 def sample(config, given) -> Callable[[], None]:
-    """Draws config.sample.count images, or those that are missing: see `evaluation.bulk`."""
+    """Samples config.sample.count images, or the missing ones; see `evaluation.bulk`."""
     workdir, plan, mesh = setup.of(config, given, 'input', 'step', 'gif')
     uses.check_gif(given.gif)
     needed = run_checks.sample_set(config, plan, mesh, workdir, always=True)
@@ -167,7 +167,7 @@ def evaluate(config, given) -> Callable[[], None]:
 
 
 def report(config, given) -> Callable[[], None]:
-    """Writes report.html: what the workdir's flow has learned, on one page."""
+    """Writes report.html, one page about the workdir's flow."""
     workdir, plan, mesh = setup.of(config, given, 'step')
     train_source = configs.source(config, 'train', plan.model)
     test_source = configs.source(config, 'test', plan.model)
@@ -195,13 +195,13 @@ def compare(workdirs: list[str], given) -> Callable[[], None]:
     setup.only(given, 'workdir')
     if given.config is not None:
         raise ValueError(
-            f'--config has no meaning with several runs, --workdir={given.workdir}; leave it out.'
+            f'--config has no effect with several runs, --workdir={given.workdir}; leave it out.'
         )
     return comparing.prepare(workdirs)
 
 
 def convert(config, given) -> Callable[[], None]:
-    """Official checkpoint into a workdir as step 0, or out of a workdir (averaged parameters)."""
+    """Converts an official checkpoint to step 0 of a workdir, or a workdir to an official one."""
     setup.only(given, 'workdir', 'input', 'output', 'step')
     input_file, output_file = given.input, given.output
     plan, mesh = setup.plan_of(config)
@@ -214,7 +214,7 @@ def convert(config, given) -> Callable[[], None]:
         )
     if given.step and not output_file:
         raise ValueError(
-            f'--step={given.step} has no meaning without --output; leave it out.'
+            f'--step={given.step} has no effect without --output; leave it out.'
         )
     if output_file:
         if not output_file.endswith('.safetensors'):
@@ -269,7 +269,9 @@ def compile_ahead(config, given) -> Callable[[], None]:
 
     setup.only(given, 'topology', 'program', 'batch_per_chip', 'json', 'out')
     if not given.topology:
-        raise ValueError('--mode=compile needs --topology, such as v5e:16x16 (several: a comma).')
+        raise ValueError(
+            '--mode=compile needs --topology, such as v5e:16x16 or v5e:4x4,v5e:16x16.'
+        )
     for name in given.topology:
         topology.check(name)
     if given.json:

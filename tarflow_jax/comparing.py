@@ -1,7 +1,7 @@
-"""Compares runs with --mode=report --workdir=A,B: one page, from what their reports have kept.
+"""Compares runs on one page, with --mode=report --workdir=A,B.
 
-Each run's samples come from its report.json, which writing its own report makes. Its curves and
-scores come from metrics.jsonl and evaluation.json. No flow is loaded.
+The samples of a run come from its report.json, which its own report writes. Its curves and scores
+come from metrics.jsonl and evaluation.json. No flow is loaded.
 """
 
 import datetime
@@ -29,25 +29,25 @@ def prepare(workdirs: list[str]) -> Callable[[], None]:
     """Checks the folders and returns the work, which writes the page into the first of them.
 
     Raises:
-      ValueError: if there are fewer than two, or one of them holds no run.
+      ValueError: if there are fewer than two folders, or one of them has no run.
     """
     label = f'--workdir={",".join(workdirs)}'
     folders = [paths.resolved(one, f'--workdir={one}', 'folder') for one in workdirs]
     if len(set(folders)) < len(folders) or len(folders) < 2:
-        raise ValueError(f'{label} must name two different runs or more to compare.')
+        raise ValueError(f'{label} must name at least two different runs to compare.')
     for folder in folders:
         paths.reach(folder, f'--workdir={folder}', write=folder == folders[0])
         there = paths.of(folder)
         if not any((there / name).exists() for name in (kept.FILE, metrics.FILE, scoring.FILE)):
             raise ValueError(
-                f'--workdir={folder} holds no run to compare: it has none of {kept.FILE}, '
+                f'--workdir={folder} has no run to compare: it has none of {kept.FILE}, '
                 f'{metrics.FILE} and {scoring.FILE}; correct the folder.'
             )
     names = short_names(folders)
     target = paths.writable_folder(folders[0], f'--workdir={folders[0]}') / file_name(names)
 
     def job() -> None:
-        # Imported here: the chart library takes time to load, and only this needs it.
+        # Only this needs the chart library, which takes time to load.
         from tarflow_jax.evaluation.report import comparison
 
         runs = [
@@ -66,7 +66,7 @@ def prepare(workdirs: list[str]) -> Callable[[], None]:
 
 
 def short_names(folders: list[str]) -> list[str]:
-    """Names runs by the ends of their paths, as long as it takes to tell them apart."""
+    """Names runs by the shortest ends of their paths that differ."""
     parts = [PurePath(folder).parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = ['/'.join(own[-length:]) for own in parts]

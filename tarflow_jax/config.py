@@ -61,8 +61,8 @@ def default() -> ConfigDict:
     m.first_token = 'identity'  # or 'start'
     m.volume_preserving = False
     m.dtype = 'float32'  # or 'bfloat16'
-    m.residual_dtype = 'float32'  # of the residual stream, as in the official code; or 'bfloat16'
-    m.precision = 'highest'  # of float32 products on TPU: or 'high', 'default'
+    m.residual_dtype = 'float32'  # for the residual stream, as in the official code; or 'bfloat16'
+    m.precision = 'highest'  # for float32 products on TPU; or 'high', 'default'
     m.remat = 'none'  # or 'layer', 'dots', 'attention'
     m.unroll = 1  # layers per loop iteration
     m.attention = 'auto'  # the best kernel for the chip; or one of flow.attention.KERNELS

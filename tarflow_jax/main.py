@@ -114,7 +114,7 @@ def _job(given) -> Callable[[], None]:
     sharding.use_cores_as_devices(config.train.batch_size // max(config.train.accumulation, 1))
     environment.start_devices()
     if jax.process_index() > 0:
-        log.setLevel(logging.WARNING)  # the first process speaks for all
+        log.setLevel(logging.WARNING)  # only the first process logs progress
     compiled.keep_in(given.workdir)
     return commands.MODES[given.mode](config, given)
 
@@ -135,7 +135,7 @@ def _leave(code: int) -> int:
 _TEXT_FLAGS = {
     'workdir': 'Folder of the run: checkpoints, metrics and pictures. With report, several folders '
     'joined by commas are compared.',
-    'input': "Official checkpoint (.pth or .safetensors) to use in place of the workdir's, with "
+    'input': "Official checkpoint (.pth or .safetensors) to use instead of the workdir's, with "
     'sample, evaluate and convert.',
     'output': 'File to write: an official checkpoint (.safetensors) for convert, a CSV for '
     'likelihood, a PNG for interpolate and complete.',

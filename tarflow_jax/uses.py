@@ -1,6 +1,6 @@
 """More modes of the command line: likelihoods of images, interpolation, completion, animation.
 
-As in `commands`, each function checks what a user can get wrong and returns the work as a closure.
+As in `commands`, each function checks for all user errors and returns the work as a closure.
 """
 
 import logging
@@ -23,11 +23,11 @@ from tarflow_jax.training import pictures, sharding
 from tarflow_jax.training.corruption import to_unit_range
 from tarflow_jax.training.over_set import evenly_spaced
 
-PAIRS, STEPS = 6, 9  # of an interpolation: rows and columns of the picture
-COMPLETED, VERSIONS = 8, 4  # images, and completions of each
-ANIMATED = 20  # images of a GIF, at most
+PAIRS, STEPS = 6, 9  # rows and columns of the image grid of interpolations
+COMPLETED, VERSIONS = 8, 4  # number of images, and of completions per image
+ANIMATED = 20  # images in a GIF, at most
 PARTS = ('upper', 'lower', 'left', 'right', 'border')
-MOST_NAMED = 5  # files that are left out and named one by one
+MOST_NAMED = 5  # number of left-out files to list by name
 
 log = logging.getLogger('tarflow_jax.commands')
 
@@ -52,23 +52,23 @@ def likelihood(config, given) -> Callable[[], None]:
             )
             files.write_text(run.output, table)
         run.tell_left_out()
-        log.info('the log densities of %d images are in %s', len(source), run.output)
+        log.info('wrote the log-densities of %d images to %s', len(source), run.output)
 
     return job
 
 
 def interpolate(config, given) -> Callable[[], None]:
-    """Writes a picture whose rows lead from one image to another."""
+    """Writes an image grid whose rows interpolate from one image to another."""
     run = _Run(config, given, 'interpolation.png', '.png')
     if len(run.source) < 2:
-        raise ValueError('--mode=interpolate needs two images or more; give --images a folder.')
+        raise ValueError('--mode=interpolate needs at least two images; pass a folder as --images.')
 
     def job():
         run.announce()
         count = min(PAIRS, len(run.source) // 2)
         images, labels = run.images(count, of=2)
         start, end = (sharding.split(images[i::2], run.mesh) for i in (0, 1))
-        # Between two classes no class is right.
+        # Between images of two classes, use no class.
         alike = np.where(labels[::2] == labels[1::2], labels[::2], -1).astype(np.int32)
         found = interpolate_examples(
             run.plan.model, run.variables, start, end, run.condition(alike), steps=STEPS,
@@ -81,7 +81,7 @@ def interpolate(config, given) -> Callable[[], None]:
 
 
 def complete(config, given) -> Callable[[], None]:
-    """Writes a picture of images of which a part was drawn by the flow."""
+    """Writes an image grid of images with a part that the flow samples."""
     run = _Run(config, given, 'completion.png', '.png', 'known')
     known = known_pixels(given.known or 'upper', run.plan.model.image_shape)
 
@@ -109,7 +109,7 @@ def complete(config, given) -> Callable[[], None]:
 
 
 def write_gif(file: str, plan, variables, mesh, seed: int, count: int) -> None:
-    """Writes a GIF of the first images of a set of samples being drawn, guided as the plan says."""
+    """Writes a GIF of the sampling of the first images, with the guidance of the plan."""
     count = min(count, ANIMATED)
     padded = sharding.round_up(count, mesh)
     condition = sharding.split(plan.conditions.of(np.resize(np.arange(count), padded)), mesh)
@@ -118,11 +118,11 @@ def write_gif(file: str, plan, variables, mesh, seed: int, count: int) -> None:
         plan.model, variables, noise, condition, guidance=plan.guidance, denoise=plan.denoising
     )
     animation.save_gif(file, [stage[:count] for stage in stages])
-    log.info('the way from noise to %d images is in %s', count, file)
+    log.info('wrote the animation of %d images to %s', count, file)
 
 
 def check_gif(file: str | None) -> None:
-    """ValueError unless a GIF can be written there."""
+    """Raises ValueError unless the GIF can be written."""
     if file is None:
         return
     _one_process('--gif')
@@ -132,7 +132,7 @@ def check_gif(file: str | None) -> None:
 
 
 def known_pixels(text: str, image_shape: tuple[int, int, int]) -> np.ndarray:
-    """Which pixels --known means: bool [H, W].
+    """Returns the pixels of --known: bool [H, W].
 
     Args:
       text: one of PARTS, or an image file that is white where images are known.
@@ -154,12 +154,12 @@ def known_pixels(text: str, image_shape: tuple[int, int, int]) -> np.ndarray:
             mask = np.asarray(image.convert('L')) > 127
     except OSError as error:
         raise ValueError(
-            f'--known={text} is none of {", ".join(PARTS)}, and no image file can be read there; '
-            'give one of these, or an image that is white where pixels are known.'
+            f'--known={text} is neither one of {", ".join(PARTS)} nor a readable image file; pass '
+            'one of these, or an image that is white where pixels are known.'
         ) from error
     if mask.shape != known.shape:
         raise ValueError(
-            f'--known={text} is {mask.shape[0]}x{mask.shape[1]} (height x width), and the images '
+            f'--known={text} is {mask.shape[0]}x{mask.shape[1]} (height x width), but the images '
             f'are {height}x{width}; resize it.'
         )
     return mask
@@ -167,16 +167,16 @@ def known_pixels(text: str, image_shape: tuple[int, int, int]) -> np.ndarray:
 
 def _one_process(what: str) -> None:
     if jax.process_count() > 1:
-        raise ValueError(f'{what} is for one process; start it alone.')
+        raise ValueError(f'{what} supports one process only; start a single process.')
 
 
 class _Run:
-    """What these modes have in common: a flow, images, and the file to write.
+    """The common parts of these modes: a flow, images, and the output file.
 
     Args:
-      name: of the file in the workdir that is written without --output.
-      suffix: of the file.
-      flags: beside those that all have.
+      name: name of the default output file in the workdir.
+      suffix: suffix of the file.
+      flags: flags in addition to those of all modes.
     """
 
     def __init__(self, config, given, name: str, suffix: str, *flags: str):
@@ -192,8 +192,8 @@ class _Run:
         if given.images:
             if plan.model.num_features:
                 raise ValueError(
-                    f'--images={given.images} has no features, and this flow is conditioned on '
-                    'them; leave it out to take the test set.'
+                    f'--images={given.images} has no features, but this flow is conditioned on '
+                    'them; leave it out to use the test set.'
                 )
             self.variables, known = class_order.at_hand(
                 config.data, plan.model, self.variables, known, self.origin
@@ -217,9 +217,9 @@ class _Run:
         )
 
     def images(self, count: int, of: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Images in [-1, 1] and labels, `count` groups `of` so many, from all of the source.
+        """Returns images in [-1, 1] and labels: `count` groups of `of` images from the source.
 
-        The first groups are repeated at the end, up to a number that the mesh can split.
+        The first groups are repeated to pad the batch for the mesh.
         """
         view = evenly_spaced(self.source, count * of)
         padded = np.resize(np.arange(count * of), sharding.round_up(count, self.mesh) * of)
@@ -229,21 +229,21 @@ class _Run:
         return np.asarray(to_unit_range(images)), labels
 
     def condition(self, labels: np.ndarray) -> Condition:
-        """The condition of images with these labels, on the devices."""
+        """Returns the condition of images with these labels, on the devices."""
         condition = self.plan.conditions.of(
             np.arange(len(labels)), labels if self.plan.model.num_classes else None
         )
         return sharding.split(condition, self.mesh)
 
     def save(self, images: np.ndarray, columns: int) -> None:
-        """Writes a picture of images in rows."""
+        """Writes an image grid."""
         picture = pictures.sheet(pictures.to_pixels(images), columns, None)
         pictures.save_png(self.output, picture)
         self.tell_left_out()
-        log.info('the picture is %s', self.output)
+        log.info('wrote the image grid to %s', self.output)
 
     def tell_left_out(self) -> None:
-        """Says which files of the folder were left out or changed."""
+        """Logs which files of the folder were left out or changed."""
         problems = getattr(self.source, 'problems', [])
         for name, reason in problems[:MOST_NAMED]:
             log.warning('left out: %s %s', name, reason)

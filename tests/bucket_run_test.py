@@ -41,6 +41,6 @@ def test_killed_and_resumed(bucket, images, trained, capfd):
 def test_a_missing_bucket_ends_the_command_line(emulator, images, capfd):
     assert call(*flags('gs://no-such-bucket/r', images)) == 2
     assert capfd.readouterr().err.strip().splitlines()[-1].endswith(
-        'error: --workdir=gs://no-such-bucket/r: there is no bucket no-such-bucket; create it with '
+        'error: --workdir=gs://no-such-bucket/r: the bucket no-such-bucket does not exist; create it with '
         'gcloud storage buckets create, or correct the name.'
     )

@@ -34,11 +34,11 @@ def test_rows(flow, data, rows):
 
 
 @pytest.mark.parametrize('flow, data, says', [
-    (Classes(SORTED), Classes(None, 'imagenet_resized'), r'of their sorted names, .* map_clsloc.txt'),
+    (Classes(SORTED), Classes(None, 'imagenet_resized'), r'by sorted name, .* map_clsloc.txt'),
     (Classes(SITE), Classes(None, 'imagenet_resized'), 'that it was trained with, .* another --out'),
     (Classes(ANIMALS), Classes(SITE), r"3 classes .* has 3, and they differ \('cat' is only among "
      r"the first, 'n3' among the second\)"),
-    (Classes(ANIMALS), Classes(ANIMALS[:2]), "'wild' is only among the first, None among"),
+    (Classes(ANIMALS), Classes(ANIMALS[:2]), "'wild' is only in the first, None only in"),
 ])
 def test_what_cannot_be_compared(flow, data, says):
     with pytest.raises(ValueError, match=f'^the flow .*{says}'):
@@ -96,9 +96,9 @@ def test_an_official_order_gives_way_to_the_set_at_hand(monkeypatch):
     # Numbers of other files, such as the embedded ones that configs have by default.
     table, known, _ = at_hand(monkeypatch, (sources.FASHION_MNIST, 'embedded'))
     assert table == [0, 1, 2] and known.names is None
-    with pytest.raises(ValueError, match='num_classes = 4, but the set of data.path has 3 classes'):
+    with pytest.raises(ValueError, match='num_classes = 4, but the dataset of data.path has 3 classes'):
         at_hand(monkeypatch, (SITE, 'imagenet_resized'), classes=4)
-    with pytest.raises(ValueError, match='does not name its classes'):
+    with pytest.raises(ValueError, match='has no class names'):
         at_hand(monkeypatch, (None, 'imagenet_resized'))
 
 

@@ -74,7 +74,7 @@ def test_sampling_stops_and_goes_on(trained, images, tmp_path, monkeypatch, capf
         assert call(*command) == code
     [folder] = samples_in(workdir)
     last = capfd.readouterr().err.splitlines()[-1]
-    assert f'stopped; the 8 images drawn so far are kept in {folder} and the same' in last
+    assert f'stopped; 8 images are kept in {folder}; run the same command' in last
     assert call(*command) == 0
     assert '(5 new' in capfd.readouterr().err
     assert len(sample_files.open_samples(folder)) == 13
@@ -120,7 +120,7 @@ def test_modes_say_what_they_are_about_to_do(trained, images, tmp_path, capfd):
         assert lines['devices'].startswith('8 x cpu of 1 process(es) as data 8, fsdp 1')
     assert lines['checkpoint'] == f'step 12 of {workdir}' and lines['output'] == str(output)
     assert '96 images' in found['train']['data'] and '20 images' in found['train']['data']
-    assert found['train']['steps'] == '12 of 16 images (2 epochs), going on after step 12'
+    assert found['train']['steps'] == '12 of 16 images (2 epochs), resuming after step 12'
     assert found['sample']['samples'].startswith('13 in batches of 8, all classes in turn')
     assert found['evaluate']['scores'] == 'bits_per_dim'
     for mode, place in (
@@ -271,7 +271,7 @@ def test_samples_by_a_schedule(trained, images, tmp_path, capfd):
     auto = flags(workdir, images, sample__method='auto', sample__count=8, sample__batch_size=8)
     assert call(*auto, '--mode=sample') == 0
     printed = capfd.readouterr().err
-    assert 'finding the fastest way to draw batches of 8' in printed
+    assert 'calibrating the sampling of batches of 8' in printed
     assert 'largest difference to sequential samples' in printed
     [folder] = samples_in(workdir)
     [schedule] = (workdir / 'schedules').iterdir()

@@ -185,7 +185,7 @@ def test_classes_in_another_order(workdir, command, prepared, tmp_path, capfd):
     assert 'in another order than the dataset of data.path' in capfd.readouterr().err
     fish = renamed(prepared, tmp_path / 'fish', ['cat', 'fish'])
     assert call(*given[:-1], *fish, '--mode=evaluate') == 2
-    assert "('dog' is only among the first, 'fish' among" in capfd.readouterr().err
+    assert "('dog' is only in the first, 'fish' only in" in capfd.readouterr().err
 
 
 def test_a_set_that_the_result_is_not_for(workdir, command, capfd):

@@ -95,8 +95,8 @@ def test_nonsense_is_refused(images, tmp_path):
     ('model.layers_per_block', '()', 'must have at least one block'),
     ('model.layers_per_block', '(True,)', '(True,) must hold whole numbers, each at least 1'),
     ('model.head_dim', '0', 'model.head_dim 0 must be at least 1'),
-    ('model.attention', 'splash', "attention 'splash' is for TPUs, and the devices are CPUs"),
-    ('model.attention', 'splash_interpreted', 'needs a multiple of 128 patches, and the model has 4'),
+    ('model.attention', 'splash', "attention 'splash' runs on TPUs, but the devices are CPUs"),
+    ('model.attention', 'splash_interpreted', 'needs a multiple of 128 patches, but the model has 4'),
     ('mesh.tensor', '3', 'tensor 3 do not fit 8 device(s)'),
     ('train.epochs', '1e308', 'must be above 0 and finite'),
     ('train.epochs', '1e30', 'are more than 2147483647 steps of 16 images; choose fewer'),
@@ -104,7 +104,7 @@ def test_nonsense_is_refused(images, tmp_path):
     ('data.flip', 'yes', "config.data.flip='yes' must be True or False"),
     ('evaluate.metrics', 'bits_per_dim,classification',
      """is one word; write '("bits_per_dim","classification")', in quotes."""),
-    ('evaluate.frechet.references', '(1,)', '(1,) must hold words'),
+    ('evaluate.frechet.references', '(1,)', '(1,) must be a tuple of words'),
     ('sample.denoise_steps', '100000', 'must be at least 0 and below 10001'),
 ])
 def test_what_was_taken_or_traced_back(images, tmp_path, field, value, says):
@@ -115,7 +115,7 @@ def test_huge_samples_and_batches(trained, images):
     given = flags(trained, images)
     sentence = outcome([*given, '--config.sample.count=2147483647'], 'sample')
     if sentence:  # else the disk holds 550 GB
-        assert 'sample.count 2147483647 need 550 GB, and the file system of' in sentence
+        assert 'sample.count 2147483647 need 550 GB, but the file system of' in sentence
     huge = ['--config.sample.count=2147483647', '--config.sample.batch_size=2147483647']
     assert 'sampling (sample.batch_size 2147483647) needs at least' in outcome(
         [*given, *huge], 'sample'
@@ -124,7 +124,7 @@ def test_huge_samples_and_batches(trained, images):
 
 def test_data_that_would_be_ignored(tmp_path):
     given = [f'--config={ROOT}/configs/imagenet64.py:smoke', f'--workdir={tmp_path}/run']
-    assert "data.path '/my/images' has no meaning with data.source 'embedded'" in outcome(
+    assert "data.path '/my/images' has no effect with data.source 'embedded'" in outcome(
         [*given, '--config.data.path=/my/images']
     )
 

@@ -123,4 +123,4 @@ def test_fewer_epochs_than_done(trained, images, capfd):
     assert call(*flags(trained, images, train__epochs=1.5)) == 2
     [line] = capfd.readouterr().err.splitlines()
     assert 'train.epochs 1.5 are 9 steps, and' in line and 'a checkpoint at step 12' in line
-    assert 'give more epochs than 2, or another --workdir' in line
+    assert 'set more epochs than 2, or another --workdir' in line

@@ -184,7 +184,7 @@ def test_docstring_says_what_to_expect(file):
 
 @pytest.mark.parametrize('name', ['imagenet64:mnist', 'imagenet128:bpd', 'afhq256:smoke,x'])
 def test_unknown_variant(name):
-    with pytest.raises(ValueError, match="config variant '.*' is none of .*smoke"):
+    with pytest.raises(ValueError, match="config variant '.*' must be one of .*smoke"):
         get(name)
 
 

@@ -374,8 +374,8 @@ def test_other_models(official, changes, found):
 
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
 @pytest.mark.parametrize('case, holds', [
-    ('itarflow_cond_rgb', 'holds an iTARFlow, and the model has noise_conditioned False; set it to True'),
-    ('cond_gray', 'holds a TarFlow, and the model has noise_conditioned True; set it to False'),
+    ('itarflow_cond_rgb', 'has an iTARFlow, but the model has noise_conditioned False; set it to True'),
+    ('cond_gray', 'has a TarFlow, but the model has noise_conditioned True; set it to False'),
 ])
 def test_checkpoints_of_the_other_kind_of_flow(tmp_path, case, holds, suffix):
     model, path = model_of(case), PARITY / case / 'model.pth'
@@ -454,7 +454,7 @@ def test_files_that_cannot_be_read(tmp_path):
         assert found in refusal(convert.load_official, path, small())
     other = tmp_path / 'a.ckpt'
     other.write_bytes(whole)
-    found = "ends with '.ckpt'; give a .pth or a .safetensors checkpoint"
+    found = "ends with '.ckpt'; pass a .pth or a .safetensors checkpoint"
     assert found in refusal(convert.load_official, other, small())
     (tmp_path / 'folder.pth').mkdir()
     assert 'is not a file' in refusal(convert.load_official, tmp_path / 'folder.pth', small())

@@ -47,7 +47,7 @@ def test_devices_that_are_taken(monkeypatch, capfd, tmp_path):
     # Another start may find them free: not the exit code of bad input.
     monkeypatch.setattr(main.sharding, 'use_cores_as_devices', lambda _: None)
     assert call(QUICKSTART, f'--workdir={tmp_path}', '--mode=sample') == 1
-    assert 'error: JAX cannot have the devices now' in capfd.readouterr().err
+    assert 'error: the devices are not available now' in capfd.readouterr().err
 
 
 @pytest.mark.parametrize('flags, says', [

@@ -57,7 +57,7 @@ def test_what_has_not_is_named(content, says):
     (b'{"count": 3', 'Expecting'),
     (b'{"count": "\xff"}', "'utf-8' codec can't decode byte 0xff"),
     (b'[' * 10**6, 'it is nested too deeply'),
-    (b'{"count": 1%s}' % (b'0' * 20), 'it holds the number 10000'),
+    (b'{"count": 1%s}' % (b'0' * 20), 'it has the number 10000'),
     (b'{"count": 1%s}' % (b'0' * 9999), 'Exceeds the limit'),
     (b'{"count": \x00}', 'Expecting value'),
 ])
@@ -73,7 +73,7 @@ def test_no_file(tmp_path):
         json_files.read(tmp_path / 'a.json')
     for path in (tmp_path, tmp_path / 'a' / 'b.json'):
         (tmp_path / 'a').write_text('')
-        with pytest.raises(json_files.Damaged, match='it is no file: (Is|Not) a directory'):
+        with pytest.raises(json_files.Damaged, match='it is not a file: (Is|Not) a directory'):
             json_files.read(path)
 
 

@@ -45,5 +45,5 @@ def test_no_run(tmp_path, function):
     with pytest.raises(FileNotFoundError, match=f'{tmp_path} has no checkpoint with a config'):
         function(tmp_path)
     (tmp_path / 'file').write_text('')
-    with pytest.raises(ValueError, match='file is not a folder, but a file; give a folder.'):
+    with pytest.raises(ValueError, match='file is a file, not a folder; pass a folder.'):
         function(tmp_path / 'file')

@@ -47,5 +47,5 @@ def test_lock_of_a_killed_process_stops_nobody(tmp_path, caplog):
         process.send_signal(signal.SIGKILL)
     lock.check(tmp_path)
     with lock.held(tmp_path):
-        assert f'was left by a process that is gone: process {process.pid} on' in caplog.text
+        assert f'of process {process.pid} on' in caplog.text
         assert str(os.getpid()) in (tmp_path / lock.FILE).read_text()

@@ -64,7 +64,7 @@ def refused(capfd):
     (['--config.train.batch_size=2.5'], ['config.train.batch_size', "'2.5'"]),
     (['--config.data.flip=maybe'], ['config.data.flip', 'maybe']),
     (['--config.model=3'], ['--config.model', '--help']),
-    (['--config=configs/nosuch.py'], ['--config=configs/nosuch.py: there is no such file',
+    (['--config=configs/nosuch.py'], ['--config=configs/nosuch.py: the file does not exist',
                                       'there are', 'fashion_mnist.py', 'imagenet64.py']),
     (['--config=configs/imagnet64.py:cond'], ['no such file; did you mean', 'configs/imagenet64.py?']),
     (['--config=fashion_mnist'], ['no such file; did you mean', 'configs/fashion_mnist.py?']),
@@ -113,7 +113,7 @@ def refused(capfd):
     (['--config.train.epochs=0'], ['train.epochs 0.0 must be above 0']),
     (['--config.train.epochs=-1'], ['train.epochs -1.0 must be above 0 and finite']),
     (['--config.train.epochs=0.1', '--config.train.warmup_epochs=0.5'],
-     ['train.warmup_epochs 0.5', 'leave none of 1 for the rest']),
+     ['train.warmup_epochs 0.5', 'all of the 1 steps']),
     (['--config.train.epochs=nan'], ['train.epochs nan']),
     (['--config.train.epochs=inf'], ['train.epochs inf']),
     (['--config.train.batch_size=97'], ['train.batch_size is 97', '96 images']),
@@ -151,8 +151,8 @@ def refused(capfd):
     (['--config.sample.denoise_solver=euler'], ["sample.denoise_solver 'euler'", 'ode, sde']),
     (['--config.sample.denoise_steps=-1'], ['sample.denoise_steps -1']),
     (['--config.sample.batch_size=0'], ['sample.batch_size 0']),
-    (['--config.sample.denoise_precision=low'], ["sample.denoise_precision 'low' is none of high"]),
-    (['--config.sample.method=jacobi'], ["sample.method 'jacobi' is none of sequential, auto"]),
+    (['--config.sample.denoise_precision=low'], ["sample.denoise_precision 'low' must be one of high"]),
+    (['--config.sample.method=jacobi'], ["sample.method 'jacobi' must be one of sequential, auto"]),
     (['--config.sample.tolerance=0.0'], ['sample.tolerance 0.0 must be above 0']),
     (['--config.sample.format=png'], ["sample.format 'png'", 'npz']),
     (['--config.evaluate.metrics=("fid",)'], ["'fid'", 'bits_per_dim, classification']),
@@ -312,7 +312,7 @@ def test_workdir_without_a_checkpoint(refused, images, tmp_path, mode):
 def test_workdir_that_another_run_writes_to(refused, trained, images):
     with lock.held(trained):
         before = files(trained)
-        refused(flags(trained, images), f'{trained} is written to by process {os.getpid()} on')
+        refused(flags(trained, images), f'is writing to {trained}; wait for it')
         assert files(trained) == before
         assert call(*flags(trained, images), '--mode=evaluate') == 0
 
@@ -354,7 +354,7 @@ def test_checkpoint_that_is_not_finite(converted, images, tmp_path, capfd, mode)
         params = jax.tree.map(lambda leaf: leaf * np.float32(np.nan), state.params)
         checkpoints.save(state._replace(params=params))
     assert call(*flags(workdir, images, **COND_GRAY), f'--mode={mode}') == 2
-    assert f'{workdir}/checkpoints/1 holds parameters that are not finite' in capfd.readouterr().err
+    assert f'{workdir}/checkpoints/1 has parameters that are not finite' in capfd.readouterr().err
 
 
 LEVELS = {'model__noise_conditioned': True, 'train__noise': 'levels'}
@@ -364,8 +364,8 @@ LEVELS = {'model__noise_conditioned': True, 'train__noise': 'levels'}
 def test_input_of_the_other_kind_of_flow(refused, images, tmp_path, mode):
     theirs = FOLDER / 'itarflow_uncond_gray' / 'model.pth'
     for path, fields, says in (
-        (OFFICIAL, LEVELS, 'holds a TarFlow, and the model has noise_conditioned True'),
-        (theirs, {}, 'holds an iTARFlow, and the model has noise_conditioned False'),
+        (OFFICIAL, LEVELS, 'has a TarFlow, but the model has noise_conditioned True'),
+        (theirs, {}, 'has an iTARFlow, but the model has noise_conditioned False'),
     ):
         given = flags(tmp_path / 'run', images, **fields)
         refused([*given, f'--mode={mode}', f'--input={path}'], f'{path} {says}', 'train.noise')
@@ -391,7 +391,7 @@ def test_convert_does_not_overwrite_a_run(refused, converted, images):
     before = files(converted)
     refused(
         [*flags(converted, images, **COND_GRAY), '--mode=convert', f'--input={OFFICIAL}'],
-        f'{converted} already holds a checkpoint at step 0', 'empty --workdir',
+        f'{converted} already has a checkpoint at step 0', 'empty --workdir',
     )
     assert files(converted) == before
 

@@ -41,12 +41,12 @@ def test_what_a_path_means(here, given, wanted):
     ('gs:/abc/r', 'any', 'write buckets as gs://BUCKET/FOLDER'),
     ('s3://abc/r', 'any', 'is neither a path on disk nor in a bucket of Google Cloud Storage'),
     ('file:///r', 'any', 'is neither a path on disk nor'),
-    ('gs://', 'any', "names the bucket ''; names of buckets have at least 3 characters"),
-    ('gs:///r', 'any', "names the bucket ''"),
-    ('gs://Ab/r', 'any', "names the bucket 'Ab'"),
+    ('gs://', 'any', "has the invalid bucket name ''; use at least 3 characters"),
+    ('gs:///r', 'any', "has the invalid bucket name ''"),
+    ('gs://Ab/r', 'any', "has the invalid bucket name 'Ab'"),
     ('gs://abc/r*', 'any', "has the character '*'"),
     ('gs://abc/r\n', 'any', r"has the character '\n'"),
-    ('~nobody-of-this-name/x', 'any', "no user is called 'nobody-of-this-name'"),
+    ('~nobody-of-this-name/x', 'any', "there is no user 'nobody-of-this-name'"),
     ('file', 'folder', 'is a file, not a folder; pass a folder.'),
     ('file/', 'folder', 'is a file, not a folder; pass a folder.'),
     ('.', 'file', 'is a folder, not a file; pass a file.'),
@@ -60,7 +60,7 @@ def test_what_is_no_path(here, given, kind, reason):
 
 def test_buckets_need_a_package(monkeypatch):
     monkeypatch.setitem(sys.modules, 'gcsfs', None)
-    with pytest.raises(ValueError, match='gs://abc/r is in a bucket, and the package .* gcsfs'):
+    with pytest.raises(ValueError, match='gs://abc/r is in a bucket, but the package .* gcsfs'):
         paths.of('gs://abc/r')
 
 
@@ -70,7 +70,7 @@ def test_a_bucket_that_can_be_used(bucket):
 
 
 def test_a_bucket_that_is_missing(emulator):
-    with pytest.raises(ValueError, match='^--workdir: there is no bucket no-such-bucket; create'):
+    with pytest.raises(ValueError, match='^--workdir: the bucket no-such-bucket does not exist; create'):
         paths.reach('gs://no-such-bucket/r', '--workdir', write=True)
 
 

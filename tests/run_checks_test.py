@@ -10,7 +10,7 @@ from tarflow_jax.training import sharding
 def test_names_that_a_run_needs(tmp_path):
     assert run_checks.workdir(str(tmp_path / 'new')) == tmp_path / 'new'
     (tmp_path / 'samples').write_text('mine')
-    with pytest.raises(ValueError, match=f'{tmp_path}/samples is no folder, and the run needs a'):
+    with pytest.raises(ValueError, match=f'{tmp_path}/samples is not a folder, but the run needs a'):
         run_checks.workdir(str(tmp_path))
     (tmp_path / 'samples').unlink()
     (tmp_path / 'evaluation.json').mkdir()
@@ -28,5 +28,5 @@ def test_more_samples_than_a_disk_holds(tmp_path):
     config.sample.update(count=1000, batch_size=8)
     assert 'at least 1 MiB' in run_checks.sample_set(config, plan, mesh, tmp_path / 'new', always=True)
     config.sample.count = 10**15
-    with pytest.raises(ValueError, match='sample.count 1000000000000000 need 64,000,000 GB, and the'):
+    with pytest.raises(ValueError, match='sample.count 1000000000000000 need 64,000,000 GB, but the'):
         run_checks.sample_set(config, plan, mesh, tmp_path / 'new', always=True)

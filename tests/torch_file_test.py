@@ -163,23 +163,23 @@ def test_not_a_state_dict(tmp_path):
         'optimizer': {'state': {0: {'step': 3}}, 'param_groups': [{'lr': 0.1, 'params': [0]}]},
     }
     assert refusal(write(path, training)).endswith(
-        "its key 'model' holds a dict instead of a tensor, as in a checkpoint of a whole training "
-        "run; save the state dict alone with torch.save(torch.load(path)['model'], new_path)."
+        "its key 'model' is a dict, not a tensor, as in a checkpoint of a whole training "
+        "run; save only the state dict with torch.save(torch.load(path)['model'], new_path)."
     )
     state = {'a': tensor(), 'optimizer': training['optimizer']}
     message = refusal(write(path, state))
-    assert "its key 'optimizer' holds a dict" in message and 'model.state_dict()' in message
+    assert "its key 'optimizer' is a dict" in message and 'model.state_dict()' in message
     assert "its key 'epoch' holds a int" in refusal(write(path, {'a': tensor(), 'epoch': 3}))
     assert 'the key 3, which is not a string' in refusal(write(path, {3: tensor()}))
     assert 'a dict key of type tuple' in refusal(write(path, {(1, 2): tensor()}))
-    assert 'holds a tensor instead of a dict' in refusal(write(path, tensor()))
-    assert 'holds a list instead of a dict' in refusal(write(path, [tensor()]))
+    assert 'is a tensor, not a dict' in refusal(write(path, tensor()))
+    assert 'is a list, not a dict' in refusal(write(path, [tensor()]))
     name = name_of('torch', 'IntStorage')
-    assert 'holds a Global instead of a dict' in refusal(write(path, name))
+    assert 'is a Global, not a dict' in refusal(write(path, name))
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match='none.pth does not exist; give the path'):
+    with pytest.raises(FileNotFoundError, match='none.pth does not exist; pass the path'):
         read_torch_file(tmp_path / 'none.pth')
     assert 'is not a file' in refusal(tmp_path)
 
@@ -189,9 +189,9 @@ def test_other_formats(tmp_path):
     path.write_bytes(pickle.dumps({'a': 1}, 2))
     assert 'is a pickle' in refusal(path)
     path.write_bytes(b'a checkpoint')
-    assert "starts with b'a ch' and not as a file of torch.save" in refusal(path)
+    assert "starts with b'a ch', unlike a file of torch.save" in refusal(path)
     path.write_bytes(b'')
-    assert "starts with b'' and not as a file of torch.save" in refusal(path)
+    assert "starts with b'', unlike a file of torch.save" in refusal(path)
     with zipfile.ZipFile(path, 'w') as archive:
         archive.writestr('readme', 'x')
     assert 'holds 0 entries <name>/data.pkl instead of one' in refusal(path)
@@ -294,4 +294,4 @@ def test_duplicated_names(tmp_path):
         archive.writestr('model/data/0', NUMBERS[::-1].tobytes())
     path = tmp_path / 'a.pth'
     path.write_bytes(buffer.getvalue())
-    assert "the zip archive holds 'model/data/0' twice" in refusal(path)
+    assert "the zip archive has 'model/data/0' twice" in refusal(path)

@@ -78,7 +78,7 @@ def test_lying_counts(tmp_path, count):
     path = write_legacy(tmp_path / 'a.pth', STATE)
     data = path.read_bytes()
     path.write_bytes(data[:-32] + struct.pack('<q', count) + data[-24:])
-    assert f"the storage '0' holds {count} numbers where its tensors need 6" in refusal(path)
+    assert f"the storage '0' holds {count} numbers, but its tensors need 6" in refusal(path)
 
 
 def test_references_that_do_not_fit_the_file(tmp_path):
@@ -135,7 +135,7 @@ def test_facts_about_the_machine(tmp_path, machine, found):
 def test_what_is_no_state_dict(tmp_path):
     path = tmp_path / 'a.pth'
     assert "its key 'epoch' holds a int" in refusal(write_legacy(path, {**STATE, 'epoch': 3}))
-    assert 'holds a tensor instead of a dict' in refusal(write_legacy(path, tensor(where=WHERE)))
+    assert 'is a tensor, not a dict' in refusal(write_legacy(path, tensor(where=WHERE)))
     inner = {'model': STATE}
     assert "torch.load(path)['model']" in refusal(write_legacy(path, inner))
 

@@ -54,7 +54,7 @@ def test_reduce_runs_nothing(tmp_path, protocol, function):
 def test_names_are_refused(tmp_path, module, name):
     state = {'a': tensor(), 'b': name_of(module, name)}
     message = refusal(write(tmp_path / 'a.pth', state))
-    assert f"names '{module}.{name}', which no state dict needs and which was not run" in message
+    assert f"names '{module}.{name}', which no state dict needs and which was not executed" in message
     assert 'torch.save(model.state_dict(), path)' in message
 
 
@@ -122,9 +122,9 @@ def test_what_breaks_an_unpickler(tmp_path):
 
 def test_cycles_end(tmp_path):
     itself = b'\x80\x02}q\x00' + encode('a') + b'h\x00s.'
-    assert "its key 'a' holds a dict" in refusal(write(tmp_path / 'a.pth', itself))
+    assert "its key 'a' is a dict" in refusal(write(tmp_path / 'a.pth', itself))
 
 
 def test_size_of_the_pickle_is_bounded(tmp_path):
     message = refusal(write(tmp_path / 'a.pth', b'N' * (4 * 2**20 + 1)))
-    assert 'data.pkl has 4194305 bytes where a state dict needs at most 4194304' in message
+    assert 'data.pkl has 4194305 bytes, but a state dict needs at most 4194304' in message

@@ -33,7 +33,7 @@ def test_likelihoods_of_a_folder(trained, images, folder, tmp_path, capfd):
     assert call(*given) == 0
     printed = capfd.readouterr().err
     assert 'Gaussian noise of standard deviation 0.1, 1 draw(s)' in printed
-    assert 'left out: notes.txt is no image' in printed
+    assert 'left out: notes.txt is not an image' in printed
     assert f'the log densities of 3 images are in {workdir / "likelihood.csv"}' in printed
     with (workdir / 'likelihood.csv').open() as file:
         rows = list(csv.DictReader(file))

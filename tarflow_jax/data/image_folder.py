@@ -1,4 +1,4 @@
-"""Image files of a folder as a source, resized and cropped as `prepare` does."""
+"""A source of the image files in a folder, resized and cropped as by `prepare`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,25 +16,25 @@ CHANNELS = (1, 3)
 
 
 class ImageFolder:
-    """A source, see `sources`, of the images in a folder, .zip or .tar and all folders inside it.
+    """A source (see `sources`) of all images in a folder, .zip or .tar, including subfolders.
 
     The label of an image is that of the class whose name, or number, its folder has; -1 elsewhere.
 
     Args:
         path: the folder or archive.
-        image_shape: (H, W, C) that images are brought to.
-        class_names: of the flow, by label; None where it has no classes, or they have no names.
-        num_classes: of the flow.
+        image_shape: (H, W, C) of the resized images.
+        class_names: class names of the flow, by label; None if it has no classes or no names.
+        num_classes: number of classes of the flow.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: no file of it is an image, it is in a bucket, or the flow's images have neither
-            1 nor 3 channels.
+        FileNotFoundError: the path does not exist.
+        ValueError: it has no image, it is in a bucket, or the flow's images do not have 1 or 3
+            channels.
 
     Attributes:
-        names: of the image files, relative to `path`.
-        problems: (name, reason) of the files that were left out.
-        notes: (name, what to know of it) of files that were not taken as they are.
+        names: names of the image files, relative to `path`.
+        problems: (name, reason) of files that were left out.
+        notes: (name, note) of files that were changed.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class ImageFolder:
                 'this machine first.'
             )
         if not path.exists():
-            raise FileNotFoundError(f'{path} is not there.')
+            raise FileNotFoundError(f'{path} does not exist.')
         found = list_source(path)
         label_of = {str(label): label for label in range(num_classes)}
         label_of |= {name: label for label, name in enumerate(class_names or ())}
@@ -77,7 +77,7 @@ class ImageFolder:
             self._files.append(encoded.png)
         if not self.names:
             first = f': {self.problems[0][0]} {self.problems[0][1]}' if self.problems else ''
-            raise ValueError(f'{path} holds no image that can be read{first}.')
+            raise ValueError(f'{path} has no readable image{first}.')
         self.about = {
             'dataset': str(path), 'images': len(self.names),
             'size': sizes.text((height, width)),

@@ -1,4 +1,4 @@
-"""The log density of each image of a set, as a table."""
+"""The log-density of each image of a dataset, as a table."""
 
 import csv
 import dataclasses
@@ -19,14 +19,14 @@ COLUMNS = ('file', 'log_prob', 'bits_per_dim', 'label', 'class')
 
 
 def asked(recipe: Recipe) -> Recipe:
-    """The noise that images are asked with: that of training, at the lowest of several levels."""
+    """Returns the noise for scoring: that of training, at its lowest level if there are several."""
     if recipe.noise != 'levels':
         return recipe
     return dataclasses.replace(recipe, noise='gaussian', noise_std=recipe.lowest_noise_std)
 
 
 def described(recipe: Recipe) -> str:
-    """The noise in words."""
+    """Describes the noise in words."""
     noise = asked(recipe)
     if noise.noise == 'uniform':
         return 'uniform noise of one 8-bit step (dequantization)'
@@ -35,7 +35,7 @@ def described(recipe: Recipe) -> str:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def noisy_log_prob(model: TarFlow, recipe: Recipe, variables, batch, keys) -> jax.Array:
-    """Nats of each image [B] of a batch of a data source, with the noise of its key."""
+    """Computes log p of each image of a batch with the noise of its key, in nats: [B]."""
     images = corrupt_each(keys, batch['image'], asked(recipe)).images
     condition = condition_of(model, batch, recipe.scored_noise_std)
     return likelihood.log_prob(model, variables, images, condition)
@@ -44,10 +44,10 @@ def noisy_log_prob(model: TarFlow, recipe: Recipe, variables, batch, keys) -> ja
 def log_probs(
     model: TarFlow, variables, source, *, recipe: Recipe, mesh, batch_size, key, draws=1
 ) -> np.ndarray:
-    """Nats of each image of a source under its label, the mean over draws of the noise: [N].
+    """Computes log p of each image given its label, averaged over draws of the noise: [N], nats.
 
-    In float32 whatever the flow's dtype. Images have the noise that the flow was trained with:
-    without it, or with another, they are unlike anything that it knows.
+    It uses float32 for every dtype of the flow. Images get the noise of training, because the flow
+    gives a low density to images with other noise.
     """
     model = model.clone(dtype=jnp.float32)
     score = functools.partial(noisy_log_prob, model, recipe, variables)
@@ -61,7 +61,7 @@ def table(
     names: Sequence[str], labels: Sequence[int], nats: np.ndarray, num_dims: int,
     class_names: Sequence[str] | None,
 ) -> str:
-    """A CSV of COLUMNS; label -1 is "no class"."""
+    """Formats a CSV of COLUMNS; label -1 means no class."""
     bits = np.asarray(likelihood.bits_per_dim(nats, num_dims))
     text = io.StringIO()
     rows = csv.writer(text, lineterminator='\n')

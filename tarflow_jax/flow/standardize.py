@@ -1,4 +1,4 @@
-"""Maps data to about a standard normal before a flow, with the log-determinant of the map."""
+"""Maps data to roughly a standard normal before a flow, with the log-determinant of the map."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ import numpy as np
 from jax.scipy.special import ndtr, ndtri
 
 Array = jax.Array
-EDGE = 1e-7  # about the resolution of float32 below 1
+EDGE = 1e-7  # approximate resolution of float32 below 1
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=['shift', 'scale'], meta_fields=[])
@@ -35,9 +35,9 @@ class Standardize:
     def fit(cls, x: Array, axis: int | Sequence[int] = 0) -> 'Standardize':
         """Takes the mean and standard deviation of x [N, ...] over `axis`.
 
-        `axis=0` standardizes every dimension by itself. Name more axes where dimensions have to
-        keep a common unit: `axis=(0, 1)` has one scale for all tokens of [N, T, D], and
-        `axis=(0, 1, 2)` a single one, which keeps the rotations of coordinates.
+        `axis=0` standardizes every dimension separately. Pass more axes if dimensions share a unit:
+        `axis=(0, 1)` uses one scale for all tokens of [N, T, D], and `axis=(0, 1, 2)` a single
+        scale, which preserves rotations of coordinates.
 
         Raises:
           ValueError: if `axis` leaves out 0, the examples, or if a dimension is constant or not
@@ -45,7 +45,7 @@ class Standardize:
         """
         axes = (axis,) if isinstance(axis, int) else tuple(axis)
         if 0 not in axes:
-            raise ValueError(f'axis {axis} must hold 0, the axis of examples.')
+            raise ValueError(f'axis {axis} must include 0, the axis of examples.')
         wide = np.asarray(x, np.float64)
         shift, scale = (f(wide, axis=axes, keepdims=True)[0] for f in (np.mean, np.std))
         if not (np.isfinite(scale) & (scale > 0)).all():
@@ -64,7 +64,7 @@ class Standardize:
         return y * self.scale + self.shift, -self.logdet(jnp.shape(y)[1:])
 
     def logdet(self, shape: tuple[int, ...]) -> Array:
-        """The log-determinant of `forward` for examples of this shape, in nats."""
+        """Returns the log-determinant of `forward` for examples of this shape, in nats."""
         return -jnp.log(jnp.broadcast_to(self.scale, shape)).sum()
 
 
@@ -93,12 +93,12 @@ class Probit:
         for bound in (self.low, self.high):
             traced = isinstance(bound, jax.core.Tracer)
             if traced or not isinstance(bound, int | float | np.ndarray | jax.Array):
-                return  # JAX rebuilds pytrees with whatever a transformation puts in
+                return  # JAX may rebuild pytrees with arbitrary leaves
         low, high = np.asarray(self.low), np.asarray(self.high)
         if not (np.isfinite(low) & np.isfinite(high) & (low < high)).all():
             raise ValueError(
-                f'low {self.low} must be below high {self.high}, and both finite; Standardize is '
-                'for numbers without bounds.'
+                f'low {self.low} must be below high {self.high}, and both finite; use Standardize '
+                'for unbounded numbers.'
             )
 
     def forward(self, x: Array) -> tuple[Array, Array]:
@@ -114,7 +114,7 @@ class Probit:
         return self.low + (self.high - self.low) * ndtr(y), -self._logdet(y)
 
     def _logdet(self, y: Array) -> Array:
-        """Of `forward`, at its result."""
+        """Returns the log-determinants of `forward` at its result y."""
         terms = 0.5 * jnp.square(y) + 0.5 * math.log(2 * math.pi)
         terms = terms - jnp.log(jnp.asarray(self.high) - jnp.asarray(self.low))
         return terms.sum(tuple(range(1, y.ndim)))

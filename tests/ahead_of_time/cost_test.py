@@ -481,5 +481,5 @@ def test_partitions_may_sit_anywhere():
     size = 2 * 1 / 2 * 4 * MIB
     seconds = cost.analyse(text, Slice(V5E, (2, 8), places)).interconnect_seconds
     assert seconds == pytest.approx(size / 50e9 + 2 * HOP_SECONDS)
-    with pytest.raises(ValueError, match='16 devices, the slice has 8'):
+    with pytest.raises(ValueError, match='16 devices, but the slice has 8'):
         cost.analyse(text, Slice(V5E, (2, 4)))

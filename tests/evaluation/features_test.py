@@ -133,7 +133,7 @@ def test_kept_features_are_a_random_subset():
 
 
 def test_too_few_images():
-    with pytest.raises(ValueError, match=r'^1 image\(s\) have no'):
+    with pytest.raises(ValueError, match=r'^1 image\(s\) are too few'):
         statistics_of(Network(), source(PIXELS[:1]), about={}, **options())
 
 

@@ -117,9 +117,9 @@ def test_refused():
         Sums(6).add(np.full((2, 6), np.nan))
     sums = Sums(6)
     sums.add(np.zeros((1, 6)))
-    with pytest.raises(ValueError, match=r'1 image\(s\) have no covariance'):
+    with pytest.raises(ValueError, match=r'1 image\(s\) are too few for a covariance'):
         sums.statistics({})
     with pytest.raises(ValueError, match=r'mean has shape \[3\] and the covariance \[2, 2\]'):
         Statistics(2, np.zeros(3), np.zeros((2, 2)))
-    with pytest.raises(ValueError, match='the covariance holds numbers that are not finite'):
+    with pytest.raises(ValueError, match='the covariance has numbers that are not finite'):
         Statistics(2, np.zeros(2), np.full((2, 2), np.inf))

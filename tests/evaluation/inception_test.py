@@ -123,13 +123,13 @@ def refusal(tmp_path, arrays):
 
 def test_other_weights_are_refused(tmp_path, state):
     first = {name: array for name, array in state.items() if name.startswith('Conv2d_1a')}
-    assert "holds no tensor 'Conv2d_2a_3x3.conv.weight'" in refusal(tmp_path, first)
+    assert "has no tensor 'Conv2d_2a_3x3.conv.weight'" in refusal(tmp_path, first)
     cut = first | {'Conv2d_1a_3x3.bn.weight': first['Conv2d_1a_3x3.bn.weight'][:1]}
     assert "its tensor 'Conv2d_1a_3x3.bn.weight' is float32 (1,) instead of float32 (32,)" in (
         refusal(tmp_path, cut)
     )
     other = {'_conv_stem.weight': np.zeros((32, 3, 3, 3), np.float32)}
-    assert "holds no tensor 'Conv2d_1a_3x3.conv.weight'" in refusal(tmp_path, other)
+    assert "has no tensor 'Conv2d_1a_3x3.conv.weight'" in refusal(tmp_path, other)
 
 
 def test_unknown_tensors_are_refused(tmp_path, state):

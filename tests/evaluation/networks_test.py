@@ -64,7 +64,7 @@ def test_what_cannot_be_loaded(tmp_path):
         networks.load('vgg')
     with pytest.raises(FileNotFoundError, match='none.pth does not exist'):
         networks.load('auto', str(tmp_path / 'none.pth'))
-    with pytest.raises(ValueError, match="holds no tensor 'Conv2d_1a_3x3.conv.weight'; give the w"):
+    with pytest.raises(ValueError, match="has no tensor 'Conv2d_1a_3x3.conv.weight'; pass the w"):
         networks.load('inception', str(installed_weights()))
 
 

@@ -75,7 +75,7 @@ def test_open_fortran_order(tmp_path):
     (dict(arr_0=IMAGES.transpose(0, 3, 1, 2)), r'arr_0 is uint8 \[7, 3, 4, 5\]'),
     (dict(arr_0=IMAGES[..., 0]), r'arr_0 is uint8 \[7, 4, 5\]'),
     (dict(arr_0=IMAGES[:0]), r'arr_0 is uint8 \[0, 4, 5, 3\]'),
-    (dict(arr_0=np.array([None])), 'arr_0.npy: it holds objects'),
+    (dict(arr_0=np.array([None])), 'arr_0.npy: it contains Python objects'),
     (dict(arr_0=IMAGES, arr_1=LABELS[:6]), r'arr_1 is int32 \[6\] beside 7 images'),
     (dict(arr_0=IMAGES, arr_1=np.eye(7)), r'arr_1 is float64 \[7, 7\]'),
 ], ids=lambda x: x if isinstance(x, str) else '')
@@ -90,16 +90,16 @@ def test_other_layouts_are_refused(tmp_path, arrays, words):
 
 def test_what_cannot_be_opened(tmp_path):
     path = write(tmp_path / 'samples.npz')
-    with pytest.raises(ValueError, match='holds 7 images and 8 are wanted; draw more'):
+    with pytest.raises(ValueError, match='has 7 images, but 8 are needed; sample more'):
         sample_files.open_samples(path, 8)
-    with pytest.raises(FileNotFoundError, match='nosuch.npz does not exist; draw samples'):
+    with pytest.raises(FileNotFoundError, match='nosuch.npz does not exist; run --mode=sample'):
         sample_files.open_samples(tmp_path / 'nosuch.npz')
-    with pytest.raises(FileNotFoundError, match='no finished set of samples, as samples.json'):
+    with pytest.raises(FileNotFoundError, match='no finished set of samples: samples.json'):
         sample_files.open_samples(tmp_path)
     whole = path.read_bytes()
     for damaged in (whole[:-30], whole[30:], b'', b'PK'):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match='samples.npz is no .npz of samples'):
+        with pytest.raises(ValueError, match='samples.npz is not a .npz of samples'):
             sample_files.open_samples(path)
 
 
@@ -137,7 +137,7 @@ def test_flipped_bytes_are_noticed(tmp_path, save):
 
 def test_a_header_that_claims_too_much(tmp_path):
     path = tmp_path / 'samples.npz'
-    for save, wrong in ((np.savez, 'has other bytes'), (np.savez_compressed, 'has other bytes')):
+    for save, wrong in ((np.savez, 'has another size than'), (np.savez_compressed, 'has another size than')):
         claims = io.BytesIO()
         np.lib.format.write_array_header_1_0(
             claims, {'descr': '|u1', 'fortran_order': False, 'shape': (10**6, 64, 64, 3)}

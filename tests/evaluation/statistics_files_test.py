@@ -101,11 +101,11 @@ def test_state_with_weights_of_the_network(tmp_path):
 
 
 @pytest.mark.parametrize('changed, message', [
-    ({'real_features_sum': None}, r'lacks real_features_sum \(it holds inception'),
+    ({'real_features_sum': None}, r'lacks real_features_sum \(it has inception'),
     ({'real_features_num_samples': np.int64(1)}, 'must be the number of images, at least 2'),
     ({'real_features_num_samples': np.float32(9)}, 'num_samples = 9.0; it must be'),
     ({'real_features_sum': np.zeros(4)}, r'sum \[4\] and real_features_cov_sum \[5, 5\]'),
-    ({'real_features_sum': np.full(5, np.nan)}, 'the mean holds numbers that are not finite'),
+    ({'real_features_sum': np.full(5, np.nan)}, 'the mean has numbers that are not finite'),
     ({'real_features_sum': np.zeros(5, bool)}, 'real_features_sum is bool'),
 ])
 def test_states_refused(tmp_path, changed, message):
@@ -124,21 +124,21 @@ MANIFEST = json.dumps({'format': 'tarflow_jax', 'count': 50, 'about': {}})
 
 
 @pytest.mark.parametrize('changed, message', [
-    ({'sigma': None}, r'lacks sigma \(it holds mu\)'),
+    ({'sigma': None}, r'lacks sigma \(it has mu\)'),
     ({'mu_s': np.zeros(3)}, 'lacks sigma_s'),
     ({'sigma': np.eye(4)}, r'mean has shape \[5\] and the covariance \[4, 4\]'),
     ({'mu': MEAN[None]}, r'mean has shape \[1, 5\]'),
-    ({'sigma': COVARIANCE * np.inf}, 'the covariance holds numbers that are not finite'),
-    ({'mu': MEAN.astype(complex)}, 'mu is complex128; it must hold real numbers'),
+    ({'sigma': COVARIANCE * np.inf}, 'the covariance has numbers that are not finite'),
+    ({'mu': MEAN.astype(complex)}, 'mu is complex128, but must be real numbers'),
     ({'mu': np.array(list('abcde'))}, 'mu is <U1'),
     ({'mu': np.array([object()] * 5)}, 'has Python objects, which are not loaded'),
     ({'manifest': np.array('{')}, 'has a manifest that was not written here'),
     ({'manifest': np.array('[' * 9999)}, 'has a manifest that was not written here'),
     ({'manifest': np.array(MANIFEST.replace('50', '"50"'))}, 'has a manifest that was not'),
     ({'manifest': np.zeros(3)}, 'has a manifest that was not written here'),
-    ({'manifest': np.array(MANIFEST.replace('50', '-5'))}, '-5 images have no covariance; compute'),
+    ({'manifest': np.array(MANIFEST.replace('50', '-5'))}, '-5 images are too few for a covariance; compute'),
     ({'manifest': np.array(MANIFEST.replace('50', '1e400'))}, 'has a manifest that was not'),
-    ({'sigma': np.diag([1.0, 2, -3, 4, 5])}, 'has the variance -3, which is negative'),
+    ({'sigma': np.diag([1.0, 2, -3, 4, 5])}, 'has the negative variance -3'),
     ({'sigma': np.triu(np.ones((5, 5)))}, 'the covariance is not symmetric'),
 ])
 def test_archives_refused(tmp_path, changed, message):
@@ -153,10 +153,10 @@ def test_other_files_refused(tmp_path):
     path.write_bytes(pickle.dumps({'fid': {'mu': MEAN}}))
     refused(path, 'is a pickle, as written by the suite of EDM2')
     path.write_bytes(b'hello')
-    refused(path, "starts with b'he' and is neither .npz nor .pth")
+    refused(path, "starts with b'he', so it is neither a .npz nor a .pth")
     path.write_bytes(b'')
-    refused(path, "starts with b'' and is neither")
-    with pytest.raises(FileNotFoundError, match='nothing.npz is no file; give statistics as'):
+    refused(path, "starts with b'', so it is neither")
+    with pytest.raises(FileNotFoundError, match='nothing.npz is not a file; pass statistics as'):
         statistics_files.read(tmp_path / 'nothing.npz')
 
 

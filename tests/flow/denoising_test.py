@@ -194,7 +194,7 @@ def test_progress_is_called_once_for_all_devices():
 
 def test_progress_of_several_processes_is_refused(monkeypatch):
     monkeypatch.setattr(jax, 'process_count', lambda: 2)
-    with pytest.raises(ValueError, match='progress is for one process, and there are 2'):
+    with pytest.raises(ValueError, match='progress supports one process, not 2'):
         tfj.iterative_denoise(
             MODEL, perturbed(MODEL), noise_for(MODEL), levels=LEVELS, progress=print
         )
@@ -217,7 +217,7 @@ def test_unconditional_flows_of_levels_need_no_condition():
 
 
 @pytest.mark.parametrize('arguments, words', [
-    ({'solver': 'heun'}, "solver 'heun' is none of ode, sde"),
+    ({'solver': 'heun'}, "solver 'heun' must be one of ode, sde"),
     ({'solver': 'sde'}, "solver 'sde' needs a key"),
     ({'key': jax.random.key(0)}, "'ode' takes none"),
     ({'levels': []}, 'must be a decreasing sequence of numbers above 0'),

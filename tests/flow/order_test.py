@@ -44,7 +44,7 @@ def test_raster_and_reversed_permutations_share_the_program_of_alternate():
 
 
 @pytest.mark.parametrize('orders, words', [
-    ('sideways', "orders 'sideways' must be 'alternate', or hold a permutation for each of the 2"),
+    ('sideways', "orders 'sideways' must be 'alternate', or have one permutation for each of the 2"),
     ((range(4),), "orders for 1 blocks must be 'alternate'"),
     ((range(4), range(3)), r'orders\[1\] is not a permutation of the 4 tokens'),
     ((range(4), (0, 1, 2, 2)), r'orders\[1\] is not a permutation'),

@@ -61,7 +61,7 @@ def test_runs_without_a_report_are_compared_without_samples(tmp_path):
     ('{a},{a}', 'must name two different runs or more'),
     ('{a},{empty}', 'holds no run to compare'),
     ('{a},', 'must name two different runs or more'),
-    ('{a},{a}/metrics.jsonl', 'is not a folder, but a file'),
+    ('{a},{a}/metrics.jsonl', 'is a file, not a folder'),
 ])
 def test_what_cannot_be_compared(tmp_path, capfd, given, sentence):
     a = run(tmp_path / 'a')
