@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tarflow_jax.animation import animate
     from tarflow_jax.convert import load_official, save_official
     from tarflow_jax.flow.condition import Condition
     from tarflow_jax.flow.denoising import denoise, iterative_denoise
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from tarflow_jax.sampling.calibration import calibrate
     from tarflow_jax.sampling.completion import complete
     from tarflow_jax.sampling.generate import sample_images
+    from tarflow_jax.sampling.interpolation import interpolate
     from tarflow_jax.sampling.sample import SampleInfo, sample, sample_trajectory
     from tarflow_jax.sampling.schedule import Schedule
     from tarflow_jax.training.fit import Fitted, fit
@@ -32,11 +34,13 @@ _HOMES = {
     'SequenceFlow': 'flow.flow',
     'Standardize': 'flow.standardize',
     'TarFlow': 'flow.flow',
+    'animate': 'animation',
     'bits_per_dim': 'flow.likelihood',
     'calibrate': 'sampling.calibration',
     'complete': 'sampling.completion',
     'denoise': 'flow.denoising',
     'fit': 'training.fit',
+    'interpolate': 'sampling.interpolation',
     'iterative_denoise': 'flow.denoising',
     'latent_log_prob': 'flow.likelihood',
     'load': 'loading',
@@ -58,11 +62,13 @@ __all__ = [
     'SequenceFlow',
     'Standardize',
     'TarFlow',
+    'animate',
     'bits_per_dim',
     'calibrate',
     'complete',
     'denoise',
     'fit',
+    'interpolate',
     'iterative_denoise',
     'latent_log_prob',
     'load',

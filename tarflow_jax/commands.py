@@ -5,7 +5,6 @@ whatever is raised before that is the user's to mend, and nothing has been compi
 """
 
 import functools
-import hashlib
 import json
 import logging
 import re
@@ -15,22 +14,22 @@ from pathlib import Path
 import jax
 import optax
 
-from tarflow_jax import class_order, files, paths, reporting, run_checks, scoring
+from tarflow_jax import class_order, files, paths, reporting, run_checks, scoring, uses
+from tarflow_jax import command_setup as setup
 from tarflow_jax import config as configs
 from tarflow_jax import convert as official
-from tarflow_jax.data import kinds, sizes
 from tarflow_jax.evaluation import bulk, sample_files, schedules
-from tarflow_jax.evaluation.scores import Subject, check_names
-from tarflow_jax.training import loop, memory, profiling, sharding, wandb_writer
+from tarflow_jax.evaluation.scores import Subject
+from tarflow_jax.training import loop, profiling, wandb_writer
 from tarflow_jax.training.checkpoint import Checkpoints
-from tarflow_jax.training.state import all_finite, from_variables
+from tarflow_jax.training.state import from_variables
 
 log = logging.getLogger(__name__)
 
 
 def train(config, given) -> Callable[[], None]:
     """Trains, then samples, evaluates and writes the report."""
-    workdir, plan, mesh = _setup(config, given, 'profile_steps')
+    workdir, plan, mesh = setup.of(config, given, 'profile_steps')
     if config.train.wandb_project:
         wandb_writer.check(config.train.wandb_project)
     source = configs.source(config, 'train', plan.model)
@@ -55,10 +54,10 @@ def train(config, given) -> Callable[[], None]:
 
     def job():
         latest = checkpoints.latest()
-        _announce(
+        setup.announce(
             given.mode, plan.model, mesh,
             data=f'{run_checks.set_name(source)}; {run_checks.set_name(test_source)}',
-            **_caution(config, source),
+            **setup.caution(config, source),
             steps=f'{schedule.total_steps} of {config.train.batch_size} images '
             f'({config.train.epochs:g} epochs), '
             + ('from the first' if latest is None else f'going on after step {latest}'),
@@ -70,7 +69,7 @@ def train(config, given) -> Callable[[], None]:
             state = loop.train(
                 config, plan, schedule, source, checkpoints, workdir, mesh, profiled
             )
-        variables, origin = state.variables(), _at_step(int(state.step), workdir)
+        variables, origin = state.variables(), setup.at_step(int(state.step), workdir)
         draw = functools.partial(sample_set, config, plan, variables, origin, mesh, workdir)
         scores(variables, origin, draw)
         if show:
@@ -84,18 +83,19 @@ def train(config, given) -> Callable[[], None]:
 
 def sample(config, given) -> Callable[[], None]:
     """Draws config.sample.count images, or those that are missing: see `evaluation.bulk`."""
-    workdir, plan, mesh = _setup(config, given, 'input')
+    workdir, plan, mesh = setup.of(config, given, 'input', 'gif')
+    uses.check_gif(given.gif)
     needed = run_checks.sample_set(config, plan, mesh, workdir, always=True)
     if plan.model.num_features:
         plan = plan.with_features_of(configs.source(config, 'test', plan.model))
-    variables, origin, known = _variables(plan, workdir, given.input, mesh)
+    variables, origin, known = setup.variables_of(plan, workdir, given.input, mesh)
     variables, known = class_order.at_hand(config.data, plan.model, variables, known, origin)
     plan = plan.with_class_names(known.known_names)
 
     def job():
         s = config.sample
         classes = plan.conditions.name(s.label) if s.label >= 0 else 'all classes in turn'
-        _announce(
+        setup.announce(
             given.mode, plan.model, mesh, checkpoint=origin['name'],
             samples=f'{s.count} in batches of {s.batch_size}, '
             f'{classes if plan.model.num_classes else "no classes"}, guidance '
@@ -108,6 +108,8 @@ def sample(config, given) -> Callable[[], None]:
             summary['count'], origin['name'], summary['drawn'], summary['seconds'],
             summary['redrawn'], summary['path'],
         )
+        if given.gif:
+            uses.write_gif(given.gif, plan, variables, mesh, config.seed, s.count)
 
     return job
 
@@ -140,20 +142,20 @@ def sample_set(config, plan, variables, origin: dict, mesh, workdir: Path):
 
 def evaluate(config, given) -> Callable[[], None]:
     """Scores the flow on the test set with config.evaluate.metrics; writes evaluation.json."""
-    workdir, plan, mesh = _setup(config, given, 'input')
+    workdir, plan, mesh = setup.of(config, given, 'input')
     source = configs.source(config, 'test', plan.model)
     needed = run_checks.scoring(config, plan, mesh, source)
     run_checks.sample_set(config, plan, mesh, workdir)
     plan = plan.with_features_of(source).with_class_names(source.class_names)
     scores = scoring.prepare(Subject(config, plan, mesh, workdir, source))
-    variables, origin, known = _variables(plan, workdir, given.input, mesh)
+    variables, origin, known = setup.variables_of(plan, workdir, given.input, mesh)
     variables = class_order.in_order(plan.model, variables, known, source, origin)
     draw = functools.partial(sample_set, config, plan, variables, origin, mesh, workdir)
 
     def job():
-        _announce(
+        setup.announce(
             given.mode, plan.model, mesh, checkpoint=origin['name'],
-            data=run_checks.set_name(source), **_caution(config, source),
+            data=run_checks.set_name(source), **setup.caution(config, source),
             scores=', '.join(config.evaluate.metrics) or 'none', memory=needed,
             output=str(workdir / 'evaluation.json'),
         )
@@ -164,21 +166,21 @@ def evaluate(config, given) -> Callable[[], None]:
 
 def report(config, given) -> Callable[[], None]:
     """Writes report.html: what the workdir's flow has learned, on one page."""
-    workdir, plan, mesh = _setup(config, given)
+    workdir, plan, mesh = setup.of(config, given)
     train_source = configs.source(config, 'train', plan.model)
     test_source = configs.source(config, 'test', plan.model)
     run_checks.scoring(config, plan, mesh, test_source)
     plan = plan.with_features_of(test_source).with_class_names(train_source.class_names)
     subject = Subject(config, plan, mesh, workdir, test_source)
     show = reporting.prepare(subject, train_source)
-    variables, origin, known = _variables(plan, workdir, None, mesh)
+    variables, origin, known = setup.variables_of(plan, workdir, None, mesh)
     variables = class_order.in_order(plan.model, variables, known, train_source, origin)
 
     def job():
-        _announce(
+        setup.announce(
             given.mode, plan.model, mesh, checkpoint=origin['name'],
             data=f'{run_checks.set_name(train_source)}; {run_checks.set_name(test_source)}',
-            **_caution(config, train_source),
+            **setup.caution(config, train_source),
             output=str(workdir / 'report.html'),
         )
         show(variables, origin)
@@ -188,9 +190,9 @@ def report(config, given) -> Callable[[], None]:
 
 def convert(config, given) -> Callable[[], None]:
     """Official checkpoint into a workdir as step 0, or out of a workdir (averaged parameters)."""
-    _only(given, 'workdir', 'input', 'output')
+    setup.only(given, 'workdir', 'input', 'output')
     input_file, output_file = given.input, given.output
-    plan, mesh = _plan(config)
+    plan, mesh = setup.plan_of(config)
     if jax.process_count() > 1:
         raise ValueError('--mode=convert is for one process; start it alone.')
     if not (input_file or output_file):
@@ -202,12 +204,12 @@ def convert(config, given) -> Callable[[], None]:
         if not output_file.endswith('.safetensors'):
             raise ValueError(f'--output {output_file} must end with .safetensors.')
         paths.check_writable_file(output_file, f'--output={output_file}')
-        origin_dir = None if input_file else _workdir(given.workdir)
-        variables, origin, known = _variables(plan, origin_dir, input_file, mesh)
+        origin_dir = None if input_file else setup.workdir_of(given.workdir)
+        variables, origin, known = setup.variables_of(plan, origin_dir, input_file, mesh)
         found, names = class_order.official_rows(known)
 
         def write():
-            _announce(
+            setup.announce(
                 given.mode, plan.model, mesh, checkpoint=origin['name'], output=output_file
             )
             official.save_official(
@@ -217,9 +219,9 @@ def convert(config, given) -> Callable[[], None]:
 
         return write
 
-    workdir = _workdir(given.workdir)
+    workdir = setup.workdir_of(given.workdir)
     variables = official.load_official(input_file, plan.model)
-    known, origin = _classes_in(input_file), {'name': input_file}
+    known, origin = setup.classes_in(input_file), {'name': input_file}
     variables, known = class_order.at_hand(config.data, plan.model, variables, known, origin)
     checkpoints = Checkpoints(workdir, plan.model, config.to_dict(), known.remembered())
     if checkpoints.latest() is not None:
@@ -229,7 +231,7 @@ def convert(config, given) -> Callable[[], None]:
         )
 
     def store():
-        _announce(
+        setup.announce(
             given.mode, plan.model, mesh, checkpoint=input_file, output=str(checkpoints.folder)
         )
         # The optimizer starts afresh: the structure of its state does not depend on its settings.
@@ -249,7 +251,7 @@ def compile_ahead(config, given) -> Callable[[], None]:
     from tarflow_jax.ahead_of_time import report as cost_report
     from tarflow_jax.ahead_of_time import topology
 
-    _only(given, 'topology', 'program', 'batch_per_chip', 'json', 'out')
+    setup.only(given, 'topology', 'program', 'batch_per_chip', 'json', 'out')
     if not given.topology:
         raise ValueError('--mode=compile needs --topology, such as v5e:16x16 (several: a comma).')
     for name in given.topology:
@@ -267,7 +269,7 @@ def compile_ahead(config, given) -> Callable[[], None]:
         setups.append((own, slice_))
 
     def job():
-        _announce(
+        setup.announce(
             given.mode, configs.plan(config).model, None, program=f'the step of {given.program}',
             topologies=', '.join(given.topology),
             output=', '.join(filter(None, (given.json, given.out))) or 'printed only',
@@ -301,6 +303,9 @@ MODES = {
     'sample': sample,
     'evaluate': evaluate,
     'report': report,
+    'likelihood': uses.likelihood,
+    'interpolate': uses.interpolate,
+    'complete': uses.complete,
     'convert': convert,
     'compile': compile_ahead,
 }
@@ -311,104 +316,9 @@ INTERRUPTED = {
     'evaluate': 'no scores were written, samples that were drawn are kept; the same command '
     'starts the scores again',
     'report': 'no report was written, one from before is as it was; the same command starts again',
+    'likelihood': 'no table was written; the same command starts again',
+    'interpolate': 'no picture was written; the same command starts again',
+    'complete': 'no picture was written; the same command starts again',
     'convert': 'a checkpoint is there whole or not at all; the same command starts again',
     'compile': 'what was compiled is printed above; the same command starts again',
 }
-
-_FLAGS = (
-    'workdir', 'input', 'output', 'topology', 'batch_per_chip', 'json', 'out', 'profile_steps'
-)
-
-
-def _only(given, *names: str) -> None:
-    """ValueError if a flag is given that has no meaning with this mode."""
-    for name in _FLAGS:
-        if name not in names and getattr(given, name):
-            value = getattr(given, name)
-            value = ','.join(value) if isinstance(value, list) else value
-            raise ValueError(
-                f'--{name}={value} has no meaning with --mode={given.mode}; leave it out.'
-            )
-
-
-def _announce(mode: str, model, mesh, **rows: str) -> None:
-    """Says what is about to be done, before anything is compiled."""
-    layers = sorted(set(model.layers_per_block))
-    depth = layers[0] if len(layers) == 1 else ','.join(map(str, model.layers_per_block))
-    patch = sizes.text(model.patch_shape)
-    count = memory.parameter_count(model)
-    lines = {
-        'flow': f'{patch}-{model.width}-{len(model.layers_per_block)}-{depth} at '
-        f'{"x".join(map(str, model.image_shape))}, {count:,} parameters, '
-        f'{jax.numpy.dtype(model.dtype).name}',
-    }
-    if mesh is not None:
-        axes = ', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())
-        lines['devices'] = (
-            f'{mesh.devices.size} x {mesh.devices.flat[0].device_kind} of '
-            f'{jax.process_count()} process(es) as {axes}'
-        )
-    width = max(map(len, lines | rows))
-    text = (f'  {name:{width}}  {value}' for name, value in (lines | rows).items())
-    log.info('%s\n%s', mode, '\n'.join(text))
-
-
-def _setup(config, given, *flags: str):
-    """The folder of the run, and what `_plan` gives; ValueError for other flags than these."""
-    _only(given, 'workdir', *flags)
-    return _workdir(given.workdir), *_plan(config)
-
-
-def _workdir(workdir) -> Path:
-    if not workdir:
-        raise ValueError('--workdir is missing; give the folder of the run.')
-    return run_checks.workdir(workdir)
-
-
-def _plan(config):
-    """What the config means, its flow laid out over the mesh of all devices; and the mesh."""
-    plan = configs.plan(config)
-    check_names(config.evaluate.metrics, plan.model)
-    mesh = configs.named('mesh', sharding.make_mesh, **config.mesh)
-    plan = plan.on(sharding.Layout(mesh, config.model.attention))
-    memory.check(memory.of_parameters(plan.model, mesh), plan.model, mesh, 'the flow alone')
-    return plan, mesh
-
-
-def _variables(plan, workdir, input_file, mesh):
-    """The variables to work with, on the devices; where they come from, as JSON values; classes.
-
-    Raises:
-      ValueError: if one of them is not finite.
-    """
-    if input_file:
-        variables = official.load_official(input_file, plan.model)
-        variables = jax.device_put(variables, sharding.shardings(variables, mesh))
-        known = _classes_in(input_file)
-        with paths.local_copy(input_file).open('rb') as file:
-            return variables, {
-                'name': input_file, 'sha256': hashlib.file_digest(file, 'sha256').hexdigest()
-            }, known
-    with Checkpoints(workdir, plan.model) as checkpoints:
-        variables = checkpoints.restore_variables(functools.partial(sharding.placed, mesh=mesh))
-        step, known = checkpoints.latest(), run_checks.classes_of(checkpoints)
-    if not jax.jit(all_finite)(variables):
-        raise ValueError(
-            f'{checkpoints.folder / str(step)} holds parameters that are not finite; delete this '
-            'folder to take the checkpoint before it, or train again with a lower '
-            'train.peak_learning_rate.'
-        )
-    return variables, _at_step(step, workdir), known
-
-
-def _classes_in(input_file: str) -> class_order.Classes:
-    return class_order.Classes(official.class_names(input_file) or class_order.SORTED)
-
-
-def _caution(config, source) -> dict[str, str]:
-    found = kinds.mismatch(config.data.expects, source.about.get('kind'))
-    return {'caution': found} if found else {}
-
-
-def _at_step(step: int, workdir) -> dict:
-    return {'name': f'step {step} of {workdir}', 'step': step}

@@ -8,7 +8,10 @@ from tarflow_jax import paths
 from tarflow_jax.evaluation.frechet_score import CONVENTIONS
 
 # What must be there if anything is: see `paths.resolved`.
-FLAGS = {'workdir': 'folder', 'input': 'file', 'output': 'file', 'json': 'file', 'out': 'folder'}
+FLAGS = {
+    'workdir': 'folder', 'input': 'file', 'output': 'file', 'images': 'any', 'gif': 'file',
+    'json': 'file', 'out': 'folder',
+}
 FIELDS = {
     'data.path': 'folder',
     'evaluate.outliers.path': 'folder',

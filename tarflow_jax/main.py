@@ -6,12 +6,15 @@
 Without --config a workdir with a checkpoint goes on with the config that it was trained with.
 
 Modes:
-  train     train, or go on from the newest checkpoint; then sample, evaluate and report
-  sample    draw images from the workdir's newest checkpoint, or go on drawing them
-  evaluate  score it by config.evaluate.metrics: bits/dim, Frechet distance and others
-  report    write WORKDIR/report.html, which shows what the flow has learned on one page
-  convert   official checkpoint to workdir (--input), or workdir to official (--output)
-  compile   compile a step for TPU slices on a machine without TPUs: what fits, what it costs
+  train        train, or go on from the newest checkpoint; then sample, evaluate and report
+  sample       draw images from the workdir's newest checkpoint, or go on drawing them
+  evaluate     score it by config.evaluate.metrics: bits/dim, Frechet distance and others
+  report       write WORKDIR/report.html, which shows what the flow has learned on one page
+  likelihood   write the log density of each image of --images to a CSV
+  interpolate  draw what lies between pairs of images
+  complete     draw the part of images that --known leaves out
+  convert      official checkpoint to workdir (--input), or workdir to official (--output)
+  compile      compile a step for TPU slices on a machine without TPUs: what fits, what it costs
 """
 
 import difflib
@@ -120,7 +123,13 @@ _TEXT_FLAGS = {
     'workdir': 'Folder of the run: checkpoints, metrics and pictures.',
     'input': "Official checkpoint (.pth or .safetensors) to use in place of the workdir's, with "
     'sample, evaluate and convert.',
-    'output': 'Official checkpoint (.safetensors) for convert to write.',
+    'output': 'File to write: of convert an official checkpoint (.safetensors), of likelihood a '
+    'CSV, of interpolate and complete a PNG.',
+    'images': 'Folder, .zip or .tar of images for likelihood, interpolate and complete, in place '
+    'of the test set.',
+    'known': "Part of the images that complete keeps: upper, lower, left, right, border, or an "
+    "image file that is white there.",
+    'gif': 'File for an animation (.gif) of the way from noise to the first samples, with sample.',
     'json': 'File for what compile found, one object per topology.',
     'out': 'Folder for the text of compiled programs.',
     'profile_steps': 'START:END, train steps to trace into WORKDIR/tensorboard for its profiler.',
@@ -231,7 +240,7 @@ def _say_changes(given, saved: config_of_run.Saved, fields: list[str], file: boo
         changed = {name: (there[name], now[name]) for name in fields if now[name] != there[name]}
         message = f'the config is that of {saved.name}'
         message += f', with {config_of_run.told(changed)}' if changed else ''
-    elif given.mode in ('sample', 'evaluate', 'report', 'convert') and not given.input:
+    elif given.mode not in ('train', 'compile') and not given.input:
         if changed := config_of_run.adopt(config, saved, fields):
             message = (
                 f'taken from {saved.name}, as the command does not say otherwise: '

@@ -30,7 +30,7 @@ def is_text(value) -> bool:
 def test_every_path_is_known():
     texts = {name for name, value in _fields().items() if is_text(value)} - {'evaluate.levels'}
     assert sorted(config_paths.FIELDS) == sorted(texts - WORDS)
-    assert sorted(config_paths.FLAGS) == sorted(_TEXT_FLAGS.keys() - {'profile_steps'})
+    assert sorted(config_paths.FLAGS) == sorted(_TEXT_FLAGS.keys() - {'profile_steps', 'known'})
     actions = {action.dest: action.type for action in prepare_flags.parser('')._actions}
     texts = {name for name, kind in actions.items() if kind in (None, str)}
     words = {'help', 'strict', 'crop', 'split', 'name', 'rotate', 'background'}

@@ -25,7 +25,7 @@ from command_line import call
 from documented import ROOT, fenced, run_python, spans
 from PIL import Image
 
-from tarflow_jax import commands, config_of_run, main, paths
+from tarflow_jax import command_setup, commands, config_of_run, main, paths
 from tarflow_jax import config as configs
 from tarflow_jax.ahead_of_time import topology
 from tarflow_jax.ahead_of_time.chips import measured_range
@@ -42,7 +42,7 @@ def test_pages_are_found():
     assert {
         'README.md', 'launch/README.md', 'docs/mathematics.md', 'docs/your_images.md',
         'docs/cloud_tpu.md', 'docs/sampling.md', 'docs/from_the_official_code.md',
-        'docs/extending.md', 'docs/itarflow.md',
+        'docs/extending.md', 'docs/itarflow.md', 'docs/uses.md',
     } <= set(PAGES)
 
 
@@ -85,6 +85,12 @@ PYTHON = {
     'docs/extending.md': ({'range(1500)': 'range(1)'}, lambda folder: {}),
     'docs/simulation_based_inference.md': (simulation_based_inference_test.SMALL, lambda folder: {}),
     'docs/time_series.md': (time_series_test.SMALL, lambda folder: {}),
+    'docs/uses.md': (
+        {'num_samples=4': 'num_samples=1, steps=2', 'range(48)': 'range(4)', 'range(48, 60)': 'range(4, 6)',
+         '(60, 1,': '(6, 1,', '(3, 60, 1)': '(3, 6, 1)', 'np.arange(60) < 48': 'np.arange(6) < 4',
+         '(2,) * 4': '(1,) * 4'},
+        _readme,
+    ),
 }
 
 
@@ -203,8 +209,8 @@ def _training_program(arguments: list[str], monkeypatch) -> None:
         raise Understood
 
     # Each mode looks at its flags first; what it would do then is tested where it belongs.
-    monkeypatch.setattr(commands, '_workdir', understood)
-    monkeypatch.setattr(commands, '_plan', understood)
+    monkeypatch.setattr(command_setup, 'workdir_of', understood)
+    monkeypatch.setattr(command_setup, 'plan_of', understood)
     monkeypatch.setattr(topology, 'describe', understood)
     with pytest.raises(Understood):
         commands.MODES[given.mode](given.config, given)

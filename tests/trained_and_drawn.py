@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from command_line import call
 
-from tarflow_jax import commands, main
+from tarflow_jax import command_setup, main
 from tarflow_jax.training import pictures, sharding
 from tarflow_jax.training.checkpoint import Checkpoints
 
@@ -21,7 +21,7 @@ def run(file, *flags) -> int:
     if code:
         return code
     given = main._parse(['main', *flags])
-    plan, mesh = commands._plan(given.config)
+    plan, mesh = command_setup.plan_of(given.config)
     with Checkpoints(given.workdir, plan.model) as checkpoints:
         variables = checkpoints.restore_variables(functools.partial(sharding.placed, mesh=mesh))
     images = pictures.draw(

@@ -1,1 +1,1 @@
-"""From noise to samples: decoding by schedule, and the samples' densities."""
+"""Sampling: decoding by schedule, densities of samples, completion and interpolation."""

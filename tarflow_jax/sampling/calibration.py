@@ -1,4 +1,4 @@
-"""Finds by measurement how each block of a flow is inverted fastest on the devices at hand."""
+"""Calibration: measures which method inverts each block fastest on these devices."""
 
 import dataclasses
 import functools
@@ -27,11 +27,13 @@ from tarflow_jax.sampling.schedule import (
 
 SEGMENTS = (1, 2, 4, 8, 16, 32)
 SHORTEST_WINDOW = 8
-# Parallel decoding must save this much of the sequential time to be worth its error.
+# Shares of the sequential time. Parallel decoding must stay below the first to be worth its error;
+# above the second, it is dropped before the last timing.
 WORTH_IT, CLEARLY_SLOWER = 0.95, 1.3
-# Images of the calibration stay this far below the tolerance, so that others stay below it.
+# Samples of the calibration may have this share of the tolerance as error, so that later samples
+# stay below the tolerance.
 MARGIN = 0.25
-# About what bfloat16 makes of numbers near 1: iterates differ by this until they are exact.
+# About the rounding error of bfloat16 near 1, by which iterates change until they are exact.
 BFLOAT16_TOLERANCE = 0.01
 REPEATS = 3
 
@@ -49,23 +51,24 @@ def calibrate(
     tolerance: float = TOLERANCE,
     key: Array | None = None,
 ) -> Schedule:
-    """A schedule that minimises the time of sampling under a tolerance.
+    """Finds the schedule that samples fastest within a tolerance.
 
-    Draws one batch sequentially, then inverts every block on what sequential sampling gives it, by
-    Jacobi and Gauss-Seidel-Jacobi iteration with ever more segments, and takes what was fastest.
-    An error of one block grows in those after it by a factor that only the flow knows. So the whole
-    batch is then drawn by the schedule, and the blocks' tolerances are lowered until its images
-    differ from the sequential ones by less than a quarter of the tolerance; of a bfloat16 flow, by
-    less than that or than the sequential ones in float32 do.
+    First, draws one batch sequentially and times each block on its input in this batch: by
+    sequential decoding, by Jacobi iteration, and by Gauss-Seidel-Jacobi iteration with more and
+    more segments. The fastest is taken.
 
-    Takes the time of some ten batches, and of compiling: a dozen programs for each depth of block.
+    Later blocks amplify the error of a block by an unknown factor. So the batch is drawn by the
+    schedule, and the tolerances of the blocks are lowered until the samples differ from sequential
+    ones by less than a quarter of `tolerance`. For a bfloat16 flow, the difference between its
+    sequential samples and those in float32 is also accepted.
+
+    It takes about as long as ten batches, and compiles a dozen programs for each depth of block.
 
     Args:
-      condition: of the batch, as for `sample`; it decides the batch size, if it has arrays.
-      batch_size: should be that of the sampling to come: it decides what is fastest.
-      guidance: that of the sampling to come.
-      tolerance: largest error of an image, in units of the [-1, 1] range.
-      key: of the noise.
+      condition: of the batch, as for `sample`. Its arrays, if any, decide the batch size.
+      batch_size, guidance: of the sampling to come; they decide which method is fastest.
+      tolerance: largest error of a sample, in units of the [-1, 1] range of images.
+      key: of the noise; None is a fixed key.
     Raises:
       ValueError: if the arguments do not fit the model or each other.
     """
@@ -89,20 +92,20 @@ def calibrate(
         Schedule, tolerance=tolerance, made_for=made_for(model, guidance), batch_size=batch_size
     )
     if not _finite(x).any():
-        log.warning('no image of the calibration is finite: all blocks are left sequential.')
+        log.warning('no sample of the calibration is finite, so all blocks stay sequential.')
         return made((BlockSchedule(calls=calls),) * len(blocks))
 
     wanted, factor, error, lowest = x, 1.0, 0.0, MARGIN * tolerance
     if jnp.dtype(model.dtype) == jnp.bfloat16:
         if tolerance < BFLOAT16_TOLERANCE:
             log.warning(
-                'tolerance %g is less than bfloat16 rounds by, so that parallel decoding ends when '
-                'it is exact and takes long; ask for %g, or sample in float32.',
+                'tolerance %g is below the rounding error of bfloat16, so parallel decoding ends '
+                'only when it is exact, which takes long; choose %g, or sample in float32.',
                 tolerance, BFLOAT16_TOLERANCE,
             )
         wide, x = model.clone(dtype=jnp.float32), start
         for b in blocks:
-            # Caches as they are: twice as large they might not fit.
+            # Caches in float32 would be twice as large, and might not fit.
             x = run_block(
                 wide, variables, b, BlockSchedule(), x, condition, guidance,
                 cache_dtype=model.dtype,
@@ -117,10 +120,10 @@ def calibrate(
             tried[b] = dataclasses.replace(how, calls=int(solution.calls))
         before, error = error, float(_largest_difference(x, wanted))
         if error <= lowest or (before and error > before / 2):
-            break  # or else it is rounding, which no tolerance lowers
+            break  # small enough, or rounding, which a lower tolerance does not lower
         factor *= max(0.3 * lowest / error, 0.01)
     blocks = {b: _limited(how, length) for b, how in tried.items()}
-    # Times once more, with the tolerances as they are now.
+    # Times the blocks again with their final tolerances.
     x = start
     for b, how in blocks.items():
         functions = [lambda h=h, x=x, b=b: run(b, h, x) for h in (how, BlockSchedule())]
@@ -131,7 +134,11 @@ def calibrate(
 
 
 def _fastest(run, length: int, tolerance: float) -> tuple[BlockSchedule, Array]:
-    """The fastest way to invert a block, and its output; `run` takes a BlockSchedule."""
+    """Finds the fastest way to invert a block; `run` takes a BlockSchedule.
+
+    Returns:
+      (how, the output of sequential decoding).
+    """
     sequential = BlockSchedule(tolerance=tolerance)
     output = run(sequential).x
     best, best_seconds, worse = sequential, np.inf, 0
@@ -145,7 +152,7 @@ def _fastest(run, length: int, tolerance: float) -> tuple[BlockSchedule, Array]:
             best, best_seconds, worse = how, seconds, 0
         else:
             worse += 1
-        if worse == 2:  # the time has one minimum: more calls of fewer positions each
+        if worse == 2:  # more segments mean more calls: past its minimum, the time only grows
             break
     if best_seconds > CLEARLY_SLOWER * sequential_seconds:
         best = sequential
@@ -153,7 +160,7 @@ def _fastest(run, length: int, tolerance: float) -> tuple[BlockSchedule, Array]:
 
 
 def _limited(how: BlockSchedule, length: int) -> BlockSchedule:
-    """With a limit to what an unlucky batch may cost."""
+    """Limits the iterations, and so the cost of a batch that converges slowly."""
     if not how.segments or how.calls is None:
         return how
     return dataclasses.replace(how, max_iterations=min(2 * how.calls + 4, length))
@@ -166,7 +173,7 @@ def _decided(how, seconds, sequential_seconds, calls: int) -> BlockSchedule:
 
 
 def _seconds(functions) -> list[float]:
-    """The least time of each, called in turn; the first process decides for all."""
+    """Measures the shortest time of each function; the first process decides for all."""
     least = [np.inf] * len(functions)
     for _ in range(REPEATS):
         for i, function in enumerate(functions):
@@ -185,16 +192,16 @@ def _finite(x):
 
 @jax.jit
 def _largest_difference(x, wanted):
-    # Images that overflow are drawn again, however they were drawn.
+    # Samples that overflow do not count: every method draws them again.
     return jnp.where(_finite(wanted)[:, None, None], abs(x - wanted), 0.0).max()
 
 
-# Schedules of `sample(method='auto')` without one, each with a reference to its variables.
+# Schedules that `sample(method='auto')` made, each with a reference to its variables.
 _REMEMBERED: list[tuple[weakref.ref, tuple, Schedule]] = []
 
 
 def calibrated(model, variables, condition, batch_size, guidance, tolerance) -> Schedule:
-    """The schedule of an earlier call with the same arguments, or of `calibrate` now."""
+    """Returns the schedule of an earlier call with the same arguments, or calibrates."""
     leaf = jax.tree.leaves(variables)[0]
     what = (model, batch_size, jax.tree.structure(condition), guidance, tolerance)
     _REMEMBERED[:] = [entry for entry in _REMEMBERED if entry[0]() is not None]

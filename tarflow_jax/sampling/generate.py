@@ -1,4 +1,4 @@
-"""From noise to finished samples: what pictures, bulk sampling, the report and benchmarks call."""
+"""From noise to finished samples: drawing, then denoising."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -19,15 +19,16 @@ from tarflow_jax.sampling.schedule import Schedule
 
 @dataclasses.dataclass(frozen=True)
 class Denoising:
-    """How the noise of training is removed from samples.
+    """How to remove the noise of training from samples.
 
     Args:
-      noise_std: of a flow trained at one noise level: one step from it.
-      strength: of that step; 1 is the theoretical optimum.
-      levels: of a noise-conditioned flow: `iterative_denoise` through these, from the first, in
-        float32 whatever the flow's dtype (as the official code; one step is in the flow's dtype).
+      noise_std: for a flow trained at one noise level, that level. One step of `denoise` removes
+        the noise, in the flow's dtype.
+      strength: of this step; 1 is optimal in theory.
+      levels: for a noise-conditioned flow, the levels that `iterative_denoise` goes down. It
+        computes in float32 whatever the flow's dtype, as the official code does.
       solver, clip: of `iterative_denoise`.
-      precision: of its float32 products, as the flow's field.
+      precision: of the float32 matrix products of `iterative_denoise`, as the field of the flow.
     """
 
     noise_std: float = 0.0
@@ -39,7 +40,7 @@ class Denoising:
 
 
 class Generated(NamedTuple):
-    """Finished `samples`, and the `raw` ones before denoising; `info` if it was asked for."""
+    """The finished `samples`, the `raw` ones before denoising, and `info` if requested."""
 
     samples: Array
     raw: Array
@@ -64,10 +65,11 @@ def generate(
 
     Args:
       noise, condition, guidance, key: as for `sample`.
-      denoising: None leaves the samples as they are drawn.
-      schedule: how the blocks are decoded; None is sequentially.
-      denoising_key: of denoising by 'sde', as for `iterative_denoise`; None is a fixed one.
-      progress: of `iterative_denoise`.
+      denoising: None skips it.
+      schedule: how to decode the blocks; None decodes sequentially.
+      denoising_key: for the solver 'sde', as for `iterative_denoise`; None is a fixed key.
+      progress: as for `iterative_denoise`.
+      return_info: also returns a `SampleInfo`.
     """
     found = sample(
         model, variables, noise, condition, guidance=guidance,
@@ -93,16 +95,17 @@ def sample_images(
     denoise: float | Sequence[float] | None = None,
     schedule: Schedule | None = None,
 ) -> Array:
-    """Draws `count` finished samples: noise from the key, the flow's inverse, then denoising.
+    """Draws `count` finished samples: noise from the key, the inverse of the flow, denoising.
 
     Args:
-      labels: one class for all, or int32 [count] (-1 for "no class"); None is without classes.
-      features: float32 [F] for all, or [count, F] or per token [count, T, F].
+      labels: one class for all samples, or int32 [count], -1 for "no class"; None is no class.
+      features: float32, [F] for all samples, [count, F], or for each token [count, T, F].
       guidance: None is unguided.
-      denoise: the noise level that the flow was trained at, to take one step of `denoise` from it.
-        Of a noise-conditioned flow, falling levels [N] as for `iterative_denoise`, or one: samples
-        are drawn at the first. None leaves the noise in, for flows trained without.
-      schedule: of `calibrate`; None decodes sequentially.
+      denoise: the noise level that the flow was trained at; one step of `denoise` removes it. For
+        a noise-conditioned flow: one level or falling levels [N] of `iterative_denoise`, of which
+        the first is the level that samples are drawn at. None skips denoising; it is for flows
+        trained without Gaussian noise.
+      schedule: from `calibrate`; None decodes sequentially.
     Returns:
       float32 images [count, H, W, C] in about [-1, 1], or sequences [count, T, D].
     Raises:
@@ -110,28 +113,15 @@ def sample_images(
     """
     if count < 1:
         raise ValueError(f'count {count} must be at least 1.')
-    if model.noise_conditioned and denoise is None:
-        raise ValueError(
-            'a noise-conditioned flow needs denoise: the noise levels to draw at and to go down.'
-        )
-    levels = () if denoise is None else tuple(map(float, np.atleast_1d(np.asarray(denoise))))
-    if len(levels) > 1 and not model.noise_conditioned:
-        raise ValueError(
-            f'denoise {levels} goes through several noise levels, for noise-conditioned flows; '
-            'give the one that this flow was trained at.'
-        )
+    denoising = denoising_of(model, denoise)
+    levels = () if denoising is None else denoising.levels
     key, redraw_key = jax.random.split(key)
     condition = Condition(
         labels=None if labels is None else jnp.broadcast_to(jnp.int32(labels), (count,)),
-        noise_std=levels[0] if model.noise_conditioned else None,
+        noise_std=levels[0] if levels else None,
         features=features if features is None or jnp.ndim(features) > 1
         else jnp.broadcast_to(features, (count, *jnp.shape(features))),
     )
-    denoising = None
-    if model.noise_conditioned:
-        denoising = Denoising(levels=levels, precision=model.precision)
-    elif levels:
-        denoising = Denoising(levels[0])
     noise = jax.random.normal(key, (count, *model.token_shape))
     return generate(
         model, variables, noise, condition, guidance=guidance, denoising=denoising,
@@ -139,16 +129,53 @@ def sample_images(
     ).samples
 
 
+def denoising_of(
+    model: Flow, denoise: float | Sequence[float] | Denoising | None
+) -> Denoising | None:
+    """Makes a `Denoising` of the argument `denoise` of `sample_images`.
+
+    Raises:
+      ValueError: if it does not fit the flow.
+    """
+    if isinstance(denoise, Denoising):
+        return denoise
+    if denoise is None:
+        if model.noise_conditioned:
+            raise ValueError(
+                'denoise is missing, and this flow is conditioned on a noise level; pass the noise '
+                'levels to draw at and to go down.'
+            )
+        return None
+    levels = tuple(map(float, np.atleast_1d(np.asarray(denoise))))
+    if model.noise_conditioned:
+        return Denoising(levels=levels, precision=model.precision)
+    if len(levels) > 1:
+        raise ValueError(
+            f'denoise {levels} holds several noise levels, which only noise-conditioned flows go '
+            'through; pass the level that this flow was trained at.'
+        )
+    return Denoising(levels[0])
+
+
+def with_noise(key: Array, examples: Array, denoising: Denoising | None) -> Array:
+    """Adds the noise that the denoising removes, at its first level."""
+    examples = jnp.asarray(examples, at_least_float32(jnp.result_type(examples)))
+    if denoising is None:
+        return examples
+    level = denoising.levels[0] if denoising.levels else denoising.noise_std
+    return examples + level * jax.random.normal(key, examples.shape, examples.dtype)
+
+
 def denoised(
     model: Flow, variables: Variables, samples: Array, condition, denoising: Denoising | None,
     key: Array | None = None, *, return_path: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> Array:
-    """The samples [B, ...] after denoising, or as they are.
+    """Denoises samples [B, ...]; returns them unchanged if `denoising` is None.
 
     Args:
-      key: of denoising by 'sde'; None is a fixed one.
-      return_path, progress: of `iterative_denoise`; ignored by flows of one noise level.
+      key: for the solver 'sde'; None is a fixed key.
+      return_path, progress: as for `iterative_denoise`; unused for flows of one noise level.
     """
     if denoising is None:
         return samples
@@ -157,7 +184,7 @@ def denoised(
             model, variables, samples, condition, noise_std=denoising.noise_std,
             strength=denoising.strength,
         )
-    # Each step's error stays in the sample, and the last steps are small: float32.
+    # The last steps are smaller than what bfloat16 resolves, and rounding errors add up.
     model = model.clone(dtype=at_least_float32(model.dtype), precision=denoising.precision)
     sde = denoising.solver == 'sde'
     return iterative_denoise(
@@ -169,14 +196,14 @@ def denoised(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Conditions:
-    """What numbered samples are conditioned on, so that any of them can be drawn by itself.
+    """The conditions of numbered samples: a sample's number alone decides its condition.
 
     Args:
       num_classes: of the flow.
-      label: of all samples; -1 goes through the classes in turn.
-      noise_std: of a noise-conditioned flow, the level that samples are drawn at.
-      features: float32 [M, F], taken in turn; None without.
-      class_names: by label; None without.
+      label: the class of all samples; -1 goes through the classes in turn.
+      noise_std: the level that a noise-conditioned flow draws samples at; None for other flows.
+      features: float32 [M, F], used in turn; None for no features.
+      class_names: by label; None if the classes have no names.
     """
 
     num_classes: int = 0
@@ -186,18 +213,18 @@ class Conditions:
     class_names: Sequence[str] | None = None
 
     def name(self, label: int) -> str:
-        """What to call a class, such as 'ankle boot', or 'class 9' where it has no name."""
+        """Returns the name of a class, such as 'ankle boot', or 'class 9' if it has no name."""
         return f'class {label}' if self.class_names is None else self.class_names[label]
 
     def captions(self, numbers) -> list[str] | None:
-        """The names of the classes of these samples; None where they have none."""
+        """Returns the class name of each of these samples; None if the classes have no names."""
         labels = self.labels(numbers)
         if self.class_names is None or labels is None:
             return None
         return [self.name(label) for label in labels]
 
     def labels(self, numbers) -> np.ndarray | None:
-        """int32 [n]; None without classes."""
+        """Returns the labels of these samples, int32 [n]; None for a flow without classes."""
         if self.num_classes == 0:
             return None
         numbers = np.asarray(numbers)
@@ -206,10 +233,10 @@ class Conditions:
         return (numbers % self.num_classes).astype(np.int32)
 
     def of(self, numbers, labels: np.ndarray | None = None) -> Condition:
-        """The condition of the samples with these numbers [n], as host arrays.
+        """Returns the condition of the samples with these numbers [n], as host arrays.
 
         Args:
-          labels: in place of those that the numbers have.
+          labels: int32 [n], replace the labels that belong to the numbers.
         """
         numbers = np.asarray(numbers)
         features = self.features

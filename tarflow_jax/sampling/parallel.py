@@ -1,17 +1,17 @@
 """Parallel decoding: the inverse of a block as a fixed point over a window of positions.
 
-The inverse solves x = z * exp(a(x)) + m(x), where a and m at a position depend on the positions
-before it only. One iteration evaluates the right-hand side at all positions of a window at once;
-the first of them that is not final becomes exact, and in a trained flow many behind it are nearly
-so. Iterations go on, over the key/value cache of what is final, and the window moves along with
-the first position that is not:
+The inverse solves x = z * exp(a(x)) + m(x), where a and m at a position depend on earlier positions
+only. One iteration evaluates the right-hand side at all positions of a window at once. This makes
+the first position that is not final exact. In a trained flow, many positions after it come close.
+The next iteration reads the final positions from a key/value cache, and its window starts at the
+first position that is not final.
 
-- one window as long as the sequence is Jacobi iteration;
-- `segments` windows, each over the cache of those before it, are Gauss-Seidel-Jacobi iteration
-  (arXiv 2505.12849). There a segment waits until all of the one before it is done; here the window
-  moves on at once with every position that is, which takes no more iterations, and fewer mostly.
+- Jacobi iteration has one window, as long as the sequence.
+- Gauss-Seidel-Jacobi iteration (arXiv 2505.12849) has a window of a `segments`-th of the sequence.
+  In the paper, a segment waits until the one before it is complete. Here the window moves on as
+  soon as its first positions are final. That never takes more iterations, and usually fewer.
 
-Shape suffixes: B images, T patches, D numbers in a patch. W is the positions of a window.
+Shape suffixes: B examples, T tokens, D numbers in a token, W positions of a window.
 """
 
 from functools import partial
@@ -28,20 +28,20 @@ from tarflow_jax.flow.guidance import GuidanceParams
 from tarflow_jax.flow.order import reorder, restore
 from tarflow_jax.flow.transformer import LayerCache
 
-# Guesses behind the exact positions may overflow where the solution does not; one infinite key
-# would reach all positions of its image. No solution that is of use lies beyond this.
+# Guesses may overflow where the solution does not, and attention would carry one infinite key to
+# all positions of its example. No useful solution is larger than this.
 LARGEST_GUESS = 1e4
 
 
 class _State(NamedTuple):
-    """Of the loop. Entries are those of `decoder.begin`, and one more that nobody reads.
+    """The state of the loop. Entries are those of `decoder.begin`, padded to T + 1.
 
     Args:
-      x_DxBxE: E = T + 1 entries, final up to `final`, guesses from there on.
+      x_DxBxE: E = T + 1 entries; the first `final` of them are final, the others are guesses.
       log_scale_BxE: of each entry, summed over d.
-      final: [B], how many entries are final.
-      iterations: [B], how many each example took.
-      calls: how many the batch took.
+      final: [B], the number of final entries.
+      iterations: [B], the iterations that each example took.
+      calls: the network calls that the batch took.
     """
 
     x_DxBxE: Array
@@ -49,12 +49,19 @@ class _State(NamedTuple):
     final: Array
     caches: list[LayerCache]
     iterations: Array
-    calls: Array  # not `count`, which tuples have
+    calls: Array  # `count` is a method of tuples
 
 
 class Solution(NamedTuple):
-    """Of a block: x [B, T, D] and the inverse's logdet [B] in nats, iterations [B] and converged
-    [B] of each example, network calls."""
+    """The inverse of a block.
+
+    Args:
+      x: [B, T, D].
+      logdet: [B], of the inverse, in nats.
+      iterations: int32 [B], that each example took.
+      converged: bool [B].
+      calls: of the network, for the whole batch.
+    """
 
     x: Array
     logdet: Array
@@ -64,9 +71,10 @@ class Solution(NamedTuple):
 
 
 def window_sizes(num_patches: int, segments: int) -> list[int]:
-    """The window, and smaller ones for the tail of the sequence.
+    """Returns the size of the window, then smaller sizes for the tail of the sequence.
 
-    The whole sequence has an attention kernel of its own, which no part of it is faster than.
+    A window of the whole sequence has no smaller ones: its attention kernel is so fast that they
+    would not save time.
     """
     if segments == 1:
         return [num_patches]
@@ -88,16 +96,16 @@ def solve_block(
     *,
     cache_dtype=None,
 ) -> Solution:
-    """The inverse of one block as `Block.inverse`, iterated over windows of positions.
+    """Computes the inverse of one block, as `Block.inverse` does, by iteration over windows.
 
-    An entry is final when it is exact, or when no entry before it changed by more than the
-    tolerance in the iteration that made it. Final entries stay as they are, so that an example's
-    result does not depend on the others of its batch.
+    An entry becomes final when it is exact, or when no earlier entry changed by more than the
+    tolerance in the iteration that made it. Final entries never change again, so an example's
+    result does not depend on the rest of its batch.
 
     Args:
-      segments: the window has a `segments`-th of the positions; 1 iterates over all of them.
+      segments: the window holds a `segments`-th of the positions; 1 is the whole sequence.
       tolerance: in units of x.
-      max_iterations: where to stop, converged or not; `Block.calls` are always enough.
+      max_iterations: stops here even if examples have not converged; `Block.calls` always suffice.
     """
     B, T, _ = z_BxTxD.shape
     z = begin(block, params, reorder(z_BxTxD, order).transpose(1, 2, 0)).transpose(1, 2, 0)
@@ -108,7 +116,7 @@ def solve_block(
 
     def iterate(W: int, state: _State) -> _State:
         x, log_scale, final, caches, iterations, calls = state
-        # The last final entry is the first whose prediction has not been made.
+        # The prediction from the last final entry has not been made yet.
         start = jnp.clip(final.min() - 1, 0, T - W)
 
         def window(a, first):
@@ -121,13 +129,13 @@ def solve_block(
         known = position < final[:, None]
         same = known | (abs(new - old).max(0) <= tolerance)
         first_changed = start + 1 + jnp.cumprod(same, 1).sum(1)
-        # The first changed entry is final for all that: those before it are.
+        # The first entry that changed is final too, because all entries before it are.
         reached = jnp.minimum(jnp.maximum(first_changed, final) + 1, start + 1 + W)
         reached = jnp.clip(reached, final, entries)
         guess = jnp.clip(jnp.nan_to_num(new), -LARGEST_GUESS, LARGEST_GUESS)
         settled = position < reached[:, None]
         new = jnp.where(known, old, jnp.where(settled, new, guess))
-        # An example that is not finite stays so, and would make its own guesses NaN to the end.
+        # An example that is not finite never converges: end its iteration.
         lost = ~jnp.where(settled, jnp.isfinite(new), True).all((0, 2))
         x = jax.lax.dynamic_update_slice_in_dim(x, new, start + 1, 2)
         own = jnp.where(known, window(log_scale, start + 1), affine.log_scale.sum(0))

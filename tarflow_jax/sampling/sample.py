@@ -1,4 +1,4 @@
-"""The sampler: noise to sequences or images, block by block, with the samples' density.
+"""The sampler: maps noise to sequences or images, block by block, with their density.
 
 Shape suffixes: B examples, T tokens, D numbers in a token.
 """
@@ -20,6 +20,7 @@ from tarflow_jax.flow.likelihood import latent_log_prob, prior_variance
 from tarflow_jax.flow.mesh_axes import with_auto_axes
 from tarflow_jax.flow.order import reorder, restore
 from tarflow_jax.sampling.calibration import calibrated
+from tarflow_jax.sampling.guided import guided_affine
 from tarflow_jax.sampling.noise import noise_of_examples
 from tarflow_jax.sampling.parallel import Solution
 from tarflow_jax.sampling.schedule import (
@@ -38,14 +39,14 @@ class SampleInfo(NamedTuple):
     """What happened while sampling; B examples, N blocks by index.
 
     Args:
-      redraws: int32 [B], how often an example was drawn again from other noise.
-      sequential: bool [B], whether parallel decoding stopped before the example converged, so that
-        it was drawn sequentially.
+      redraws: int32 [B], how often an example was drawn again from new noise.
+      sequential: bool [B], True if parallel decoding did not converge for the example, which was
+        then drawn sequentially.
       iterations: int32 [N, B], network calls that an example took.
-      residual: float32 [N, B], largest |x - (z exp(a(x)) + m(x))| of each block, in units of its
-        output x: for block 0 those are samples.
-      round_trip: float32 [B], largest difference between the noise and what the (guided) flow
-        makes of the sample again; the noise has standard deviation 1.
+      residual: float32 [N, B], the largest |x - (z exp(a(x)) + m(x))| of each block, in units of
+        its output x. The output of block 0 is the sample.
+      round_trip: float32 [B], the largest difference between the noise, of standard deviation 1,
+        and the latents that the (guided) flow maps the sample back to.
     """
 
     redraws: np.ndarray
@@ -78,20 +79,21 @@ def sample(
       noise: [B, T, D] standard normal.
       condition: None, labels int32 [B] (-1 for "no class"), or a `Condition`.
       guidance: None is unguided.
-      method: 'sequential', one network call after another for each token of each block; 'jacobi'
-        or 'gs_jacobi', all blocks by parallel decoding (see `sampling.parallel`), with `tolerance`
-        for each block's output; 'auto', every block as `schedule` says.
-      schedule: of `calibrate`; if None, 'auto' calibrates with the first call and remembers it for
-        as long as the variables live.
+      method: 'sequential' decodes each block token by token, with one network call for each.
+        'jacobi' and 'gs_jacobi' decode all blocks in parallel (see `sampling.parallel`), with
+        `tolerance` for each block's output. 'auto' decodes every block as `schedule` says.
+      schedule: from `calibrate`. Without one, 'auto' calibrates at the first call, and remembers
+        the result as long as the variables exist.
       segments: of 'gs_jacobi'.
-      tolerance: largest error to leave, in units of the samples ([-1, 1] for images).
-      cache_dtype: of cached keys and values; jnp.bfloat16 halves them. None is the model's dtype.
-      key: if given, a sample that is not finite is drawn again by itself from fresh noise of this
-        key, up to 10 times. Without a key, and with all blocks sequential, nothing is looked at on
-        the host. Inside `jax.jit` there is no key, and 'auto' needs a schedule.
-      return_log_prob: also return the log density [B], in nats, of each sample under the flow that
-        drew it: the guided one if guided. It is a by-product of the inverse.
-      return_info: also return a `SampleInfo`, which costs two more forward passes.
+      tolerance: the largest error to accept, in units of the samples ([-1, 1] for images).
+      cache_dtype: of cached keys and values; None is the model's dtype. jnp.bfloat16 halves the
+        memory of a float32 cache.
+      key: draws a sample that is not finite again from new noise, up to 10 times. None leaves it;
+        if, besides, all blocks are sequential, the host never waits for the device. Inside
+        `jax.jit`, pass no key, and a schedule to 'auto'.
+      return_log_prob: also return the log density of each sample, [B] in nats, under the flow that
+        drew it, which is the guided one if there is guidance. It costs nothing extra.
+      return_info: also return a `SampleInfo`; it costs two more forward passes.
     Returns:
       samples float32, [B, T, D] of a `SequenceFlow` or images [B, H, W, C] of a `TarFlow`; with
       return_log_prob or return_info, a tuple (samples, [log_prob], [info]).
@@ -145,10 +147,13 @@ def sample_trajectory(
     *,
     guidance: Guidance | None = None,
 ) -> list[Array]:
-    """The way from noise to samples: the noise, then the output of each block in order of sampling.
+    """Draws samples and returns every stage: the noise, then the output of each block.
 
-    Arguments as for `sample`. Returns len(layers_per_block) + 1 arrays [B, T, D];
-    `model.from_tokens` makes images of them.
+    Args:
+      noise, condition, guidance: as for `sample`.
+    Returns:
+      len(layers_per_block) + 1 arrays [B, T, D], in the order of sampling; `model.from_tokens`
+      makes images of them.
     """
     guidance, condition = _checked(model, noise, condition, guidance)
     return _draw(model, variables, noise, condition, guidance, uniform(model, 0)).sequences
@@ -167,8 +172,14 @@ def _checked(model, noise, condition, guidance) -> tuple[Guidance | None, Condit
 
 @dataclasses.dataclass
 class _Drawn:
-    """Samples on their way: the noise and the output of every block in order of sampling, each
-    [B, T, D]; logdet [B] of the inverse; iterations [N, B]; converged and redraws [B]."""
+    """Samples, and how they were drawn.
+
+    Args:
+      sequences: the noise, then the output of every block in the order of sampling, [B, T, D] each.
+      logdet: [B], of the inverse, in nats.
+      iterations: [N, B].
+      converged, redraws: [B].
+    """
 
     sequences: list[Array]
     logdet: Array
@@ -202,15 +213,18 @@ def _draw(
 
 
 def _draw_again(model, variables, drawn: _Drawn, condition, guidance, key, cache_dtype) -> _Drawn:
-    """Draws some samples again, only those, and sequentially: first those that did not converge,
-    from their noise; then those that are not finite, each from noise of its own."""
+    """Draws failed samples again, sequentially, and leaves the others.
+
+    Samples that did not converge are drawn from the same noise. Then, if there is a key, samples
+    that are not finite are drawn from new noise.
+    """
     to_host = model.layout.to_host
     condition = jax.tree.map(to_host, condition)
     sequences, logdet, redraws = drawn.sequences, drawn.logdet, drawn.redraws
     converged, iterations = to_host(drawn.converged), np.array(to_host(drawn.iterations))
 
     def replace(failed, noise_of):
-        # Padded to a power of two, so that few batch sizes are ever compiled.
+        # Padded to a power of two: few batch sizes are compiled.
         rows = np.resize(failed, 1 << (failed.size - 1).bit_length())
         again = _draw(
             model, variables, noise_of(rows), conditions.rows(condition, rows), guidance,
@@ -251,25 +265,17 @@ def _log_prob(variables, noise, logdet) -> Array:
 
 @partial(jax.jit, static_argnums=0)
 def _errors(model: Flow, _, variables, sequences, condition, guidance) -> tuple[Array, Array]:
-    """`residual` and `round_trip` of a `SampleInfo`, from the way from noise to samples."""
+    """Computes `residual` and `round_trip` of a `SampleInfo` from all stages of the samples."""
     deviation = jnp.sqrt(prior_variance(variables))
-    # By index: block b makes outputs[b] of outputs[b + 1].
+    # By index: the inverse of block b maps outputs[b + 1] to outputs[b].
     outputs = [*sequences[:0:-1], sequences[0] * deviation]
     back, residual = outputs[0], []
     for b, (x, z) in enumerate(zip(outputs, outputs[1:])):
         order = model.block_orders()[b]
         x, z, back = (reorder(a, order) for a in (x, z, back))
-        predict = partial(guided_affine, model, variables, b, condition=condition, guidance=guidance[b])
+        predict = partial(
+            guided_affine, model, variables, b, condition=condition, guidance=guidance[b]
+        )
         residual.append(abs(x - predict(x).inverse(z)).max((1, 2)))
         back = restore(predict(back).forward(back), order)
     return jnp.stack(residual), abs(back / deviation - sequences[0]).max((1, 2))
-
-
-def guided_affine(model: Flow, variables, index, x_BxTxD, *, condition, guidance):
-    """The guided map of block `index` at all tokens at once, in the block's own order."""
-    block, params = model.block(index), variables['params'][f'block_{index}']
-    condition, temperature = guidance.branch(condition, x_BxTxD.shape[0])
-    x = jnp.repeat(x_BxTxD, guidance.branches, axis=0)
-    rows = block.affine(params, x, condition, model.block_orders()[index], temperature)
-    guided = guidance.combine(rows.map(lambda a: a.transpose(2, 0, 1)), 0)
-    return guided.map(lambda a: a.transpose(1, 2, 0))

@@ -1,4 +1,4 @@
-"""How each block is inverted: a schedule, its file, and the inversion that follows it."""
+"""Schedules: which method inverts each block, their files, and inversion by a schedule."""
 
 import dataclasses
 import json
@@ -32,14 +32,17 @@ _FILE = {
 
 @dataclasses.dataclass(frozen=True)
 class BlockSchedule:
-    """How one block is inverted, and what `calibrate` measured of it.
+    """How one block is inverted, and what `calibrate` measured for it.
 
     Args:
-      segments: 0 is sequential, 1 Jacobi, more Gauss-Seidel-Jacobi.
+      segments: 0 is sequential, 1 is Jacobi, more is Gauss-Seidel-Jacobi.
       tolerance: of `solve_block`, in units of the block's output.
-      max_iterations: an image that takes more is drawn sequentially; 0 sets no limit.
-      calls: of the network in a row.
-      seconds, sequential_seconds: of the block as it is scheduled, and sequentially.
+      max_iterations: an example that takes more is drawn sequentially; 0 sets no limit.
+      calls: consecutive network calls.
+      seconds, sequential_seconds: time of a batch by this schedule, and sequentially.
+
+    Raises:
+      ValueError: for a value outside these.
     """
 
     segments: int = 0
@@ -67,9 +70,9 @@ class Schedule:
     """How a flow is inverted: `sample(..., method='auto', schedule=schedule)`.
 
     Args:
-      blocks: by index; sampling begins with the last.
-      tolerance: that was asked for, in units of the [-1, 1] range of images.
-      made_for: what `check` compares: of the model, the device and the guidance. None fits all.
+      blocks: by index; sampling starts with the last.
+      tolerance: the one requested, in units of the [-1, 1] range of images.
+      made_for: the model, device and guidance that `check` compares. None fits all.
       batch_size: of the calibration.
       error: largest difference to sequential samples in the calibration, in image units.
     """
@@ -81,11 +84,11 @@ class Schedule:
     error: float | None = None
 
     def check(self, model: Flow, guidance: Guidance | None) -> None:
-        """ValueError if the schedule was made for another model, device or guidance."""
+        """Raises ValueError if the schedule was made for another model, device or guidance."""
         if len(self.blocks) != len(model.layers_per_block):
             raise ValueError(
                 f'the schedule is for {len(self.blocks)} blocks, the flow has '
-                f'{len(model.layers_per_block)}; calibrate again.'
+                f'{len(model.layers_per_block)}; calibrate again for this flow.'
             )
         here = made_for(model, guidance)
         for what, value in (self.made_for or {}).items():
@@ -104,11 +107,11 @@ class Schedule:
 
     @classmethod
     def load(cls, path) -> 'Schedule':
-        """Reads what `save` wrote.
+        """Reads a schedule that `save` wrote.
 
         Raises:
-          ValueError: if the file holds something else.
-          FileNotFoundError: if there is none.
+          ValueError: if the file is damaged or holds something else.
+          FileNotFoundError: if the file does not exist.
         """
         try:
             fields = json_files.read(paths.of(path), _FILE)
@@ -123,7 +126,7 @@ class Schedule:
             ) from error
 
     def table(self) -> list[str]:
-        """Lines that a person reads: blocks in the order of sampling."""
+        """Formats the schedule as lines of text, blocks in the order of sampling."""
         lines = [
             f'{"block":>5}  {"method":<13} {"calls in a row":>14} {"seconds":>9} '
             f'{"sequential":>10}'
@@ -147,13 +150,17 @@ class Schedule:
 
 
 def uniform(model: Flow, segments: int, tolerance: float = TOLERANCE) -> Schedule:
-    """All blocks alike, none of them measured: `tolerance` is that of every block's output."""
+    """Makes a schedule, without measuring, that inverts all blocks alike.
+
+    Args:
+      segments, tolerance: of every block, see `BlockSchedule`.
+    """
     block = BlockSchedule(segments, tolerance)
     return Schedule((block,) * len(model.layers_per_block), tolerance)
 
 
 def made_for(model: Flow, guidance: Guidance | None) -> dict:
-    """What a schedule depends on besides the weights, as JSON values."""
+    """Describes what a schedule depends on besides the weights, as JSON values."""
     device = jax.devices()[0]
     return {
         'model': architecture(model) | {'dtype': jnp.dtype(model.dtype).name},
@@ -174,10 +181,10 @@ def run_block(
     limited: bool = True,
     cache_dtype=None,
 ) -> Solution:
-    """The inverse of block `index` as scheduled; limited=False ignores max_iterations."""
+    """Inverts block `index` as `how` says; limited=False ignores max_iterations."""
     block, params = model.block(index), variables['params'][f'block_{index}']
     params_of_guidance = guidance_params(model, index, guidance)
-    # The order is traced: blocks of the same depth are one compiled program.
+    # The order is traced, so that blocks of the same depth share one compiled program.
     order = model.block_orders()[index]
     given = (z_BxTxD, params, condition, order, params_of_guidance)
     if how.segments:
@@ -195,6 +202,6 @@ def run_block(
 
 
 def guidance_params(model: Flow, index: int, guidance: Guidance | None) -> GuidanceParams:
-    """The guidance of block `index`."""
+    """Returns the guidance of block `index`."""
     place = len(model.layers_per_block) - 1 - index
     return GuidanceParams.of(guidance, model.token_shape[0], place)

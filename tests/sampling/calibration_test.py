@@ -81,7 +81,7 @@ def test_bfloat16_is_judged_by_its_own_rounding(monkeypatch, caplog):
     assert schedule.blocks[1].calls < 20
     assert not caplog.text
     tfj.calibrate(model, perturbed(MODEL, 1), LABELS, tolerance=1e-4)
-    assert 'tolerance 0.0001 is less than bfloat16 rounds by' in caplog.text
+    assert 'tolerance 0.0001 is below the rounding error of bfloat16' in caplog.text
     assert 'ask for 0.01' in caplog.text
 
 
@@ -90,7 +90,7 @@ def test_a_flow_whose_samples_overflow_stays_sequential(caplog):
     schedule = tfj.calibrate(MODEL, variables, LABELS)
     assert [block.method for block in schedule.blocks] == ['sequential'] * 2
     assert schedule.error is None
-    assert 'no image of the calibration is finite' in caplog.text
+    assert 'no sample of the calibration is finite' in caplog.text
 
 
 def test_auto_without_a_schedule_calibrates_once(monkeypatch):

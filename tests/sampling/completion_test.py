@@ -100,3 +100,45 @@ def test_what_is_exact():
     alike = sequence_flow(orders=((3, 1, 0, 2),) * 2)
     assert exact(alike, (3,), (1, 0)) and not exact(alike, (3,), (1, 0), (0, 1))
     assert not exact(sequence_flow(), (0,)) and exact(sequence_flow())
+
+
+def test_chains_draw_from_the_conditional_density():
+    # Two numbers in the middle of a sequence, against their density on a grid.
+    model = sequence_flow(num_classes=3, scale_limit=0.7)
+    variables, x = perturbed(model, amount=0.2), normal(0, 1, 4, 2)
+    known = np.arange(4) != 1
+    axis = jnp.linspace(-6, 6, 61)
+    points = jnp.stack(jnp.meshgrid(axis, axis), -1).reshape(-1, 2)
+    grid = jnp.tile(x, (len(points), 1, 1)).at[:, 1].set(points)
+    weight = jax.nn.softmax(tfj.log_prob(model, variables, grid, jnp.full(len(points), 2)))
+    mean = weight @ points
+    covariance = (points - mean).T @ ((points - mean) * weight[:, None])
+
+    found, info = tfj.complete(
+        model, variables, jax.random.key(0), x, known, jnp.array([2]), num_samples=512, steps=60,
+        leapfrog=4, return_info=True,
+    )
+    np.testing.assert_array_equal(found[:, :, known], jnp.tile(x[:, known], (512, 1, 1, 1)))
+    drawn = found[:, 0, 1]
+    deviation = np.sqrt(np.diag(covariance))
+    np.testing.assert_allclose(drawn.mean(0) / deviation, mean / deviation, atol=0.15)
+    scale = np.outer(deviation, deviation)
+    np.testing.assert_allclose(np.cov(drawn.T) / scale, covariance / scale, atol=0.2)
+    assert not info.exact and info.acceptance.shape == (512, 1)
+    assert 0.5 < info.acceptance.mean() < 0.9 and (info.step_size > 0).all()
+
+
+@pytest.mark.parametrize('given, words', [
+    ({'known': np.ones((5,), bool)}, r'known has shape \(5,\); for these examples pass \(4,\)'),
+    ({'known': np.ones(4)}, 'known is float64; pass bool'),
+    ({'known': np.arange(4) == 1, 'return_log_prob': True}, 'read all known tokens before'),
+    ({'num_samples': 0}, 'num_samples 0 must be at least 1'),
+    ({'steps': 0}, 'steps 0 must be at least 1'),
+    ({'denoise': (0.2, 0.1)}, 'several noise levels'),
+    ({'guidance': tfj.Guidance(1.0)}, 'labels, features or a temperature'),
+])
+def test_arguments_that_do_not_fit(given, words):
+    model = sequence_flow(orders=ORDERS)
+    arguments = {'examples': np.zeros((2, 4, 2), np.float32), 'known': KNOWN, **given}
+    with pytest.raises(ValueError, match=words):
+        tfj.complete(model, perturbed(model), jax.random.key(0), **arguments)

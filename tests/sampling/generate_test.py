@@ -124,5 +124,5 @@ def test_sample_images_of_a_noise_conditioned_flow():
     raw = tfj.sample(model, variables, noise, condition)
     clean = tfj.iterative_denoise(model, variables, raw, condition, levels=LEVELS)
     np.testing.assert_allclose(draw(denoise=LEVELS), clean, atol=1e-6)
-    with pytest.raises(ValueError, match='a noise-conditioned flow needs denoise'):
+    with pytest.raises(ValueError, match='denoise is missing'):
         draw()
