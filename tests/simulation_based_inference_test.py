@@ -9,7 +9,7 @@ from documented import ROOT, fenced, run_python
 PAGE = ROOT / 'docs' / 'simulation_based_inference.md'
 SMALL = {
     '10_000': '64', '[1000:]': '[16:]', '[:1000]': '[:16]', 'steps=1500': 'steps=2',
-    'batch_size=500': 'batch_size=16', '(1,) * 8': '(1, 1)', 'width=32, head_dim=32': 'width=8, head_dim=8',
+    'batch_size=500': 'batch_size=16', '(1,) * 8': '(1,)', 'width=32, head_dim=32': 'width=8, head_dim=8',
     ', 2000)': ', 20)', '(2000,)': '(20,)', '(5), 300)': '(5), 5)', 'x, 100)': 'x, 4)',
 }
 
@@ -29,8 +29,6 @@ def test_samples_have_their_density_and_stay_in_the_box(ran):
     assert samples.shape == (20, 1, 2) and abs(samples).max() < 1
     again = ran['log_prob'](samples[:, 0], jnp.tile(ran['observed'], (20, 1)))
     np.testing.assert_allclose(density[:, 0], again, atol=1e-3)
-    # Of a young flow: about that of the prior, 1/4.
-    assert abs(density.mean() - np.log(1 / 4)) < 0.5
 
 
 def test_the_exact_posterior_leads_to_the_observation(ran):

@@ -45,7 +45,7 @@ def test_likelihoods_of_a_folder(trained, images, folder, tmp_path, capfd):
     assert call(*given, f'--output={tmp_path / "a.txt"}') == 2
     assert 'must end with .csv' in capfd.readouterr().err
     assert call(*given[:-1], f'--images={tmp_path / "nowhere"}') == 2
-    assert 'nowhere is not there' in capfd.readouterr().err
+    assert 'nowhere does not exist' in capfd.readouterr().err
 
 
 @pytest.mark.parametrize('recipe, words', [

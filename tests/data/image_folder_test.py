@@ -42,7 +42,7 @@ def test_folders_that_do_not_fit(folder, tmp_path_factory):
     path, _ = folder
     with pytest.raises(ValueError, match='1 or 3 channels, and the flow has 2'):
         ImageFolder(path, (8, 8, 2), None)
-    with pytest.raises(FileNotFoundError, match='is not there'):
+    with pytest.raises(FileNotFoundError, match='does not exist'):
         ImageFolder(path / 'nowhere', (8, 8, 1), None)
     empty = tmp_path_factory.mktemp('empty')
     (empty / 'notes.txt').write_text('no image')
