@@ -9,8 +9,7 @@ Modes:
   train     train, or go on from the newest checkpoint; then sample, evaluate and report
   sample    draw images from the workdir's newest checkpoint, or go on drawing them
   evaluate  score it by config.evaluate.metrics: bits/dim, Frechet distance and others
-  report    write WORKDIR/report.html, which shows what the flow has learned on one page; of
-            several runs, --workdir=A,B writes A/report_A_B.html, which compares them
+  report    write WORKDIR/report.html, what the flow has learned; --workdir=A,B compares runs
   convert   official checkpoint to workdir (--input), or workdir to official (--output)
   compile   compile a step for TPU slices on a machine without TPUs: what fits, what it costs
 """
