@@ -8,9 +8,9 @@ import numpy as np
 def hours(metrics: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     """Returns how long a run had trained at its steps: (steps [N], hours [N]), N at least 2 or 0.
 
-    Time is counted over restarts, and what lies between two processes is left out. The first line
-    of a process has no speed to report, so that it marks a restart. The steps before it count at
-    the median pace of the run: nobody knows when the process before was stopped.
+    Time is summed over restarts, without the gaps between processes. The first line of a process
+    has no speed, which marks a restart. The steps up to it count at the median pace of the run,
+    because nothing says when the process before it stopped.
 
     Args:
       metrics: the lines of metrics.jsonl. `wall_time` is in Unix seconds; older runs have none.
@@ -24,11 +24,11 @@ def hours(metrics: list[dict]) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros(0), np.zeros(0)
     seconds = np.diff([line['wall_time'] for line in lines])
     taken = np.diff(steps)
-    # A clock that was set back says nothing either.
+    # A clock that was set back tells no time either.
     known = np.array(['images_per_second' in line for line in lines[1:]]) & (seconds >= 0)
     if not known.any():
         return np.zeros(0), np.zeros(0)
     pace = np.median(seconds[known] / taken[known])
     seconds = np.where(known, seconds, pace * taken)
-    # Nor is the time before the first line known.
+    # The time before the first line is unknown, too: it counts at the same pace.
     return steps, (pace * steps[0] + np.concatenate([[0.0], np.cumsum(seconds)])) / 3600
