@@ -9,8 +9,7 @@ Modes:
   train        train, or resume from the newest checkpoint; then sample, evaluate and report
   sample       draw images from the workdir's newest checkpoint, or resume drawing them
   evaluate     score it by config.evaluate.metrics: bits/dim, Frechet distance and others
-  report       write WORKDIR/report.html, which shows what the flow has learned on one page; for
-               several runs, --workdir=A,B writes A/report_A_B.html, which compares them
+  report       write WORKDIR/report.html, what the flow has learned; --workdir=A,B compares runs
   likelihood   write the log density of each image of --images to a CSV
   interpolate  draw what lies between pairs of images
   complete     draw the part of images that --known leaves out

@@ -53,7 +53,7 @@ def _unwritten(run: Run) -> str:
 
 
 def _samples(runs: list[Run]) -> str:
-    text = paragraph('Samples of each run, none of them chosen. The noise is the same where the '
+    text = paragraph('Samples of each run, none picked by hand. The noise is the same where the '
                      'flows take noise of the same shape and the runs have the same seed.')
     text += ''.join(
         paragraph(f'{run.name}: drawn {how_drawn(run.kept)}, {run.kept["origin"]["name"]}.')

@@ -14,8 +14,7 @@ def samples(found: dict) -> str:
     rows, columns = images.shape[:2]
     each = f'{columns} of each class' if s['labels'] is not None else f'{rows * columns} in all'
     text = paragraph(
-        f'Images that the flow made from noise, {how_drawn(found)}: {each}, and none of them '
-        'chosen.'
+        f'Images that the flow made from noise, {how_drawn(found)}: {each}, none picked by hand.'
     ) + warning(s['not_finite'], rows * columns, 'samples')
     figures = [
         figure(name, strip(images[row], alt)) for row, (name, alt) in enumerate(row_names(found))

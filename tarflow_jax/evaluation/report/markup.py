@@ -16,7 +16,7 @@ LARGEST_SIDE = 64
 # Larger sheets are JPEG where that is smaller: noise hardly compresses as PNG.
 LARGEST_PNG = 24_000  # bytes
 TRIED_AS_PNG = 400_000  # numbers; compressing more takes seconds
-JPEG_QUALITIES = (88, 75, 60, 45, 30)  # the first that makes it small enough
+JPEG_QUALITIES = (88, 75, 60, 40, 20, 10)  # the first that makes it small enough
 LARGEST_JPEG = 600_000  # bytes; three films of this size keep the page below 10 MB
 GAP = 2  # white pixels between pictures
 

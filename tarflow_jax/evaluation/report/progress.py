@@ -10,7 +10,7 @@ from tarflow_jax.evaluation.report.markup import (
     missing,
     paragraph,
 )
-from tarflow_jax.evaluation.report.words import EVALUATE
+from tarflow_jax.evaluation.report.words import metrics_flag
 
 AXIS = (
     '<fieldset class="axis scripted"><legend>Horizontal axis</legend>'
@@ -37,9 +37,9 @@ def training(found: dict) -> str:
     ], 'charts')
     text += _validation(metrics) + paragraph(
         'The loss is the negative log-likelihood of noisy images, without a constant; lower is '
-        'better. It is the sum of two terms. The prior term asks for small latents, and '
-        'is 0.5 when they are as large as Gaussian noise. Minus the log-determinant is the price '
-        'for shrinking the image to get there.'
+        'better. It is the sum of two terms. The prior term asks for small latents; it is 0.5 when '
+        'they are as large as Gaussian noise. Minus the log-determinant is the price of shrinking '
+        'the image to that size.'
     )
     if 'film' in found['samples']:
         text += paragraph(
@@ -63,7 +63,8 @@ def training(found: dict) -> str:
             'warning',
         )
     if scored is None:
-        text += missing('The score of the test set is missing; it comes with', EVALUATE)
+        text += missing('The score of the test set is missing; it comes with',
+                        metrics_flag('bits_per_dim'))
     return text
 
 
@@ -74,8 +75,8 @@ def _validation(metrics) -> str:
         return ''
     text = (
         'Validation scores held-out images and as many training images, with the same noise each '
-        'time. While the two lines fall together the flow learns; when the held-out one turns '
-        'up, it starts to memorize.'
+        'time. While both lines fall, the flow learns. When the held-out line rises, it starts '
+        'to memorize.'
     )
     best = int(np.nanargmin(losses))
     text += f' The held-out loss is lowest at step {steps[best]:,}: {losses[best]:.4g}.'

@@ -81,9 +81,9 @@ def _difference(train: np.ndarray, test: np.ndarray) -> str:
     error = np.sqrt(sum(x.var(ddof=1) / x.size for x in sets))
     gap = unseen - known
     verdict = (
-        'The flow has not memorized its training images to a degree that shows here.'
+        'Nothing here shows that the flow has memorized its training images.'
         if gap < SURE * error else
-        'Unseen images cost more: to this degree the flow knows its training images by heart.'
+        'Unseen images cost more: the flow has memorized its training images to this degree.'
     )
     return paragraph(
         f'On average a training image costs {known:.3f} bits per dimension and a test image '

@@ -15,11 +15,16 @@ from tarflow_jax.evaluation.report.samples import own_scale
 from tarflow_jax.evaluation.report.words import class_name, not_finite, warning
 
 TRAJECTORIES = 4
-FILM_COLUMNS = 5  # pictures side by side in a film
+MOST_COLUMNS = 5  # pictures side by side in a film
 
 
 def _rows(found, count: int) -> str:
     return ', '.join(class_name(found, row) for row in range(count))
+
+
+def _columns(count: int) -> int:
+    """Returns the columns that fill the fewest rows evenly: 5 of 10 pictures, 3 of 6."""
+    return -(-count // -(-count // MOST_COLUMNS))
 
 
 def noise_to_image(found: dict) -> str:
@@ -37,7 +42,7 @@ def noise_to_image(found: dict) -> str:
     )
     text = beside(text, film(
         frames, names, f'{count} samples ({_rows(found, count)}) from noise to image',
-        columns=min(count, FILM_COLUMNS), name='Moment of sampling',
+        columns=_columns(count), name='Moment of sampling',
     ))
     end = ', then the denoised image' if clean is not None else ''
     text += heading('Block by block') + paragraph(
@@ -66,7 +71,7 @@ def denoising(found: dict) -> str:
         'are the first samples of each row above.'
     )
     pairs = [
-        pictures_of(name, s[key][:, 0], f'{rows} samples, {name}', columns=min(rows, FILM_COLUMNS))
+        pictures_of(name, s[key][:, 0], f'{rows} samples, {name}', columns=_columns(rows))
         for key, name in (('raw', 'as drawn'), ('denoised', 'denoised'))
     ]
     return text + grid(pairs)
@@ -85,7 +90,7 @@ def _levels(found) -> str:
     alt = f'{count} samples ({_rows(found, count)}), each at {len(levels)} noise levels from '
     return beside(text, film(
         list(s['film'].swapaxes(0, 1)), [f'noise level {level}' for level in levels],
-        f'{alt}{levels[0]} to 0', columns=min(count, FILM_COLUMNS), name='Noise level',
+        f'{alt}{levels[0]} to 0', columns=_columns(count), name='Noise level',
     ))
 
 
@@ -106,8 +111,7 @@ def guidance(found: dict) -> str:
         caption = 'as above' if weight == own else ''
         bad, total = bad + not_finite(images), total + len(images)
         alt = f'{len(images)} samples from the same noise, {name}'
-        columns = min(len(images), FILM_COLUMNS)
-        figures.append(pictures_of(name, images, alt, caption, columns))
+        figures.append(pictures_of(name, images, alt, caption, _columns(len(images))))
     settings = f'target {sweep.target}, rule {sweep.rule}'
     settings += ', growing along the sequence' if sweep.annealed else ''
     text += warning(bad, total, 'of these')

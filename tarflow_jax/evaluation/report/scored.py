@@ -46,7 +46,7 @@ def classification(found: dict) -> str:
     curve = figure(
         'Accuracy over confidence; larger points stand for more images',
         charts.calibration(result['reliability']), lead='Calibration',
-    )
+    ) if result.get('reliability') else ''
     text += paragraph(
         'A calibrated classifier lies on the diagonal. A flow is usually too sure of itself, '
         'because the likelihoods of whole images differ by many nats: here its mean confidence is '
@@ -136,7 +136,7 @@ def _rows(name: str, result: dict) -> list:
 
 
 def blocks(found: dict) -> str:
-    """Shows what each block does to images, and how parallel decoding gets on with it."""
+    """Shows what each block does to images, and in how many calls it decodes in parallel."""
     calls, positions = found['samples']['iterations'], found['positions']
     text = paragraph(
         'Each block predicts a patch from the patches before it, as a shift and a log-scale, and '
