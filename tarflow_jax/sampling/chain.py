@@ -19,6 +19,7 @@ from tarflow_jax.sampling.guided import guided_log_prob
 # The mean acceptance that step sizes are adapted to: of one leapfrog step, and of several.
 ONE_STEP, SEVERAL_STEPS = 0.574, 0.7
 FIRST_STEP_SIZE = 0.05
+ADAPTATION = 2.0  # of the logarithm of the step size, at first; it falls as i^-0.6
 # Each proposal varies its step size by this share, so that no chain runs in a closed orbit.
 JITTER = 0.2
 
@@ -91,7 +92,7 @@ def run(
         log_ratio = jnp.where(jnp.isnan(log_ratio), -jnp.inf, jnp.minimum(log_ratio, 0.0))
         accepted = jnp.log(jax.random.uniform(keys[2], (batch,))) < log_ratio
         moved = per_example(accepted)
-        rate = jnp.where(i < burn_in, (1.0 + i) ** -0.5, 0.0)
+        rate = jnp.where(i < burn_in, ADAPTATION * (1.0 + i) ** -0.6, 0.0)
         return Chains(
             jnp.where(moved, new_x, chains.x),
             jnp.where(accepted, log_prob, chains.log_prob),

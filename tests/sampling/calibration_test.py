@@ -82,7 +82,7 @@ def test_bfloat16_is_judged_by_its_own_rounding(monkeypatch, caplog):
     assert not caplog.text
     tfj.calibrate(model, perturbed(MODEL, 1), LABELS, tolerance=1e-4)
     assert 'tolerance 0.0001 is below the rounding error of bfloat16' in caplog.text
-    assert 'ask for 0.01' in caplog.text
+    assert 'choose 0.01' in caplog.text
 
 
 def test_a_flow_whose_samples_overflow_stays_sequential(caplog):
