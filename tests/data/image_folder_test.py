@@ -42,9 +42,9 @@ def test_folders_that_do_not_fit(folder, tmp_path_factory):
     path, _ = folder
     with pytest.raises(ValueError, match='1 or 3 channels, and the flow has 2'):
         ImageFolder(path, (8, 8, 2), None)
-    with pytest.raises(FileNotFoundError, match='is not there'):
+    with pytest.raises(FileNotFoundError, match='does not exist'):
         ImageFolder(path / 'nowhere', (8, 8, 1), None)
     empty = tmp_path_factory.mktemp('empty')
     (empty / 'notes.txt').write_text('no image')
-    with pytest.raises(ValueError, match='holds no image that can be read: notes.txt is no image'):
+    with pytest.raises(ValueError, match='has no readable image: notes.txt is not an image'):
         ImageFolder(empty, (8, 8, 1), None)
