@@ -34,7 +34,7 @@ def test_likelihoods_of_a_folder(trained, images, folder, tmp_path, capfd):
     printed = capfd.readouterr().err
     assert 'Gaussian noise of standard deviation 0.1, 1 draw(s)' in printed
     assert 'left out: notes.txt is not an image' in printed
-    assert f'the log densities of 3 images are in {workdir / "likelihood.csv"}' in printed
+    assert f'wrote the log-densities of 3 images to {workdir / "likelihood.csv"}' in printed
     with (workdir / 'likelihood.csv').open() as file:
         rows = list(csv.DictReader(file))
     assert [row['file'] for row in rows] == ['3/c.png', 'a.png', 'b.png']
@@ -102,7 +102,7 @@ def test_known_pixels(tmp_path):
     mask[2] = 255
     Image.fromarray(mask).save(tmp_path / 'mask.png')
     np.testing.assert_array_equal(uses.known_pixels(str(tmp_path / 'mask.png'), shape), mask > 0)
-    with pytest.raises(ValueError, match='is 8x12 .* and the images are 8x8; resize it'):
+    with pytest.raises(ValueError, match='is 8x12 .* but the images are 8x8; resize it'):
         uses.known_pixels(str(tmp_path / 'mask.png'), (8, 8, 1))
-    with pytest.raises(ValueError, match='--known=middle is none of upper, lower'):
+    with pytest.raises(ValueError, match='--known=middle is neither one of upper, lower'):
         uses.known_pixels('middle', shape)

@@ -46,5 +46,5 @@ def test_folders_that_do_not_fit(folder, tmp_path_factory):
         ImageFolder(path / 'nowhere', (8, 8, 1), None)
     empty = tmp_path_factory.mktemp('empty')
     (empty / 'notes.txt').write_text('no image')
-    with pytest.raises(ValueError, match='holds no image that can be read: notes.txt is no image'):
+    with pytest.raises(ValueError, match='has no readable image: notes.txt is not an image'):
         ImageFolder(empty, (8, 8, 1), None)

@@ -40,7 +40,7 @@ def test_density_of_what_was_standardized():
 def test_refuses_what_it_cannot_scale():
     with pytest.raises(ValueError, match='1 of 8 dimensions of the examples are constant'):
         tfj.Standardize.fit(X * (np.arange(8).reshape(4, 2) != 3))
-    with pytest.raises(ValueError, match=r'axis \(1, 2\) must hold 0'):
+    with pytest.raises(ValueError, match=r'axis \(1, 2\) must include 0'):
         tfj.Standardize.fit(X, (1, 2))
 
 

@@ -58,9 +58,9 @@ def test_runs_without_a_report_are_compared_without_samples(tmp_path):
 
 
 @pytest.mark.parametrize('given, sentence', [
-    ('{a},{a}', 'must name two different runs or more'),
-    ('{a},{empty}', 'holds no run to compare'),
-    ('{a},', 'must name two different runs or more'),
+    ('{a},{a}', 'must name at least two different runs'),
+    ('{a},{empty}', 'has no run to compare'),
+    ('{a},', 'must name at least two different runs'),
     ('{a},{a}/metrics.jsonl', 'is a file, not a folder'),
 ])
 def test_what_cannot_be_compared(tmp_path, capfd, given, sentence):
