@@ -3,7 +3,8 @@
 Fits p(theta | x) to simulations, as docs/simulation_based_inference.md does, and compares samples
 of the flow with the suite's reference posteriors of ten observations. `--files` is the folder
 `sbibm/tasks` of the sbibm package (`pip install --no-deps sbibm`); only its CSV files are read.
-Needs scikit-learn and pandas.
+Needs scikit-learn and pandas. `--bounds=reject` fits a flow over the parameters themselves, and
+rejects samples outside of the prior, in place of mapping the prior to a standard normal.
 
 Prints one line of JSON per fit: the classifier two-sample test (C2ST) of each observation, computed
 as sbibm does (two hidden layers of 10 dim units, 5 folds, z-scored) but with `--samples` samples;
@@ -89,7 +90,12 @@ class Posterior:
 
     def __init__(self, task: Task, key, flags):
         prior_key, noise_key, fit_key = jax.random.split(key, 3)
-        self.task, self.to = task, tfj.Probit(-task.bound, task.bound)
+        self.task, self.rejects = task, flags.bounds == 'reject'
+        # Of variance 1 under the prior, either way.
+        self.to = (
+            tfj.Standardize(jnp.zeros(1), jnp.full(1, task.bound / np.sqrt(3)))
+            if self.rejects else tfj.Probit(-task.bound, task.bound)
+        )
         theta = jax.random.uniform(
             prior_key, (flags.count, task.dim), minval=-task.bound, maxval=task.bound
         )
@@ -113,7 +119,11 @@ class Posterior:
         self.minutes = (time.perf_counter() - begin) / 60
 
     def sample(self, key, x, count):
-        """Samples of each of B observations: theta [count, B, dim] and log densities [count, B]."""
+        """Samples of each of B observations: theta [count, B, dim] and log densities [count, B].
+
+        Without the share of samples that are rejected, a constant for each observation.
+        """
+        count, wanted = count * (1 + self.rejects), count
         features = jnp.tile(self.standard.forward(x)[0], (count, 1))
         noise = jax.random.normal(key, (len(features), self.task.dim, 1))
         y, log_prob = tfj.sample(
@@ -121,7 +131,12 @@ class Posterior:
             return_log_prob=True,
         )
         theta, logdet = self.to.inverse(y[..., 0])
-        return theta.reshape(count, len(x), -1), (log_prob - logdet).reshape(count, len(x))
+        theta = theta.reshape(count, len(x), -1)
+        # The samples inside of the prior come first, in their order.
+        order = jnp.argsort((jnp.abs(theta) > self.task.bound).any(-1), axis=0)[:wanted]
+        log_prob = (log_prob - logdet).reshape(count, len(x))
+        theta = jnp.take_along_axis(theta, order[..., None], axis=0)
+        return theta, jnp.take_along_axis(log_prob, order, axis=0)
 
     def log_prob(self, theta, x):
         y, logdet = self.to.forward(theta)
@@ -220,14 +235,15 @@ def main():
     parser.add_argument('--simulations', default='10000,100000')
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument('--first_seed', type=int, default=0)
-    parser.add_argument('--samples', type=int, default=4000)
+    parser.add_argument('--samples', type=int, default=2000)
     parser.add_argument('--observations', type=int, default=10)
-    parser.add_argument('--calibrations', type=int, default=500)
+    parser.add_argument('--calibrations', type=int, default=300)
+    parser.add_argument('--bounds', choices=('probit', 'reject'), default='probit')
     parser.add_argument('--width', type=int, default=32)
     parser.add_argument('--blocks', type=int, default=8)
     parser.add_argument('--layers', type=int, default=1)
     parser.add_argument('--scale_limit', type=float, default=0.0)
-    parser.add_argument('--steps', default='1500,3000', help='one for each of --simulations')
+    parser.add_argument('--steps', default='1500,2500', help='one for each of --simulations')
     parser.add_argument('--batch_size', type=int, default=500)
     parser.add_argument('--learning_rate', type=float, default=4e-3)
     parser.add_argument('--weight_decay', type=float, default=1e-4)

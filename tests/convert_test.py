@@ -271,7 +271,7 @@ def test_save_refuses(tmp_path):
     def set_bias(value):
         return lambda params: params['block_1']['proj_in'].update(bias=value)
 
-    assert 'params/block_1/proj_in/bias has shape [63], the model needs [64]' in message(
+    assert 'params/block_1/proj_in/bias has shape [63], but the model needs [64]' in message(
         set_bias(np.zeros(63, np.float32))
     )
     assert 'params/block_1/proj_in/bias is float64, cast it to float32' in message(
@@ -280,7 +280,7 @@ def test_save_refuses(tmp_path):
     assert 'params/block_1/proj_in/bias is bfloat16, cast it to float32' in message(
         set_bias(jnp.zeros(64, jnp.bfloat16))
     )
-    assert 'params/block_1/proj_in/bias holds nan, all numbers must be finite' in message(
+    assert 'params/block_1/proj_in/bias has nan, but all numbers must be finite' in message(
         set_bias(np.full(64, np.nan, np.float32))
     )
     assert 'params/block_0/proj_out/bias [24] is missing' in message(
@@ -329,7 +329,7 @@ def test_every_problem_is_named(official):
     text = message(tensors)
     assert 'a.safetensors does not fit TarFlow(image_size=4, image_channels=3, patch_si' in text
     assert 'blocks.0.proj_in.bias [64] is missing; ' in text
-    assert 'blocks.1.proj_in.weight has shape [64, 16], the model needs [64, 12]; ' in text
+    assert 'blocks.1.proj_in.weight has shape [64, 16], but the model needs [64, 12]; ' in text
     assert text.endswith("'module.surprise' is unknown to the model.")
     assert text.count(';') == 2
 
@@ -354,14 +354,14 @@ def test_wrapped_models(tmp_path, prefix):
 @pytest.mark.parametrize(
     'changes, found',
     [
-        ({'patch_size': 1}, 'blocks.0.pos_embed has shape [4, 64], the model needs [16, 64]'),
-        ({'image_channels': 1}, '0.proj_in.weight has shape [64, 12], the model needs [64, 4]'),
-        ({'width': 128}, '0.proj_in.weight has shape [64, 12], the model needs [128, 12]'),
+        ({'patch_size': 1}, 'blocks.0.pos_embed has shape [4, 64], but the model needs [16, 64]'),
+        ({'image_channels': 1}, '0.proj_in.weight has shape [64, 12], but the model needs [64, 4]'),
+        ({'width': 128}, '0.proj_in.weight has shape [64, 12], but the model needs [128, 12]'),
         ({'num_classes': 0}, "'blocks.1.class_embed' is unknown to the model"),
-        ({'num_classes': 4}, 'class_embed has shape [3, 1, 64], the model needs [4, 1, 64]'),
+        ({'num_classes': 4}, 'class_embed has shape [3, 1, 64], but the model needs [4, 1, 64]'),
         ({'layers_per_block': (1,)}, "'blocks.1.attn_blocks.0.mlp.main.2.weight' is unknown"),
         ({'layers_per_block': (2, 2)}, 'blocks.0.attn_blocks.1.mlp.main.0.bias [256] is missing'),
-        ({'volume_preserving': True}, 'proj_out.bias has shape [24], the model needs [12]'),
+        ({'volume_preserving': True}, 'proj_out.bias has shape [24], but the model needs [12]'),
         ({'head_dim': 32}, 'it was trained with head_dim 64, not 32'),
     ],
 )
@@ -401,8 +401,8 @@ def test_head_dim_is_recorded(tmp_path):
         ('blocks.0.attn_mask', np.ones_like, 'blocks.0.attn_mask is not the lower-triangular'),
         ('blocks.1.attn_mask', np.transpose, 'blocks.1.attn_mask is not the lower-triangular'),
         ('var', lambda x: 1.5 * x, 'var is not all ones'),
-        ('blocks.1.proj_in.bias', lambda x: x / 0, 'blocks.1.proj_in.bias holds inf, all numbers'),
-        ('var', lambda x: x * np.nan, 'var holds nan, all numbers must be finite'),
+        ('blocks.1.proj_in.bias', lambda x: x / 0, 'blocks.1.proj_in.bias has inf, but all numbers'),
+        ('var', lambda x: x * np.nan, 'var has nan, but all numbers must be finite'),
         ('blocks.0.pos_embed', np.float16, "'blocks.0.pos_embed' is F16; save it as float32"),
         ('blocks.0.pos_embed', np.float64, "'blocks.0.pos_embed' is F64; save it as float32"),
         ('var', lambda x: x.astype(jnp.bfloat16), "tensor 'var' is BF16; save it as float32"),
@@ -422,7 +422,7 @@ def test_variance_must_be_positive(tmp_path):
     tensors = safetensors.numpy.load_file(path)
     tensors['var'][1, 2] = -0.5
     safetensors.numpy.save_file(tensors, path)
-    found = 'var holds -0.5, a variance must be positive'
+    found = 'var has -0.5, but a variance must be positive'
     assert found in refusal(convert.load_official, path, model)
     variables['prior']['variance'][0, 0] = 0
     found = 'prior/variance holds 0.0, a variance must be positive'
@@ -438,7 +438,7 @@ def test_other_dtype_in_a_torch_file(tmp_path):
                 data = source.read(name).replace(b'ctorch\nFloatStorage', b'ctorch\nIntStorage')
                 target.writestr(name, data)
     text = refusal(convert.load_official, path, model_of('cond_gray'))
-    assert 'blocks.0.pos_embed is int32, cast it to float32' in text and 'and 48 more' in text
+    assert 'blocks.0.pos_embed is int32 (cast it to float32)' in text and 'and 48 more' in text
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -19,8 +19,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-import simulation_based_inference_test
-import time_series_test
 from command_line import call
 from documented import ROOT, fenced, run_python, spans
 from PIL import Image
@@ -107,9 +105,18 @@ PYTHON = {
 }
 
 
+# Pages that another test runs, with assertions on their numbers.
+RUN_BY = {
+    'docs/simulation_based_inference.md': 'tests/simulation_based_inference_test.py',
+    'docs/time_series.md': 'tests/time_series_test.py',
+}
+
+
 def test_every_page_with_python_is_here():
     found = {name for name, page in PAGES.items() if any(b.language == 'python' for b in fenced(page))}
-    assert found == set(PYTHON)
+    assert found == set(PYTHON) | set(RUN_BY)
+    for page, test in RUN_BY.items():
+        assert os.path.basename(page) in (ROOT / test).read_text()
 
 
 SLOW = ('docs/uses.md',)

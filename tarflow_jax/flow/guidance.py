@@ -76,26 +76,23 @@ class Guidance:
 
     def __post_init__(self):
         if not (math.isfinite(self.weight) and self.weight >= 0):
-            raise ValueError(f'guidance weight {self.weight} must be a finite number, 0 or more.')
+            raise ValueError(f'weight {self.weight} must be a finite number, 0 or more.')
         if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(f'guidance temperature {self.temperature} must be above 0.')
+            raise ValueError(f'temperature {self.temperature} must be above 0.')
         if self.target not in TARGETS:
-            raise ValueError(
-                f'guidance target {self.target!r} must be one of {", ".join(TARGETS)}.'
-            )
+            raise ValueError(f'target {self.target!r} must be one of {", ".join(TARGETS)}.')
         if self.rule not in RULES:
-            raise ValueError(f'guidance rule {self.rule!r} must be one of {", ".join(RULES)}.')
+            raise ValueError(f'rule {self.rule!r} must be one of {", ".join(RULES)}.')
         if self.blocks is not None and self.blocks < 1:
             raise ValueError(
-                f'guidance blocks {self.blocks} must be at least 1; None guides all blocks, '
-                'weight=0 none.'
+                f'blocks {self.blocks} must be at least 1; None guides all blocks, weight=0 none.'
             )
 
     def check(self, flow, condition) -> None:
         """Raises ValueError if both branches would be equal, so that guidance would do nothing."""
         if self.weight > 0 and self.temperature == 1 and not informative(flow, condition):
             raise ValueError(
-                f'guidance weight {self.weight} has no effect without class labels, features or a '
+                f'weight {self.weight} has no effect without class labels, features or a '
                 'temperature other than 1: both branches would be equal; set the guidance '
                 'temperature (such as 0.3), or weight=0.'
             )

@@ -134,7 +134,7 @@ def test_branches_of_a_condition():
         ({'temperature': float('inf')}, 'temperature inf'),
         ({'target': 'a'}, "target 'a'.*log_scale"),
         ({'rule': 'cubic'}, "rule 'cubic'.*linear_sigma.*starflow"),
-        ({'blocks': 0}, 'guidance blocks 0 must be at least 1; None guides all'),
+        ({'blocks': 0}, 'blocks 0 must be at least 1; None guides all'),
     ],
 )
 def test_values_that_mean_nothing(fields, words):
