@@ -118,7 +118,7 @@ def test_a_host_that_does_not_answer(monkeypatch, answers, why):
 
 def test_local_copies(bucket, tmp_path):
     assert paths.local_copy(str(tmp_path)) == tmp_path
-    with pytest.raises(FileNotFoundError, match=f'{bucket} is not there'):
+    with pytest.raises(FileNotFoundError, match=f'{bucket} does not exist'):
         paths.local_copy(bucket)
     files.write_text(f'{bucket}/sub/a.txt', 'before')
     one = paths.local_copy(f'{bucket}/sub/a.txt')
