@@ -198,7 +198,7 @@ def test_other_formats(tmp_path):
     with zipfile.ZipFile(path, 'w') as archive:
         archive.writestr('a/data.pkl', 'x')
         archive.writestr('b/data.pkl', 'x')
-    assert 'holds 2 entries <name>/data.pkl instead of one' in refusal(path)
+    assert 'has 2 entries <name>/data.pkl instead of one' in refusal(path)
     write(path, {'a': tensor()}, byteorder=b'big')
     assert "its byte order is b'big'; load and save it again" in refusal(path)
 
