@@ -212,7 +212,7 @@ def state_dict(state: Any) -> dict[str, Tensor]:
     """Returns the state if it is a dict of tensors with string keys; else raises ValueError."""
     if type(state) is not dict:
         raise ValueError(
-            f'it is a {_kind(state)}, not a dict of tensors; save the state dict with '
+            f'it is of type {_kind(state)} instead of a dict of tensors; save the state dict with '
             'torch.save(model.state_dict(), path)'
         )
     for name, tensor in state.items():
@@ -222,7 +222,7 @@ def state_dict(state: Any) -> dict[str, Tensor]:
             inner = [key for key, value in state.items() if _is_state_dict(value)]
             chosen = f'torch.load(path)[{short(inner[0])}]' if inner else 'model.state_dict()'
             raise ValueError(
-                f'its key {short(name)} is a {_kind(tensor)}, not a tensor, as in a '
+                f'its key {short(name)} is of type {_kind(tensor)} instead of a tensor, as in a '
                 'checkpoint of a whole training run; save only the state dict with '
                 f'torch.save({chosen}, new_path)'
             )

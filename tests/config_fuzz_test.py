@@ -132,7 +132,7 @@ def test_data_that_would_be_ignored(tmp_path):
 def test_config_files_with_other_fields(images, tmp_path):
     path = tmp_path / 'own.py'
     for line, says in (
-        ('c.model.widht = 64', "the config has model.widht, which is no field; did you mean 'model."),
+        ('c.model.widht = 64', "the config has the unknown field model.widht; did you mean 'model."),
         ('del c.report', 'the config has no report; start'),
         ('c.train.unlock(); del c.train["epochs"]', 'the config has no train.epochs; start from'),
         ('c.unlock(); del c["mesh"]; c.mesh = 3', 'mesh 3 must be a section'),

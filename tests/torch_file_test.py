@@ -163,19 +163,19 @@ def test_not_a_state_dict(tmp_path):
         'optimizer': {'state': {0: {'step': 3}}, 'param_groups': [{'lr': 0.1, 'params': [0]}]},
     }
     assert refusal(write(path, training)).endswith(
-        "its key 'model' is a dict, not a tensor, as in a checkpoint of a whole training "
+        "its key 'model' is of type dict instead of a tensor, as in a checkpoint of a whole training "
         "run; save only the state dict with torch.save(torch.load(path)['model'], new_path)."
     )
     state = {'a': tensor(), 'optimizer': training['optimizer']}
     message = refusal(write(path, state))
-    assert "its key 'optimizer' is a dict" in message and 'model.state_dict()' in message
-    assert "its key 'epoch' holds a int" in refusal(write(path, {'a': tensor(), 'epoch': 3}))
+    assert "its key 'optimizer' is of type dict" in message and 'model.state_dict()' in message
+    assert "its key 'epoch' is of type int" in refusal(write(path, {'a': tensor(), 'epoch': 3}))
     assert 'the key 3, which is not a string' in refusal(write(path, {3: tensor()}))
     assert 'a dict key of type tuple' in refusal(write(path, {(1, 2): tensor()}))
-    assert 'is a tensor, not a dict' in refusal(write(path, tensor()))
-    assert 'is a list, not a dict' in refusal(write(path, [tensor()]))
+    assert 'is of type tensor instead of a dict' in refusal(write(path, tensor()))
+    assert 'is of type list instead of a dict' in refusal(write(path, [tensor()]))
     name = name_of('torch', 'IntStorage')
-    assert 'is a Global, not a dict' in refusal(write(path, name))
+    assert 'is of type Global instead of a dict' in refusal(write(path, name))
 
 
 def test_missing_file(tmp_path):
@@ -194,11 +194,11 @@ def test_other_formats(tmp_path):
     assert "starts with b'', unlike a file of torch.save" in refusal(path)
     with zipfile.ZipFile(path, 'w') as archive:
         archive.writestr('readme', 'x')
-    assert 'holds 0 entries <name>/data.pkl instead of one' in refusal(path)
+    assert 'has 0 entries <name>/data.pkl instead of one' in refusal(path)
     with zipfile.ZipFile(path, 'w') as archive:
         archive.writestr('a/data.pkl', 'x')
         archive.writestr('b/data.pkl', 'x')
-    assert 'holds 2 entries <name>/data.pkl instead of one' in refusal(path)
+    assert 'has 2 entries <name>/data.pkl instead of one' in refusal(path)
     write(path, {'a': tensor()}, byteorder=b'big')
     assert "its byte order is b'big'; load and save it again" in refusal(path)
 

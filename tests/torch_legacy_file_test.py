@@ -78,7 +78,7 @@ def test_lying_counts(tmp_path, count):
     path = write_legacy(tmp_path / 'a.pth', STATE)
     data = path.read_bytes()
     path.write_bytes(data[:-32] + struct.pack('<q', count) + data[-24:])
-    assert f"the storage '0' holds {count} numbers, but its tensors need 6" in refusal(path)
+    assert f"the storage '0' has {count} numbers, but its tensors need 6" in refusal(path)
 
 
 def test_references_that_do_not_fit_the_file(tmp_path):
@@ -104,8 +104,8 @@ def test_references_that_do_not_fit_the_file(tmp_path):
 @pytest.mark.parametrize(
     'keys, found',
     [
-        (['0', '0'], "its storage keys hold '0' twice or without a tensor"),
-        (['0', '1'], "its storage keys hold '1' twice or without a tensor"),
+        (['0', '0'], "its storage keys have '0' twice or without a tensor"),
+        (['0', '1'], "its storage keys have '1' twice or without a tensor"),
         (['1' * 1000, '0'], "...' twice or without a tensor"),
         ([], "tensor 'a' needs the storage '0', which is missing"),
         ([0], 'its storage keys are not a list of strings'),
@@ -134,8 +134,8 @@ def test_facts_about_the_machine(tmp_path, machine, found):
 
 def test_what_is_no_state_dict(tmp_path):
     path = tmp_path / 'a.pth'
-    assert "its key 'epoch' holds a int" in refusal(write_legacy(path, {**STATE, 'epoch': 3}))
-    assert 'is a tensor, not a dict' in refusal(write_legacy(path, tensor(where=WHERE)))
+    assert "its key 'epoch' is of type int" in refusal(write_legacy(path, {**STATE, 'epoch': 3}))
+    assert 'is of type tensor instead of a dict' in refusal(write_legacy(path, tensor(where=WHERE)))
     inner = {'model': STATE}
     assert "torch.load(path)['model']" in refusal(write_legacy(path, inner))
 

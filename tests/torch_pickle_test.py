@@ -122,7 +122,7 @@ def test_what_breaks_an_unpickler(tmp_path):
 
 def test_cycles_end(tmp_path):
     itself = b'\x80\x02}q\x00' + encode('a') + b'h\x00s.'
-    assert "its key 'a' is a dict" in refusal(write(tmp_path / 'a.pth', itself))
+    assert "its key 'a' is of type dict" in refusal(write(tmp_path / 'a.pth', itself))
 
 
 def test_size_of_the_pickle_is_bounded(tmp_path):

@@ -36,7 +36,7 @@ CASES = {
     'site': (npz(data=PIXELS, labels=[1, 2]), "a batch of the ImageNet site's", 'data.prepare'),
     'samples': (npz(arr_0=PIXELS), 'samples', 'evaluate.frechet.samples'),
     'statistics': (npz(mu=np.zeros(3), sigma=np.eye(3)), 'statistics', 'frechet.references'),
-    'cifar': (pickle.dumps({'batch_label': 'a', 'data': PIXELS}, 2), 'CIFAR', 'data.prepare'),
+    'cifar': (pickle.dumps({'batch_label': 'a', 'data': PIXELS}, 2), '(CIFAR', 'data.prepare'),
     'pickle': (pickle.dumps({'a': 1}, 2), 'is a pickle', 'torch.save(model.state_dict(), path)'),
     'parquet': (b'PAR1' + bytes(20), 'a parquet file', 'data.prepare'),
     'png': (b'\x89PNG\r\n' + bytes(20), 'is an image', 'data.prepare'),

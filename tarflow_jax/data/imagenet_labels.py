@@ -71,8 +71,8 @@ def read(path: Path) -> Labels:
             meta = path.with_name(_META)
             if not meta.is_file():
                 raise FileNotFoundError(
-                    f'{meta} is not there, and without it the numbers in {path} have no names; '
-                    'unpack the whole development kit.'
+                    f'{meta} does not exist, but it has the names of the numbers in {path}; unpack '
+                    'the whole development kit.'
                 )
             return Labels(path, *_truth(_small(path), _small(meta)))
         if path.name.endswith('.tar.gz'):

@@ -70,13 +70,13 @@ def test_open_fortran_order(tmp_path):
 
 @pytest.mark.parametrize('arrays, words', [
     (dict(images=IMAGES), 'it has images'),
-    (dict(), 'it holds nothing'),
+    (dict(), 'it has nothing'),
     (dict(arr_0=IMAGES / 255.0), 'arr_0 is float64'),
     (dict(arr_0=IMAGES.transpose(0, 3, 1, 2)), r'arr_0 is uint8 \[7, 3, 4, 5\]'),
     (dict(arr_0=IMAGES[..., 0]), r'arr_0 is uint8 \[7, 4, 5\]'),
     (dict(arr_0=IMAGES[:0]), r'arr_0 is uint8 \[0, 4, 5, 3\]'),
     (dict(arr_0=np.array([None])), 'arr_0.npy: it contains Python objects'),
-    (dict(arr_0=IMAGES, arr_1=LABELS[:6]), r'arr_1 is int32 \[6\] beside 7 images'),
+    (dict(arr_0=IMAGES, arr_1=LABELS[:6]), r'arr_1 is int32 \[6\] for 7 images'),
     (dict(arr_0=IMAGES, arr_1=np.eye(7)), r'arr_1 is float64 \[7, 7\]'),
 ], ids=lambda x: x if isinstance(x, str) else '')
 def test_other_layouts_are_refused(tmp_path, arrays, words):

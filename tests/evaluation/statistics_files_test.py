@@ -103,7 +103,7 @@ def test_state_with_weights_of_the_network(tmp_path):
 @pytest.mark.parametrize('changed, message', [
     ({'real_features_sum': None}, r'lacks real_features_sum \(it has inception'),
     ({'real_features_num_samples': np.int64(1)}, 'must be the number of images, at least 2'),
-    ({'real_features_num_samples': np.float32(9)}, 'num_samples = 9.0; it must be'),
+    ({'real_features_num_samples': np.float32(9)}, 'num_samples = 9.0, but it must be'),
     ({'real_features_sum': np.zeros(4)}, r'sum \[4\] and real_features_cov_sum \[5, 5\]'),
     ({'real_features_sum': np.full(5, np.nan)}, 'the mean has numbers that are not finite'),
     ({'real_features_sum': np.zeros(5, bool)}, 'real_features_sum is bool'),
