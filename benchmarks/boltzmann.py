@@ -311,7 +311,9 @@ def plot(path: str, name: str, system: System, all_bars: list[dict]) -> None:
             heights = np.mean([bars[label] for bars in all_bars], axis=0) / (edges[1] - edges[0])
             axis.stairs(heights, edges, label=label, color=colour, fill=label == 'held-out',
                         alpha=0.25 if label == 'held-out' else 1.0)
-        axis.set(xlabel='energy / kT', ylabel='density', yscale='log' if log else 'linear')
+        axis.set(xlabel='energy / kT', ylabel='density')
+        if log:
+            axis.set(yscale='log', ylim=(1e-5, None))
     axes[0].legend()
     figure.suptitle(f'{name}: mean of {len(all_bars)} seeds; the last bin holds all above it')
     figure.savefig(path, dpi=80)

@@ -83,7 +83,7 @@ def fit(
         (examples, condition): noise, rotations and the like. The same function in a second call
         of `fit` spares it the compilation.
       held_out: examples, or a pair (examples, condition). Every `validate_every` steps their loss
-        is computed, and the best parameters are kept.
+        is computed, and the best parameters are kept. `augment` is not applied to them.
       patience: stop after this many validations without a better one; None never stops early.
       progress: called with (step, mean loss since the last call) every `validate_every` steps.
     Raises:

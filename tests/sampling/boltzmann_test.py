@@ -80,7 +80,7 @@ def test_the_benchmark_has_the_target_of_the_page(page, system):
 
     chosen = boltzmann.SYSTEMS[system]
     N, D = chosen.particles, chosen.dimensions
-    frame = boltzmann.Frame(chosen, float(page['to'].scale))
+    frame = boltzmann.Frame(chosen, page['to'].scale.item())
     if system == 'dw4':
         y, _ = page['augment'](jax.random.key(7), jnp.asarray(page['train'][:16]))
         np.testing.assert_allclose(
@@ -92,7 +92,7 @@ def test_the_benchmark_has_the_target_of_the_page(page, system):
         frame = boltzmann.Frame(chosen, frame.scale, ordered)
         y, _ = frame.augment(jax.random.key(8), jnp.repeat(x, 4, 0))
         np.testing.assert_allclose(
-            chosen.energy(frame.positions(y)[0]), chosen.energy(grid).repeat(4), rtol=1e-3
+            chosen.energy(frame.positions(y)[0]), chosen.energy(grid).repeat(4), rtol=1e-3, atol=1e-2
         )
 
 
