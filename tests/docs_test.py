@@ -85,17 +85,6 @@ PYTHON = {
         lambda folder: {},
     ),
     'docs/mathematics.md': ({}, lambda folder: {}),
-    'docs/extending.md': ({'range(1500)': 'range(1)'}, lambda folder: {}),
-    'docs/simulation_based_inference.md': (simulation_based_inference_test.SMALL, lambda folder: {}),
-    'docs/time_series.md': (time_series_test.SMALL, lambda folder: {}),
-    'docs/boltzmann_generators.md': (
-        {'width=32, head_dim=16, layers_per_block=(1,) * 8': 'width=8, head_dim=4, layers_per_block=(1,)',
-         'steps=4000': 'steps=3', '[-2000]': '[-40]', '(5000,': '(64,', 'y[:1000]': 'y[:32]',
-         'steps=50,': 'steps=2,'},
-        lambda folder: np.save(
-            folder / 'dw4.npy', 2 * np.random.default_rng(0).standard_normal((320, 4, 2), np.float32)
-        ) or {},
-    ),
     'docs/uses.md': (
         {'num_samples=4': 'num_samples=1, steps=2', 'range(48)': 'range(4)', 'range(48, 60)': 'range(4, 6)',
          '(60, 1,': '(6, 1,', '(3, 60, 1)': '(3, 6, 1)', 'np.arange(60) < 48': 'np.arange(6) < 4',
@@ -107,6 +96,8 @@ PYTHON = {
 
 # Pages that another test runs, with assertions on their numbers.
 RUN_BY = {
+    'docs/boltzmann_generators.md': 'tests/sampling/boltzmann_test.py',
+    'docs/extending.md': 'tests/flow/extending_test.py',
     'docs/simulation_based_inference.md': 'tests/simulation_based_inference_test.py',
     'docs/time_series.md': 'tests/time_series_test.py',
 }
