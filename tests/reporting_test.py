@@ -23,7 +23,7 @@ def test_training_ends_with_a_report_and_the_mode_writes_it_again(tmp_path, capf
     assert 'The score of the test set is missing' in first  # no metric was asked for
     assert 'step 3 of' in first and 'among 96 of 96 evenly spaced' in first
     # The grids of the three steps, and samples with the config's guidance.
-    assert '&quot;step 3&quot;' in first and 'with guidance weight 1, then denoised' in first
+    assert '&quot;step 3' in first and 'with guidance weight 1, then denoised' in first
 
     page.unlink()
     (workdir / 'report.json').unlink()
