@@ -177,6 +177,22 @@ def distance_from_uniform(ranks):
     return np.sqrt(count) * max(above, np.abs(np.arange(count) / count - ordered).max())
 
 
+def plot(file, references, samples, shares):
+    """Draws samples beside the reference posteriors, by two parameters, and the coverage."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(references) + 1, figsize=(3.6 * len(references) + 3.6, 3.6))
+    for axis, reference, own in zip(axes, references, samples):
+        for points, label in ((reference, 'reference'), (own, 'flow')):
+            axis.scatter(*points[:1000, :2].T, s=2, alpha=0.5, label=label)
+        axis.legend(fontsize=8)
+    axes[-1].plot([0, 1], [0, 1], color='grey', linestyle=':')
+    axes[-1].plot(np.sort(shares), np.linspace(0, 1, len(shares)))
+    axes[-1].set(title='coverage', xlabel='level of the region of highest density')
+    figure.tight_layout()
+    figure.savefig(file, dpi=80)
+
+
 def run(name: str, flags, seed: int) -> dict:
     import pandas
 
@@ -187,11 +203,15 @@ def run(name: str, flags, seed: int) -> dict:
         pandas.read_csv(f / 'observation.csv').to_numpy(np.float32) for f in folders
     ])
     drawn, _ = posterior.sample(jax.random.fold_in(key, 1), x, flags.samples)
-    scores = []
-    for i, folder in enumerate(folders[: flags.observations]):
-        reference = pandas.read_csv(folder / 'reference_posterior_samples.csv.bz2').to_numpy()
-        scores.append(c2st(reference[: flags.samples], np.asarray(drawn[:, i])))
+    drawn = np.asarray(drawn).swapaxes(0, 1)
+    references = [
+        pandas.read_csv(folder / 'reference_posterior_samples.csv.bz2').to_numpy()[: flags.samples]
+        for folder in folders[: flags.observations]
+    ]
+    scores = list(map(c2st, references, drawn))
     shares, ranks = posterior.calibration(jax.random.fold_in(key, 2), flags.calibrations)
+    if flags.plot:
+        plot(flags.plot, references[:9:4], drawn[:9:4], shares)
     best = min(loss for _, loss in posterior.fitted.held_out_losses)
     return {
         'task': name, 'simulations': flags.count, 'seed': seed,
@@ -238,6 +258,7 @@ def main():
     parser.add_argument('--samples', type=int, default=2000)
     parser.add_argument('--observations', type=int, default=10)
     parser.add_argument('--calibrations', type=int, default=300)
+    parser.add_argument('--plot', default='', help='a file for a picture of the last fit')
     parser.add_argument('--bounds', choices=('probit', 'reject'), default='probit')
     parser.add_argument('--width', type=int, default=32)
     parser.add_argument('--blocks', type=int, default=8)

@@ -308,7 +308,7 @@ def main():
     parser.add_argument('--width', type=int, default=48)
     parser.add_argument('--blocks', type=int, default=2)
     parser.add_argument('--layers', type=int, default=3)
-    parser.add_argument('--steps', type=int, default=1000)
+    parser.add_argument('--steps', type=int, default=600)
     parser.add_argument('--batch_size', type=int, default=128)
     parser.add_argument('--learning_rate', type=float, default=2e-3)
     parser.add_argument('--baseline_learning_rate', type=float, default=2e-3)

@@ -8,7 +8,7 @@ from documented import ROOT, fenced, run_python
 
 PAGE = ROOT / 'docs' / 'time_series.md'
 SMALL = {
-    '20_000': '64', '[2000:]': '[16:]', '[:2000]': '[:16]', 'steps=2000': 'steps=2',
+    '20_000': '64', '[2000:]': '[16:]', '[:2000]': '[:16]', 'steps=600': 'steps=2',
     'batch_size=128': 'batch_size=16', 'width=48, head_dim=24': 'width=8, head_dim=8',
     '(3, 3)': '(1, 1)', 'unroll=3': 'unroll=1', ', 2000)': ', 20)', '[:200': '[:4',
 }
@@ -59,6 +59,6 @@ def test_it_forecasts():
 
 FORECASTS = """
 from documented import ROOT, run_python
-page = run_python(ROOT / 'docs' / 'time_series.md', {'steps=2000': 'steps=150'})
+page = run_python(ROOT / 'docs' / 'time_series.md', {'steps=600': 'steps=150'})
 print(page['bound'] - page['nats'], page['coverage'], page['crps'][0], page['crps'][-1])
 """

@@ -26,6 +26,8 @@ class Standardize:
 
     Args:
       shift, scale: float32, broadcastable to one example; scale is above 0.
+    Raises:
+      ValueError: by `forward` and `inverse`, if they do not broadcast to one example.
     """
 
     shift: Array
@@ -57,10 +59,12 @@ class Standardize:
 
     def forward(self, x: Array) -> tuple[Array, Array]:
         """Returns y [B, ...], and the log-determinant of x to y in nats, one number for all."""
+        _check_shape(x, self.shift, self.scale)
         return (x - self.shift) / self.scale, self.logdet(jnp.shape(x)[1:])
 
     def inverse(self, y: Array) -> tuple[Array, Array]:
         """Returns x [B, ...], and the log-determinant of y to x in nats."""
+        _check_shape(y, self.shift, self.scale)
         return y * self.scale + self.shift, -self.logdet(jnp.shape(y)[1:])
 
     def logdet(self, shape: tuple[int, ...]) -> Array:
@@ -83,7 +87,8 @@ class Probit:
     Args:
       low, high: the bounds, numbers or arrays broadcastable to one example; low is below high.
     Raises:
-      ValueError: if a bound is not finite, or low is not below high.
+      ValueError: if a bound is not finite, or low is not below high; by `forward` and `inverse`,
+        if they do not broadcast to one example.
     """
 
     low: Any
@@ -106,11 +111,13 @@ class Probit:
 
         Numbers at or outside of a bound map to about -5 or 5, the limits of float32.
         """
+        _check_shape(x, self.low, self.high)
         y = ndtri(jnp.clip((x - self.low) / (self.high - self.low), EDGE, 1 - EDGE))
         return y, self._logdet(y)
 
     def inverse(self, y: Array) -> tuple[Array, Array]:
         """Returns x [B, ...], and the log-determinants of y to x, [B] in nats."""
+        _check_shape(y, self.low, self.high)
         return self.low + (self.high - self.low) * ndtr(y), -self._logdet(y)
 
     def _logdet(self, y: Array) -> Array:
@@ -118,3 +125,15 @@ class Probit:
         terms = 0.5 * jnp.square(y) + 0.5 * math.log(2 * math.pi)
         terms = terms - jnp.log(jnp.asarray(self.high) - jnp.asarray(self.low))
         return terms.sum(tuple(range(1, y.ndim)))
+
+
+def _check_shape(x, *parameters) -> None:
+    """ValueError unless the parameters broadcast to one example of x."""
+    shape = jnp.shape(x)[1:]
+    for own in map(jnp.shape, parameters):
+        fits = (a in (1, b) for a, b in zip(own[::-1], shape[::-1]))
+        if len(own) > len(shape) or not all(fits):
+            raise ValueError(
+                f'the examples have shape {jnp.shape(x)}, and what maps them has shape {own}; it '
+                f'must broadcast to one example, {shape}.'
+            )

@@ -73,3 +73,11 @@ def test_stays_within_the_bounds():
 def test_refuses_bounds_in_the_wrong_order(low, high):
     with pytest.raises(ValueError, match='must be below high'):
         tfj.Probit(low, high)
+
+
+@pytest.mark.parametrize('to', [tfj.Probit(*BOUNDS), tfj.Standardize(BOUNDS[0], BOUNDS[1])])
+def test_refuses_examples_that_would_be_broadcast(to):
+    # Tokens of one number, where the bounds are those of two parameters.
+    for method in (to.forward, to.inverse):
+        with pytest.raises(ValueError, match=r'shape \(5, 2, 1\), and what maps them has shape \(2,\)'):
+            method(np.zeros((5, 2, 1), np.float32))
