@@ -22,8 +22,8 @@ WIDEST = 800  # pixels of a picture
 notebook = nbformat.read(FOLDER / 'tarflow.ipynb', as_version=4)
 nbclient.NotebookClient(notebook, timeout=3600, kernel_name='python3').execute()
 parts = [
-    '# The notebook, as it runs\n\nThis is what [notebooks/tarflow.ipynb](../notebooks/tarflow.ipynb) '
-    'prints and draws on two CPU cores. `python notebooks/show.py` wrote it.'
+    '# The notebook, as it runs\n\nThis is what [the notebook](../notebooks/tarflow.ipynb) prints and '
+    'draws on a CPU, without the\ntimes of training. `python notebooks/show.py` wrote this page.'
 ]
 for old in PAGE.parent.glob('notebook_*.png'):
     old.unlink()
@@ -34,6 +34,7 @@ for cell in notebook.cells[SETUP:]:
         heading = cell.source.splitlines()[0].lstrip('# ')
         continue
     printed = ''.join(output.text for output in cell.outputs if output.output_type == 'stream')
+    printed = re.sub(r', \d+ s$', '', printed, flags=re.MULTILINE)  # of whatever machine this is
     if printed.strip():
         parts.append(f'```text\n{printed.strip()}\n```')
     for output in cell.outputs:
