@@ -56,7 +56,8 @@ def test_it_learns_the_posterior():
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
     c2st, covered, held_out = map(float, output.splitlines()[-1].split())
-    assert c2st < 0.9 and 0.8 < covered < 0.97 and held_out < 1.5
+    # Untrained, the loss is about 2.8 nats.
+    assert c2st < 0.85 and 0.8 < covered < 0.99 and held_out < -0.5
 
 
 LEARNS = """
