@@ -22,8 +22,9 @@ WIDEST = 800  # pixels of a picture
 notebook = nbformat.read(FOLDER / 'tarflow.ipynb', as_version=4)
 nbclient.NotebookClient(notebook, timeout=3600, kernel_name='python3').execute()
 parts = [
-    '# The notebook, as it runs\n\nThis is what [the notebook](../notebooks/tarflow.ipynb) prints and '
-    'draws on a CPU, without the\ntimes of training. `python notebooks/show.py` wrote this page.'
+    '# The notebook, as it runs\n\n'
+    'This is what [the notebook](../notebooks/tarflow.ipynb) prints and draws on a CPU, without '
+    'the\ntimes of training. `python notebooks/show.py` wrote this page.'
 ]
 for old in PAGE.parent.glob('notebook_*.png'):
     old.unlink()
