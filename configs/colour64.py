@@ -3,8 +3,8 @@
     --config=configs/colour64.py --config.data.path=DIR
 
 DIR is a dataset with the splits train and test, prepared with `python -m tarflow_jax.data.prepare
-SOURCE --out=DIR --size=64`. The flow is unconditional and trained for likelihood. The README has
-results for two datasets. `:smoke` shrinks everything to run in seconds on the embedded images.
+SOURCE --out=DIR --size=64`. The flow is unconditional and trained for likelihood. docs/measured.md
+has results for two datasets. `:smoke` shrinks everything to run in seconds on the embedded images.
 """
 
 from tarflow_jax import config as configs

@@ -240,9 +240,10 @@ def _parse(argv: list[str]) -> flags.FlagValues:
     if len(rest) > 1:
         raise ValueError(f'{rest[1]!r} is not a flag; flags look like --workdir=DIR.')
     if config is None and not given.help and not compares:
+        there = f', and --workdir={workdirs[-1]} has no checkpoint' if any(workdirs[-1:]) else ''
         raise ValueError(
-            '--config is missing; pass a file such as configs/fashion_mnist.py, or as --workdir '
-            'the folder of a run, whose checkpoint has its config.'
+            f'--config is missing{there}; pass a file such as configs/fashion_mnist.py, or as '
+            '--workdir the folder of a run, whose checkpoint has its config.'
         )
     if saved and config is not None:
         _say_changes(given, saved, _given_fields(argv), file=bool(_values_of('config', argv)))

@@ -66,7 +66,7 @@ def test_metadata_that_says_nothing(tmp_path, content):
     folder.mkdir(parents=True)
     (folder / 'metadata').write_text(content)
     assert config_of_run.saved(tmp_path) is None
-    with pytest.raises(ValueError, match='--config is missing; pass a file .* or as --workdir the'):
+    with pytest.raises(ValueError, match='--config is missing, and --workdir=.* has no checkpoint; pass'):
         parsed(f'--workdir={tmp_path}', '--mode=sample')
 
 

@@ -225,7 +225,8 @@ def test_home_folder(tmp_path, monkeypatch):
 
 
 def test_missing_flags(refused):
-    refused(['--workdir=x'], '--config is missing')
+    refused(['--workdir=x'], '--config is missing, and --workdir=x has no checkpoint;')
+    refused([], '--config is missing; pass')
     refused([QUICKSTART], '--workdir is missing')
 
 

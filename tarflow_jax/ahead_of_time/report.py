@@ -53,7 +53,7 @@ def compile_for(config, topology: Topology, program: str, save_to: Path | None =
       save_to: folder for the text of the compiled programs.
     Returns:
       JSON values; sizes in bytes and times in seconds, per device (for TPU7x, half a chip) and
-        step; see README.
+        step; see docs/pods.md.
     Raises:
       ValueError: as for `planned`.
     """

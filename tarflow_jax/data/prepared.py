@@ -132,6 +132,14 @@ def _opened(folder: str):
     path = manifests.folder_path(folder)
     manifest = manifests.read(path)
     if manifest is None:
+        # `prepare` does not write to such a folder: most likely it has the originals.
+        if manifests.is_local(path) and path.is_dir() and not (path / manifests.PROGRESS).exists():
+            if any(path.iterdir()):
+                raise FileNotFoundError(
+                    f'{folder} has no {manifests.FILE}; if it has the original images, run '
+                    f'`python -m tarflow_jax.data.prepare {folder} --out=DIR` and set data.path to '
+                    'DIR, otherwise correct data.path.'
+                )
         raise FileNotFoundError(
             f'{folder} has no {manifests.FILE}; prepare a dataset with `python -m '
             f'tarflow_jax.data.prepare SOURCE --out={folder}`, or correct data.path.'

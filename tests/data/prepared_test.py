@@ -84,6 +84,8 @@ def test_about_and_pickle(classes, tmp_path):
         ['cat', 'dog'], 'photographs/torchvision'
     )
     with pytest.raises(FileNotFoundError, match='has no manifest.json; prepare a dataset with'):
+        sources.load('prepared', 'train', path=str(tmp_path / 'none'))
+    with pytest.raises(FileNotFoundError, match=f'prepare {tmp_path} --out=DIR` and set data.path'):
         sources.load('prepared', 'train', path=str(tmp_path))
     with pytest.raises(ValueError, match="has no split 'test'; choose one of train, validation"):
         sources.load('prepared', 'test', path=str(out))
