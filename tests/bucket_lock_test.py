@@ -63,7 +63,7 @@ def test_lock_of_a_dead_process_of_this_machine_stops_nobody(bucket, monkeypatch
             f'process {number} on {socket.gethostname()}\n{bucket_lock._machine()}\ntoken\n0'
         )
         lock.check(bucket)
-        assert f'gone: process {number} on' in caplog.text
+        assert f'{lock.FILE} of process {number} on' in caplog.text
     assert not (paths.of(bucket) / lock.FILE).exists()
 
 

@@ -99,7 +99,7 @@ def test_nonsense_is_refused(images, tmp_path):
     ('model.attention', 'splash_interpreted', 'needs a multiple of 128 patches, but the model has 4'),
     ('mesh.tensor', '3', 'tensor 3 do not fit 8 device(s)'),
     ('train.epochs', '1e308', 'must be above 0 and finite'),
-    ('train.epochs', '1e30', 'are more than 2147483647 steps of 16 images; choose fewer'),
+    ('train.epochs', '1e30', 'is more than 2147483647 steps of 16 images; choose fewer'),
     ('data.workers', '1000', 'data.workers 1000 are too many for'),
     ('data.flip', 'yes', "config.data.flip='yes' must be True or False"),
     ('evaluate.metrics', 'bits_per_dim,classification',

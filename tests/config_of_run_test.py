@@ -56,7 +56,7 @@ def test_noise_of_another_run_is_not_left_out(trained, tmp_path):
     assert (config.train.noise, config.train.noise_std) == ('uniform', 0.25)
     about['config']['model']['width'] = 'wide'
     path.write_text(json.dumps(about))
-    with pytest.raises(ValueError, match="model.width .* is 'wide', and must be a whole number"):
+    with pytest.raises(ValueError, match="model.width .* is 'wide', but must be a whole number"):
         parsed(f'--workdir={workdir}', '--mode=sample')
 
 
@@ -122,5 +122,5 @@ def test_another_set_is_said(trained, images, tmp_path, monkeypatch, capfd):
 def test_fewer_epochs_than_done(trained, images, capfd):
     assert call(*flags(trained, images, train__epochs=1.5)) == 2
     [line] = capfd.readouterr().err.splitlines()
-    assert 'train.epochs 1.5 are 9 steps, and' in line and 'a checkpoint at step 12' in line
+    assert 'train.epochs 1.5 is 9 steps, but' in line and 'a checkpoint at step 12' in line
     assert 'set more epochs than 2, or another --workdir' in line

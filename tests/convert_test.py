@@ -274,10 +274,10 @@ def test_save_refuses(tmp_path):
     assert 'params/block_1/proj_in/bias has shape [63], but the model needs [64]' in message(
         set_bias(np.zeros(63, np.float32))
     )
-    assert 'params/block_1/proj_in/bias is float64, cast it to float32' in message(
+    assert 'params/block_1/proj_in/bias is float64 (cast it to float32)' in message(
         set_bias(np.zeros(64))
     )
-    assert 'params/block_1/proj_in/bias is bfloat16, cast it to float32' in message(
+    assert 'params/block_1/proj_in/bias is bfloat16 (cast it to float32)' in message(
         set_bias(jnp.zeros(64, jnp.bfloat16))
     )
     assert 'params/block_1/proj_in/bias has nan, but all numbers must be finite' in message(
@@ -331,7 +331,7 @@ def test_every_problem_is_named(official):
     assert 'blocks.0.proj_in.bias [64] is missing; ' in text
     assert 'blocks.1.proj_in.weight has shape [64, 16], but the model needs [64, 12]; ' in text
     assert text.endswith("'module.surprise' is unknown to the model.")
-    assert text.count(';') == 2
+    assert text.count(';') == 3
 
 
 def test_long_lists_are_cut(official):
@@ -425,7 +425,7 @@ def test_variance_must_be_positive(tmp_path):
     found = 'var has -0.5, but a variance must be positive'
     assert found in refusal(convert.load_official, path, model)
     variables['prior']['variance'][0, 0] = 0
-    found = 'prior/variance holds 0.0, a variance must be positive'
+    found = 'prior/variance has 0.0, but a variance must be positive'
     assert found in refusal(convert.save_official, variables, model, path)
 
 

@@ -252,7 +252,7 @@ def test_frechet_distance(workdir, images, tmp_path, capsys):
         ('frechet', {'evaluate__frechet__references': '("/nosuch.npz",)'}, ['/nosuch.npz']),
         ('frechet', {'evaluate__frechet__samples': '/nosuch.npz'}, ['/nosuch.npz']),
         ('frechet', {'evaluate__frechet__samples': 'large.npz'},
-         ['large.npz has images [32, 32, 3]', 'the training set [16, 16, 1]']),
+         ['large.npz has images [32, 32, 3]', 'the training set has [16, 16, 1]']),
         ('frechet', {'evaluate__frechet__neighbours': 5}, ['evaluate.frechet.neighbours 5']),
         ('frechet', {'sample__count': 3}, ['3 samples and 48 training images']),
         ('outliers', {'evaluate__outliers__source': 'folder'}, ['folder']),

@@ -24,6 +24,7 @@ def test_is_short():
     assert len(lines) <= 60
 
 
+@pytest.mark.slow
 def test_samples_have_their_density_and_stay_in_the_box(ran):
     samples, density = ran['samples'], ran['density']
     assert samples.shape == (20, 1, 2) and abs(samples).max() < 1
@@ -31,6 +32,7 @@ def test_samples_have_their_density_and_stay_in_the_box(ran):
     np.testing.assert_allclose(density[:, 0], again, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_exact_posterior_leads_to_the_observation(ran):
     total = ran['exact'].sum(1)
     difference = ran['exact'][:, 1] - ran['exact'][:, 0]
@@ -41,6 +43,7 @@ def test_the_exact_posterior_leads_to_the_observation(ran):
     assert 0.02 < (total > 0).mean() < 0.98
 
 
+@pytest.mark.slow
 def test_checks_are_ranks(ran):
     assert ran['ranks'].shape == (5, 2) and ran['coverage'].shape == (5,)
     for ranks in (ran['ranks'], ran['coverage']):

@@ -24,6 +24,7 @@ def test_is_short():
     assert len(lines) <= 60
 
 
+@pytest.mark.slow
 def test_the_bound_is_the_entropy_of_the_noise(ran):
     normal = 0.5 * np.log(2 * np.pi * np.e)
     entropy = 8 * (normal + np.log(3.5)) + 120 * (normal + np.log(0.5))
@@ -31,6 +32,7 @@ def test_the_bound_is_the_entropy_of_the_noise(ran):
     assert ran['nats'] < ran['bound'] - 10  # of a young flow
 
 
+@pytest.mark.slow
 def test_the_model_steps_as_published(ran):
     # x_i' = (x_{i+1} - x_{i-2}) x_{i-1} - x_i + F (Lorenz, 1996), in a small step.
     x = np.arange(8.0) ** 2 % 5
@@ -39,6 +41,7 @@ def test_the_model_steps_as_published(ran):
     np.testing.assert_allclose(found, expected, atol=0.5)
 
 
+@pytest.mark.slow
 def test_the_score_is_that_of_all_pairs(ran):
     members, truth = np.asarray(ran['members']), np.asarray(ran['truth'])
     assert members.shape == (100, 4, 8, 8) and np.isfinite(members).all()

@@ -179,7 +179,7 @@ def test_topologies(name, chips, slices, devices):
 
 
 @pytest.mark.parametrize('name, says', [
-    ('v9:4x4', "'v9:4x4' is none of v4, v5e, v5p, v6e, tpu7x with a shape"),
+    ('v9:4x4', "'v9:4x4' must be one of v4, v5e, v5p, v6e, tpu7x with a shape"),
     ('v5e', 'such as v5e:16x16'),
     ('v5e:4x4x4', 'slices of v5e have 2 axes'),
     ('v4:16x16', 'slices of v4 have 3 axes'),
@@ -250,7 +250,7 @@ def test_ctrl_c_keeps_what_is_known(tmp_path, monkeypatch, capfd):
     (['--topology=v5e:4x4', '--batch_per_chip=0'], '--batch_per_chip'),
     (['--topology=v5e:4x4', '--config.train.batch_size=24'], 'is not divisible by 16'),
     (['--topology=v5e:4x4', '--config.model.layers_per_block=(1000000000,)'],
-     'for --program=train, and all chips of v5e:4x4 together have 256 GiB; choose a smaller flow'),
+     'for --program=train, but all chips of v5e:4x4 together have 256 GiB; choose a smaller flow'),
     (['--topology=v5e:4x4', '--config.mesh.tensor=4'], 'axis of 2 is not divisible by tensor 4 of the mesh'),
 ])
 def test_bad_input(more, says, capfd):

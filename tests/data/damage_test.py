@@ -125,7 +125,7 @@ def test_a_folder_in_place_of_the_manifest(prepared, tmp_path, capfd):
     source, _ = prepared
     (tmp_path / 'out' / manifests.FILE).mkdir(parents=True)
     run(source, tmp_path / 'out', code=2)
-    assert 'manifest.json is damaged (it is no file: Is a directory)' in last_error(capfd)
+    assert 'manifest.json is damaged (it is not a file: Is a directory)' in last_error(capfd)
 
 
 def begun(source, out, monkeypatch) -> dict:
@@ -152,7 +152,7 @@ def test_damaged_progress_is_mended(prepared, tmp_path, monkeypatch, capfd):
     path.mkdir()
     run(source, out, '--size=8')
     assert content(out) == content(wanted)
-    assert f'{path} is damaged (it is no file' in capfd.readouterr().err
+    assert f'{path} is damaged (it is not a file' in capfd.readouterr().err
 
 
 def test_a_damaged_plan_is_said(prepared, tmp_path, monkeypatch, capfd):

@@ -157,7 +157,7 @@ def test_other_columns_in_another_split(classes, tmp_path, capfd):
     (lambda text: text.replace('2.5', 'old'), "line 8: could not convert string to float: 'old'"),
     (lambda text: text.replace('2.5', ''), "line 8: could not convert string to float: ''; write"),
     (lambda text: text.replace('2.5', 'nan'),
-     "holds nan as the feature 'age' of the image 'train/cat/2.png', which is not a finite float32"),
+     "has nan as the feature 'age' of the image 'train/cat/2.png', which is not a finite float32"),
     (lambda text: text.replace('2.5', '1e39'), "has inf as the feature 'age' of the image"),
     (lambda text: text.replace('2.5', '2.5,1'), 'line 8: 3 numbers, but the header names 2'),
     (lambda text: text.replace('2.5,', ''), 'line 8: 1 numbers, but the header names 2'),

@@ -22,7 +22,7 @@ def statistics(**about):
 @pytest.mark.parametrize('about, trained, says', [
     (dict(format='adm'), CROPPED, 'as torchvision does, files of this suite .* as adm does'),
     (dict(format='edm'), CROPPED, 'as edm does'),
-    (dict(format='adm'), 'imagenet_resized', 'set holds the ImageNet site.* as adm does'),
+    (dict(format='adm'), 'imagenet_resized', 'set has the ImageNet site.* as adm does'),
     (dict(format='tarflow_jax', source=SOURCE), 'photographs/adm', 'the file photographs, .* as torchvision does'),
     (dict(format='tarflow_jax', source=SOURCE), CROPPED, None),
     (dict(format='tarflow_jax', source=SOURCE | {'preprocessing': 'none'}), CROPPED, None),

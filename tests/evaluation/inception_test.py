@@ -134,7 +134,7 @@ def test_other_weights_are_refused(tmp_path, state):
 
 def test_unknown_tensors_are_refused(tmp_path, state):
     more = {'head.weight': np.zeros((2, 2), np.float32)}
-    assert "holds the tensor 'head.weight', which the network does not have" in refusal(
+    assert "has the tensor 'head.weight', which the network does not have" in refusal(
         tmp_path, state | more
     )
 

@@ -84,9 +84,9 @@ def test_mean_far_from_the_origin():
 
 
 def test_refused():
-    with pytest.raises(ValueError, match=r'real features are \[9, 2\] and the generated \[9, 3\]'):
+    with pytest.raises(ValueError, match=r'real features are \[9, 2\] and the generated features \[9, 3\]'):
         precision_recall(np.zeros((9, 2)), np.zeros((9, 3)))
-    with pytest.raises(ValueError, match=r'^5 real image\(s\) have no 5 nearest neighbours each'):
+    with pytest.raises(ValueError, match=r'^5 real image\(s\) are too few for 5 nearest neighbours'):
         precision_recall(normal(5), normal(9))
     with pytest.raises(ValueError, match=r'^3 generated image\(s\) have no 3 nearest neighbours'):
         precision_recall(normal(9), normal(3))

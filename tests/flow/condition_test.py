@@ -159,7 +159,7 @@ def test_informative():
 
 NAN_IN_PART = np.where(np.arange(24).reshape(3, 4, 2) == 5, np.nan, 1).astype(np.float32)
 WRONG = [
-    ({'labels': np.arange(2)}, r'labels have shape \(2,\), a batch of 3 needs \(3,\)'),
+    ({'labels': np.arange(2)}, r'labels have shape \(2,\); a batch of 3 needs \(3,\)'),
     ({'labels': np.zeros((3, 1), int)}, r'labels have shape \(3, 1\)'),
     ({'labels': np.zeros(3, np.float32)}, r'labels are float32; pass int32.*features=\.\.\.'),
     ({'labels': np.array([0, 3, 1])}, r'label 3 is outside 0\.\.2'),

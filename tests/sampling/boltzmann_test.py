@@ -31,12 +31,14 @@ def test_is_short():
     assert len([line for line in lines if line.strip()]) <= 60
 
 
+@pytest.mark.slow
 def test_it_runs(page):
     assert page['y'].shape == (64, 4, 2) and page['moved'].samples.shape == (32, 4, 2)
     assert np.isfinite(page['log_weights']).all() and np.isfinite(page['fitted'].losses).all()
     assert np.isfinite(page['reweighted']).all() and np.isfinite(page['annealed']).all()
 
 
+@pytest.mark.slow
 def test_augmented_data_has_the_chosen_place_orientation_and_numbering(page):
     x = jnp.asarray(np.concatenate([page['train']] * 4))
     y, _ = page['augment'](jax.random.key(5), x)
@@ -52,6 +54,7 @@ def test_augmented_data_has_the_chosen_place_orientation_and_numbering(page):
     assert abs(jnp.sign(back[:, 0, 1] - centre[:, 1]).mean()) < 0.15
 
 
+@pytest.mark.slow
 def test_the_target_is_the_energy_with_gaussians_of_place_and_angle(page):
     to, log_target = page['to'], page['log_target']
     x = jnp.asarray(page['train'][:16])
@@ -72,6 +75,7 @@ def test_the_target_is_the_energy_with_gaussians_of_place_and_angle(page):
     np.testing.assert_allclose(log_target(moved) - log_target(y), 2 * (before - after), atol=2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('system', ['dw4', 'lj13'])
 def test_the_benchmark_has_the_target_of_the_page(page, system):
     with pytest.MonkeyPatch.context() as patch:

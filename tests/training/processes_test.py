@@ -389,11 +389,11 @@ def test_port_of_another_program(monkeypatch):
 
 @pytest.mark.parametrize('address, count, index, says', [
     ('nonsense', '2', '0', 'JAX_COORDINATOR_ADDRESS=nonsense is invalid; set it to HOST:PORT of process 0'),
-    ('host:', '2', '0', 'JAX_COORDINATOR_ADDRESS=host: must be'),
+    ('host:', '2', '0', 'JAX_COORDINATOR_ADDRESS=host: is invalid'),
     ('host:99999', '2', '0', 'is invalid; set it to HOST:PORT'),
     ('host:1', 'two', '0', 'JAX_NUM_PROCESSES=two and JAX_PROCESS_ID=0 are invalid'),
-    ('host:1', '2', '2', 'below the first'),
-    ('host:1', '2', '-1', 'from 0 up'),
+    ('host:1', '2', '2', 'below JAX_NUM_PROCESSES'),
+    ('host:1', '2', '-1', 'at least 0'),
 ])
 def test_variables_that_make_no_sense(monkeypatch, address, count, index, says):
     for name, value in zip(processes._EXPLICIT, (address, count, index)):
