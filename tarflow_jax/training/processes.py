@@ -212,6 +212,8 @@ class Stop:
         def note(*_):
             self._code = code
             signal.signal(number, before)
+            if number == signal.SIGINT:  # os.write, because a handler may interrupt any other write
+                os.write(2, b'\nstopping after this step; Ctrl-C again stops at once, unsaved\n')
             if jax.process_count() > 1:
                 os.kill(os.getpid(), signal.SIGTERM)  # JAX tells the others
 

@@ -375,6 +375,7 @@ def test_ctrl_c_in_a_terminal(images, tmp_path):
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and 'Traceback' not in rest
+    assert 'stopping after this step' in rest
     step = int(re.search(r'stopped after step (\d+), which is saved', rest)[1])
     assert step >= 50  # the line is written within the step
     assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == [str(step)]
