@@ -45,6 +45,7 @@ def prepare(subject: Subject, train) -> Callable:
 
     def work(variables, origin: dict) -> None:
         start = time.perf_counter()
+        log.info('sampling and scoring for the report')
         found = _collect(subject, train, variables, origin)
         path = subject.workdir / 'report.html'
         text = page.page(found)
