@@ -88,7 +88,7 @@ def test_refused():
         precision_recall(np.zeros((9, 2)), np.zeros((9, 3)))
     with pytest.raises(ValueError, match=r'^5 real image\(s\) are too few for 5 nearest neighbours'):
         precision_recall(normal(5), normal(9))
-    with pytest.raises(ValueError, match=r'^3 generated image\(s\) have no 3 nearest neighbours'):
+    with pytest.raises(ValueError, match=r'^3 generated image\(s\) are too few for 3 nearest neighbours'):
         precision_recall(normal(9), normal(3))
     with pytest.raises(ValueError, match='the generated features are not all finite'):
         precision_recall(normal(9), normal(9) * np.nan)

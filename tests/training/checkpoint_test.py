@@ -293,6 +293,7 @@ def test_one_writer_and_any_reader(tmp_path):
     save(tmp_path, 2)
     unfinished = tmp_path / 'checkpoints' / '5.orbax-checkpoint-tmp'
     with Checkpoints(tmp_path, MODEL, {}) as writer:
+        writer._manager._maybe_await_cleanup_tmp_directory()  # runs on, beside what follows
         shutil.copytree(tmp_path / 'checkpoints' / '2', unfinished)
         with pytest.raises(OSError, match=f'process {os.getpid()} on .* is writing to {tmp_path}'):
             Checkpoints(tmp_path, MODEL, {})
