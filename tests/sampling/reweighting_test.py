@@ -93,6 +93,49 @@ def test_resampling_is_seen_in_the_ancestors(moved):
     assert abs(float(moved.acceptance[-5:].mean()) - 0.574) < 0.1
 
 
+def test_steps_that_keep_a_share_of_the_samples(drawn):
+    """As long as the share allows; the rest of them move the samples at the target."""
+    found = tfj.anneal(
+        FLOW, VARIABLES, gaussian, drawn[0], CONDITION, key=jax.random.key(2), steps=20,
+        step_size=0.1, resample_below=0, keep=0.9,
+    )
+    times, effective = np.asarray(found.times), np.asarray(found.effective)
+    assert (np.diff(times) >= 0).all() and times[-1] == 1
+    reached = int(np.argmax(times == 1))
+    assert 2 <= reached < 15
+    # Weights are equal before the first step.
+    assert effective[0] == pytest.approx(0.9, abs=1e-3)
+    np.testing.assert_array_equal(effective[reached:], effective[reached])
+    assert abs(found.log_normalizer - LOG_NORMALIZER) < 0.15
+    assert float(found.acceptance[reached:].mean()) == pytest.approx(0.574, abs=0.1)
+
+
+def test_a_wall_makes_the_first_steps_short(drawn):
+    """Energies up to 1e20 leave no sample effective in an equal step, and many in short ones."""
+    def wall(x):
+        return gaussian(x) - 1e20 * jnp.square(jnp.maximum(x[:, 0, 0] - 0.5, 0)) ** 2
+
+    def anneal(keep):
+        return tfj.anneal(
+            FLOW, VARIABLES, wall, drawn[0], CONDITION, key=jax.random.key(2), steps=20,
+            step_size=0.1, keep=keep,
+        )
+
+    found = anneal(0.9)
+    assert 0 < float(found.times[0]) < 1e-6 and found.times[-1] == 1
+    assert np.isfinite(found.log_normalizer) and np.isfinite(found.samples).all()
+    share = 0.5 * (1 + math.erf((0.5 - MEAN) / DEVIATION / 2**0.5))
+    assert abs(found.log_normalizer - LOG_NORMALIZER - math.log(share)) < 0.3
+
+
+def test_the_last_step_reaches_the_target_in_any_case(drawn):
+    found = tfj.anneal(
+        FLOW, VARIABLES, gaussian, drawn[0], CONDITION, key=jax.random.key(2), steps=2,
+        step_size=0.1, keep=0.99,
+    )
+    assert 0 < float(found.times[0]) < 0.5 and found.times[1] == 1
+
+
 def test_the_flow_as_its_own_target(drawn):
     x, _ = drawn
 
@@ -133,6 +176,7 @@ def test_systematic_resampling():
         ({'steps': 0}, 'steps 0'),
         ({'step_size': 0.0}, 'step_size 0.0'),
         ({'resample_below': 2}, 'resample_below 2'),
+        ({'keep': 1.0}, 'keep 1.0 must be a share'),
         ({'log_target': lambda x: gaussian(x).sum()}, 'one number for each sample'),
         ({'log_target': lambda x: gaussian(x) * jnp.nan}, 'not finite at any'),
         ({'samples': jnp.zeros((2, 5, 2))}, r'\[B, 4, 2\]'),
