@@ -337,6 +337,7 @@ def main():
     )
     parser.add_argument('--system', choices=SYSTEMS, default='dw4')
     parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument('--first_seed', type=int, default=0)
     parser.add_argument('--symmetry', choices=('ordered', 'augmented'), default='ordered')
     parser.add_argument('--first_token', choices=('start', 'identity'), default='start')
     parser.add_argument('--scale_limit', type=float, help='see SequenceFlow')
@@ -370,7 +371,7 @@ def main():
     x, held_out = (part.reshape(-1, *chains.shape[2:]) for part in np.split(chains, [-10]))
     frame = Frame(system, float(x.std()), ordered=args.symmetry == 'ordered')
     numbers, bars = [], []
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         found, histograms = run(system, frame, x, held_out, seed, args)
         print(json.dumps({'seed': seed, **found}), flush=True)
         numbers.append(found)
