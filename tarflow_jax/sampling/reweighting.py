@@ -219,11 +219,12 @@ def _longest_step(log_ratio, log_weights, longest, keep):
     def halve(_, bounds):
         low, high = bounds
         middle = (low + high) / 2
-        enough = effective(middle) >= keep
+        enough = effective(longest * jnp.exp(middle)) >= keep
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-    low, high = jax.lax.fori_loop(0, 40, halve, (jnp.zeros(()), longest))
-    return jnp.where(effective(longest) >= keep, longest, high)
+    # By the logarithm: steps are as short as the energies are high.
+    low, high = jax.lax.fori_loop(0, 30, halve, (jnp.full((), -80.0), jnp.zeros(())))
+    return longest * jnp.where(effective(longest) >= keep, 1, jnp.exp(high))
 
 
 def _evaluator(flow, log_target, batch_size: int, variables) -> Callable[[Array, Any], _Point]:
