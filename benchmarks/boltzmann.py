@@ -12,9 +12,11 @@ errors over the seeds:
 
     nll: of held-out samples in nats, of numbered particles without a centre of mass, in
         orthonormal coordinates; an upper bound, see `Frame.nll`
-    gap: nll less the entropy of the target, from the normalizer that the annealing estimates
+    entropy: of the target, in the units of nll, from the normalizer that the annealing estimates
+    gap: nll less entropy, the Kullback-Leibler divergence
     ess: effective share of the importance weights; ess_annealed: the same behind annealing with
-        resampling; ancestors: share of the samples that have descendants then
+        resampling; ancestors: share of the samples that have descendants then;
+        steps_to_target: steps of annealing that need the flow
     energy_*: means, of the held-out samples, of the flow's reweighted and annealed samples
     tv_*: total variation between the energy histogram and that of the held-out samples
 
@@ -71,6 +73,7 @@ class System:
       spread: standard deviation of the chains' first positions.
       leapfrogs: of a Hamiltonian step; thin: steps between two samples of a chain.
       energies: range of the histogram; its bins are 60.
+      anneal: arguments of `tfj.anneal`, and `samples`, their number.
     """
 
     energy: Callable
@@ -82,6 +85,7 @@ class System:
     energies: tuple[float, float]
     flow: dict
     fit: dict
+    anneal: dict
 
 
 SYSTEMS = {
@@ -89,11 +93,13 @@ SYSTEMS = {
         double_well, 4, 2, spread=2.0, leapfrogs=10, thin=50, energies=(-26.5, -10.0),
         flow=dict(width=32, head_dim=16, layers_per_block=(1,) * 8),
         fit=dict(steps=4000, batch_size=256, learning_rate=2e-3),
+        anneal=dict(samples=1000, steps=50),
     ),
     'lj13': System(
         lennard_jones, 13, 3, spread=0.7, leapfrogs=20, thin=20, energies=(-25.0, 30.0),
         flow=dict(width=32, head_dim=16, layers_per_block=(1,) * 8),
-        fit=dict(steps=1500, batch_size=128, learning_rate=2e-3),
+        fit=dict(steps=4000, batch_size=128, learning_rate=2e-3),
+        anneal=dict(samples=2000, steps=500, keep=0.998),
     ),
 }
 SYSTEMS['lj13_twice'] = dataclasses.replace(
@@ -264,10 +270,13 @@ def run(system: System, frame: Frame, x, held_out, seed: int, args) -> tuple[dic
     log_weights = frame.log_target(y) - log_q
     log_weights = jnp.where(jnp.isfinite(log_weights), log_weights, -jnp.inf)
 
+    began = time.time()
     moved = tfj.anneal(
         flow, fitted.variables, frame.log_target, y[: args.annealed], key=jax.random.key(1),
-        steps=args.anneal_steps, step_size=1e-3,
+        steps=args.anneal_steps, step_size=1e-3, keep=args.keep,
     )
+    to_target = 1 + int((moved.times < 1).sum())
+    minutes_annealing = (time.time() - began) / 60
 
     def energy(y):
         return np.asarray(system.energy(frame.positions(y)[0]))
@@ -287,14 +296,17 @@ def run(system: System, frame: Frame, x, held_out, seed: int, args) -> tuple[dic
     numbers = {
         'nll': frame.nll(y_held_out, log_p),
         'gap': -float(log_p.mean()) - entropy,
+        'entropy': frame.nll(y_held_out, log_p) + float(log_p.mean()) + entropy,
         'ess': share(log_weights),
         'ess_annealed': share(moved.log_weights),
         'ancestors': len(np.unique(moved.ancestors)) / args.annealed,
+        'steps_to_target': to_target,
         'energy_held_out': float(system.energy(held_out).mean()),
         'energy_reweighted': mean(y, log_weights),
         'energy_annealed': mean(moved.samples, moved.log_weights),
         **{f'tv_{k}': float(0.5 * abs(v - bars['held-out']).sum()) for k, v in bars.items()},
         'minutes': minutes,
+        'minutes_annealing': minutes_annealing,
         'parameters': sum(a.size for a in jax.tree.leaves(fitted.variables)),
     }
     return numbers, bars
@@ -325,19 +337,24 @@ def main():
     )
     parser.add_argument('--system', choices=SYSTEMS, default='dw4')
     parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument('--first_seed', type=int, default=0)
     parser.add_argument('--symmetry', choices=('ordered', 'augmented'), default='ordered')
     parser.add_argument('--first_token', choices=('start', 'identity'), default='start')
     parser.add_argument('--scale_limit', type=float, help='see SequenceFlow')
     parser.add_argument('--steps', type=int, help='of training, in place of the system\'s')
     parser.add_argument('--samples', type=int, default=20_000, help='of the flow')
-    parser.add_argument('--annealed', type=int, default=1000, help='of these, annealed')
-    parser.add_argument('--anneal_steps', type=int, default=50)
+    parser.add_argument('--annealed', type=int, help='of these, annealed; the system\'s')
+    parser.add_argument('--anneal_steps', type=int, help='in place of the system\'s')
+    parser.add_argument('--keep', type=float, help='in place of the system\'s, see tfj.anneal')
     parser.add_argument('--reference', help='samples that --save has written')
     parser.add_argument('--save', help='write reference samples to this file, and stop')
     parser.add_argument('--plot', help='write energy histograms to this file')
     args = parser.parse_args()
     system = SYSTEMS[args.system]
     args.steps = args.steps or system.fit['steps']
+    args.annealed = args.annealed or system.anneal['samples']
+    args.anneal_steps = args.anneal_steps or system.anneal['steps']
+    args.keep = args.keep or system.anneal.get('keep')
     began = time.time()
     rounds = np.load(args.reference) if args.reference else reference(system)
     chains = rounds.reshape(-1, 1000, system.particles, system.dimensions)
@@ -354,7 +371,7 @@ def main():
     x, held_out = (part.reshape(-1, *chains.shape[2:]) for part in np.split(chains, [-10]))
     frame = Frame(system, float(x.std()), ordered=args.symmetry == 'ordered')
     numbers, bars = [], []
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         found, histograms = run(system, frame, x, held_out, seed, args)
         print(json.dumps({'seed': seed, **found}), flush=True)
         numbers.append(found)

@@ -3,8 +3,8 @@
 Fits p(theta | x) to simulations, as docs/simulation_based_inference.md does, and compares samples
 of the flow with the suite's reference posteriors of ten observations. `--files` is the folder
 `sbibm/tasks` of the sbibm package (`pip install --no-deps sbibm`); only its CSV files are read.
-Needs scikit-learn and pandas. `--bounds=reject` fits a flow over the parameters themselves, and
-rejects samples outside of the prior, in place of mapping the prior to a standard normal.
+Needs scikit-learn and pandas. Samples outside of the prior are rejected; `--bounds=probit` maps the
+prior to a standard normal instead, so that there are none.
 
 Prints one line of JSON per fit: the classifier two-sample test (C2ST) of each observation, computed
 as sbibm does (two hidden layers of 10 dim units, 5 folds, z-scored) but with `--samples` samples;
@@ -90,7 +90,7 @@ class Posterior:
 
     def __init__(self, task: Task, key, flags):
         prior_key, noise_key, fit_key = jax.random.split(key, 3)
-        self.task, self.rejects = task, flags.bounds == 'reject'
+        self.task, self.rejects, self.tries = task, flags.bounds == 'reject', flags.tries
         # Of variance 1 under the prior, either way.
         self.to = (
             tfj.Standardize(jnp.zeros(1), jnp.full(1, task.bound / np.sqrt(3)))
@@ -121,9 +121,10 @@ class Posterior:
     def sample(self, key, x, count):
         """Samples of each of B observations: theta [count, B, dim] and log densities [count, B].
 
-        Without the share of samples that are rejected, a constant for each observation.
+        Without the share of samples that are rejected, a constant for each observation. `inside`
+        becomes the smallest share inside of the prior: below 1 / tries, some outside are returned.
         """
-        count, wanted = count * (1 + self.rejects), count
+        count, wanted = count * (self.tries if self.rejects else 1), count
         features = jnp.tile(self.standard.forward(x)[0], (count, 1))
         noise = jax.random.normal(key, (len(features), self.task.dim, 1))
         y, log_prob = tfj.sample(
@@ -133,7 +134,9 @@ class Posterior:
         theta, logdet = self.to.inverse(y[..., 0])
         theta = theta.reshape(count, len(x), -1)
         # The samples inside of the prior come first, in their order.
-        order = jnp.argsort((jnp.abs(theta) > self.task.bound).any(-1), axis=0)[:wanted]
+        outside = (jnp.abs(theta) > self.task.bound).any(-1)
+        self.inside = float((~outside).mean(0).min())
+        order = jnp.argsort(outside, axis=0)[:wanted]
         log_prob = (log_prob - logdet).reshape(count, len(x))
         theta = jnp.take_along_axis(theta, order[..., None], axis=0)
         return theta, jnp.take_along_axis(log_prob, order, axis=0)
@@ -203,7 +206,7 @@ def run(name: str, flags, seed: int) -> dict:
         pandas.read_csv(f / 'observation.csv').to_numpy(np.float32) for f in folders
     ])
     drawn, _ = posterior.sample(jax.random.fold_in(key, 1), x, flags.samples)
-    drawn = np.asarray(drawn).swapaxes(0, 1)
+    drawn, inside = np.asarray(drawn).swapaxes(0, 1), posterior.inside
     references = [
         pandas.read_csv(folder / 'reference_posterior_samples.csv.bz2').to_numpy()[: flags.samples]
         for folder in folders[: flags.observations]
@@ -216,7 +219,8 @@ def run(name: str, flags, seed: int) -> dict:
     return {
         'task': name, 'simulations': flags.count, 'seed': seed,
         'c2st': round(float(np.mean(scores)), 4), 'of_each': np.round(scores, 3).tolist(),
-        'held_out_nats': round(best, 4), 'steps': len(posterior.fitted.losses),
+        'inside': round(inside, 3), 'held_out_nats': round(best, 4),
+        'steps': len(posterior.fitted.losses),
         'coverage': [round(float((shares < level).mean()), 3) for level in LEVELS],
         'density_ranks': round(float(distance_from_uniform(shares)), 2),
         'parameter_ranks': [round(float(distance_from_uniform(r)), 2) for r in ranks.T],
@@ -259,7 +263,8 @@ def main():
     parser.add_argument('--observations', type=int, default=10)
     parser.add_argument('--calibrations', type=int, default=300)
     parser.add_argument('--plot', default='', help='a file for a picture of the last fit')
-    parser.add_argument('--bounds', choices=('probit', 'reject'), default='probit')
+    parser.add_argument('--bounds', choices=('reject', 'probit'), default='reject')
+    parser.add_argument('--tries', type=int, default=2, help='samples for each that is not rejected')
     parser.add_argument('--width', type=int, default=32)
     parser.add_argument('--blocks', type=int, default=8)
     parser.add_argument('--layers', type=int, default=1)

@@ -3,7 +3,8 @@
 Tan et al., "Scalable Equilibrium Sampling with Sequential Boltzmann Generators" (arXiv 2502.18462),
 move a flow's samples to the target by Langevin dynamics. Here each move has a Metropolis test, so
 that the weights are exact for every step size (Neal, "Annealed Importance Sampling", 2001; with
-resampling: Del Moral, Doucet and Jasra, "Sequential Monte Carlo Samplers", 2006).
+resampling: Del Moral, Doucet and Jasra, "Sequential Monte Carlo Samplers", 2006). Adaptive steps:
+Zhou, Johansen and Aston, "Toward Automatic Model Comparison" (2016).
 
 Shape suffixes: B samples, T tokens, D numbers in a token.
 """
@@ -50,6 +51,7 @@ class Annealed(NamedTuple):
         of them distinct.
       effective: float32 [S], the effective sample size over B before each step's resampling.
       acceptance: float32 [S], the share of moves accepted.
+      times: float32 [S], from 0 for the flow to 1 for the target, behind each step.
     """
 
     samples: Array
@@ -58,6 +60,7 @@ class Annealed(NamedTuple):
     ancestors: Array
     effective: Array
     acceptance: Array
+    times: Array
 
 
 def anneal(
@@ -71,6 +74,7 @@ def anneal(
     steps: int = 100,
     step_size: float = 1e-2,
     resample_below: float = 0.5,
+    keep: float | None = None,
     batch_size: int = 1024,
 ) -> Annealed:
     """Moves samples of a flow to a target density, and weights them.
@@ -93,6 +97,10 @@ def anneal(
         acceptance of 0.574.
       resample_below: the share of effective samples below which they are resampled; 0 never does,
         which is annealed importance sampling.
+      keep: None takes the S equal steps above. A number below 1, such as 0.95, makes each step as
+        long as leaves this share of the samples effective in that step. Energies of particles that
+        nearly overlap need it: their first steps must be short. The last step reaches the target in
+        any case; steps behind the target only move the samples, and need no network.
       batch_size: samples in one network call, which bounds the memory.
     Raises:
       ValueError: if the arguments do not fit the flow, or if no sample has a finite log_target.
@@ -105,6 +113,10 @@ def anneal(
         raise ValueError(f'step_size {step_size} must be a finite number above 0.')
     if not 0 <= resample_below <= 1:
         raise ValueError(f'resample_below {resample_below} must be between 0 and 1.')
+    if keep is not None and not 0 < keep < 1:
+        raise ValueError(
+            f'keep {keep} must be a share between 0 and 1, such as 0.95; None takes equal steps.'
+        )
     samples = jnp.asarray(samples)
     condition = conditions.check_condition(flow, condition, samples.shape[0])
     condition = conditions.per_example(condition, samples.shape[0])
@@ -116,7 +128,7 @@ def anneal(
         )
     annealed = _anneal(
         flow, log_target, steps, min(batch_size, samples.shape[0]), variables, samples, condition,
-        key, step_size, resample_below,
+        key, step_size, resample_below, keep,
     )
     if not isinstance(samples, jax.core.Tracer) and not jnp.isfinite(annealed.log_normalizer):
         raise ValueError(
@@ -149,15 +161,20 @@ class _Point(NamedTuple):
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _anneal(
     flow, log_target, steps, batch_size, variables, samples, condition, key, step_size,
-    resample_below,
+    resample_below, keep,
 ) -> Annealed:
     count = samples.shape[0]
     evaluate = _evaluator(flow, log_target, batch_size, variables)
 
-    def step(carry, time):
-        point, condition, ancestors, log_weights, log_normalizer, log_step, key = carry
+    def step(carry, planned):
+        point, condition, ancestors, log_weights, log_normalizer, before, log_step, key = carry
         key, resample_key, move_key = jax.random.split(key, 3)
-        log_weights = log_weights + point.log_ratio() / steps
+        time = planned
+        if keep is not None:
+            longest = _longest_step(point.log_ratio(), log_weights, 1 - before, keep)
+            time = jnp.where(planned < 1, before + longest, 1.0)
+        # Not 0 times -inf where the target is reached already.
+        log_weights += jnp.where(time > before, (time - before) * point.log_ratio(), 0)
         effective = effective_sample_size(log_weights) / count
 
         def resampled():
@@ -172,27 +189,52 @@ def _anneal(
         )
         point, accepted = _move(move_key, point, condition, time, jnp.exp(log_step), evaluate)
         log_step = log_step + accepted - TARGET_ACCEPTANCE
-        carry = (point, condition, ancestors, log_weights, log_normalizer, log_step, key)
-        return carry, (effective, accepted)
+        carry = (point, condition, ancestors, log_weights, log_normalizer, time, log_step, key)
+        return carry, (effective, accepted, time)
 
-    times = jnp.arange(1, steps + 1) / steps
+    planned = jnp.arange(1, steps + 1) / steps
     start = (
         evaluate(samples, condition), condition, jnp.arange(count), jnp.zeros(count),
-        jnp.zeros(()), jnp.log(step_size), key,
+        jnp.zeros(()), jnp.zeros(()), jnp.log(step_size), key,
     )
-    end, (effective, acceptance) = jax.lax.scan(step, start, times)
+    end, (effective, acceptance, times) = jax.lax.scan(step, start, planned)
     point, _, ancestors, log_weights, log_normalizer = end[:5]
     mean = jax.nn.logsumexp(log_weights) - math.log(count)
     return Annealed(
-        point.x, log_weights, log_normalizer + mean, ancestors, effective, acceptance
+        point.x, log_weights, log_normalizer + mean, ancestors, effective, acceptance, times
     )
 
 
+def _longest_step(log_ratio, log_weights, longest, keep):
+    """The step up to `longest` that leaves the share `keep` effective, of samples of any weight."""
+    alive = jnp.isfinite(log_ratio)  # others lose their weight in a step of any length
+    log_ratio = jnp.where(alive, log_ratio, 0)
+    weights = jax.nn.softmax(jnp.where(alive, log_weights, -jnp.inf))
+
+    def effective(step):
+        gain = step * log_ratio
+        gain = jnp.exp(gain - jnp.max(gain, where=weights > 0, initial=-jnp.inf))
+        return jnp.square(weights @ gain) / (weights @ jnp.square(gain))
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low + high) / 2
+        enough = effective(longest * jnp.exp(middle)) >= keep
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    # By the logarithm: steps are as short as the energies are high.
+    low, high = jax.lax.fori_loop(0, 30, halve, (jnp.full((), -80.0), jnp.zeros(())))
+    return longest * jnp.where(effective(longest) >= keep, 1, jnp.exp(high))
+
+
 def _evaluator(flow, log_target, batch_size: int, variables) -> Callable[[Array, Any], _Point]:
-    """A function of samples [B, ...] and their condition, which takes `batch_size` at a time."""
+    """A function of samples [B, ...] and their condition, which takes `batch_size` at a time.
+
+    Given a point, it takes the density of the flow from there and spares the network.
+    """
 
     def evaluate_batch(batch) -> _Point:
-        x, condition = batch
+        x, condition, known = batch
 
         def with_gradient(log_density):
             def total(x):
@@ -202,17 +244,19 @@ def _evaluator(flow, log_target, batch_size: int, variables) -> Callable[[Array,
             (_, values), gradient = jax.value_and_grad(total, has_aux=True)(x)
             return values, gradient
 
+        target_values, target_gradient = with_gradient(log_target)
+        if known is not None:
+            return known._replace(x=x, target=target_values, target_gradient=target_gradient)
         flow_values, flow_gradient = with_gradient(
             lambda x: log_prob(flow, variables, x, condition)
         )
-        target_values, target_gradient = with_gradient(log_target)
         return _Point(x, flow_values, target_values, flow_gradient, target_gradient)
 
-    def evaluate(x: Array, condition) -> _Point:
+    def evaluate(x: Array, condition, known: _Point | None = None) -> _Point:
         count = x.shape[0]
         index = jnp.arange(-(-count // batch_size) * batch_size) % count
         batches = jax.tree.map(
-            lambda a: a[index].reshape(-1, batch_size, *a.shape[1:]), (x, condition)
+            lambda a: a[index].reshape(-1, batch_size, *a.shape[1:]), (x, condition, known)
         )
         found = jax.lax.map(evaluate_batch, batches)
         return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:count], found)
@@ -231,7 +275,9 @@ def _move(key, point: _Point, condition, time, step_size, evaluate) -> tuple[_Po
     before, gradient = point.between(time)
     noise = jax.random.normal(noise_key, point.x.shape)
     x = point.x + step_size * gradient + jnp.sqrt(2 * step_size) * noise
-    proposed = evaluate(x, condition)
+    proposed = jax.lax.cond(
+        time < 1, lambda: evaluate(x, condition), lambda: evaluate(x, condition, point)
+    )
     after, gradient_after = proposed.between(time)
     log_ratio = after + step_log_prob(x, gradient_after, point.x)
     log_ratio -= before + step_log_prob(point.x, gradient, x)

@@ -93,6 +93,41 @@ def test_resampling_is_seen_in_the_ancestors(moved):
     assert abs(float(moved.acceptance[-5:].mean()) - 0.574) < 0.1
 
 
+WALL = 0.5
+
+
+def wall(x):
+    """Energies up to 1e20: no sample there is effective in an equal step."""
+    return gaussian(x) - 1e20 * jnp.square(jnp.maximum(x[:, 0, 0] - WALL, 0)) ** 2
+
+
+def kept(drawn, keep):
+    return tfj.anneal(
+        FLOW, VARIABLES, wall, drawn[0], CONDITION, key=jax.random.key(2), steps=25, step_size=0.1,
+        resample_below=0.3, keep=keep,
+    )
+
+
+def test_steps_that_keep_a_share_of_the_samples(drawn):
+    """As long as the share allows; the rest of them move the samples at the target."""
+    found = kept(drawn, 0.85)
+    times, effective = np.asarray(found.times), np.asarray(found.effective)
+    assert 0 < times[0] < 1e-6 and (np.diff(times) >= 0).all() and times[-1] == 1
+    # Weights are equal before the first step.
+    assert effective[0] == pytest.approx(0.85, abs=1e-3)
+    reached = int(np.argmax(times == 1))
+    assert 4 <= reached < 20
+    np.testing.assert_array_equal(effective[reached + 1:], effective[-1])
+    assert float(found.acceptance[reached:].mean()) == pytest.approx(0.574, abs=0.1)
+    share = 0.5 * (1 + math.erf((WALL - MEAN) / DEVIATION / 2**0.5))
+    assert abs(found.log_normalizer - LOG_NORMALIZER - math.log(share)) < 0.3
+
+
+def test_the_last_step_reaches_the_target_in_any_case(drawn):
+    found = kept(drawn, 0.999)
+    assert 0 < float(found.times[-2]) < 0.9 and found.times[-1] == 1
+
+
 def test_the_flow_as_its_own_target(drawn):
     x, _ = drawn
 
@@ -133,6 +168,7 @@ def test_systematic_resampling():
         ({'steps': 0}, 'steps 0'),
         ({'step_size': 0.0}, 'step_size 0.0'),
         ({'resample_below': 2}, 'resample_below 2'),
+        ({'keep': 1.0}, 'keep 1.0 must be a share'),
         ({'log_target': lambda x: gaussian(x).sum()}, 'one number for each sample'),
         ({'log_target': lambda x: gaussian(x) * jnp.nan}, 'not finite at any'),
         ({'samples': jnp.zeros((2, 5, 2))}, r'\[B, 4, 2\]'),
