@@ -1,17 +1,17 @@
-"""Compares ways of denoising samples: `python benchmarks/denoising.py --workdir=DIR`.
+"""Compares ways of denoising samples: `python benchmarks/denoising.py --workdir=DIR[,DIR]`.
 
-It samples from the newest checkpoint of a run and scores the samples: Frechet distance on
-EfficientNet-Lite0 (not FID) to the training set, precision and recall. It prints one line of JSON
-for an equal number of test images (or all, if there are fewer), as the floor for real images, and
-one for each combination of `--guidances` (RULE:WEIGHT), `--levels` (noise levels at which an
-iTARFlow samples; empty for the highest of its training) and `--steps` of denoising. A TarFlow has
-one level and one step.
+It samples from the newest checkpoint of each run and scores the samples: Frechet distance on
+EfficientNet-Lite0 (not FID) to the training set, precision and recall. All runs are of one dataset.
+It prints one line of JSON for an equal number of test images (or all, if there are fewer), as the
+floor for real images, and one for each combination of `--guidances` (RULE:WEIGHT), `--levels`
+(noise levels at which an iTARFlow samples; empty for the highest of its training) and `--steps` of
+denoising. A TarFlow has one level and one step.
 
 All samples start from the same noise and cycle through the classes, or have the classes of random
-training images with `--shares=train`. The lines also have the milliseconds per image of
-sampling and denoising. `--out=DIR` gets a grid of the first samples of each line, and of training
-images. If the test set has fewer images than `--samples`, a second Frechet distance compares as
-many samples with the training set, because the distance depends on the number of images.
+training images with `--shares=train`. The lines also have the milliseconds per image of sampling
+and denoising. `--out=DIR` gets a grid of the first samples of each line, and of training images. If
+the test set has fewer images than `--samples`, a second Frechet distance compares as many samples
+with the training set, because the distance depends on the number of images.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--workdir', required=True, help='a run of the command line')
+    parser.add_argument('--workdir', required=True, help='runs, with a comma between them')
     parser.add_argument('--samples', type=int, default=2000)
     parser.add_argument('--guidances', default='linear:1')
     parser.add_argument('--levels', default='', help='noise levels to sample at')
@@ -122,44 +122,52 @@ def main():
     parser.add_argument('--shares', choices=('equal', 'train'), default='equal', help='of classes')
     parser.add_argument('--out', help='folder for image grids')
     args = parser.parse_args()
-    sharding.use_cores_as_devices(BATCH)
-    mesh = sharding.make_mesh()
-    plan, variables, sets = automatic.newest(args.workdir)
     if args.samples % BATCH:
         parser.error(f'--samples {args.samples} must be a multiple of {BATCH}.')
+    sharding.use_cores_as_devices(BATCH)
+    mesh = sharding.make_mesh()
+    workdirs = args.workdir.split(',')
+    sets = automatic.newest(workdirs[0])[2]
+    judge = Judge(sets['train'], mesh)
     order = np.resize(np.random.default_rng(0).permutation(len(sets['train'])), args.samples)
-    labels = None
-    if args.shares == 'train' and plan.model.num_classes:
-        labels = np.array([sets['train'][int(i)]['label'] for i in order], np.int32)
-    judge, flow = Judge(sets['train'], mesh), Flow(plan, variables, mesh, labels)
     show(args.out, 'train', images_of(sets['train'], order[:SHOWN]))
     test = evenly_spaced(sets['test'], args.samples)
     print(json.dumps({'samples': len(test), 'real': True} | judge(test)), flush=True)
+    for workdir in workdirs:
+        plan, variables, _ = automatic.newest(workdir)
+        labels = None
+        if args.shares == 'train' and plan.model.num_classes:
+            labels = np.array([sets['train'][int(i)]['label'] for i in order], np.int32)
+        name = Path(workdir).name
+        for about, images in samples(Flow(plan, variables, mesh, labels), args):
+            found = automatic.Images(images)
+            row = {'run': name, 'samples': args.samples} | about | judge(found)
+            if len(test) < args.samples:
+                row[f'frechet_of_{len(test)}'] = judge.distance(evenly_spaced(found, len(test)))
+            print(json.dumps(row), flush=True)
+            rule = row['guidance'].replace(':', '_')
+            show(args.out, f'{name}_{rule}_{row["level"]}_{row["steps"]}', found.pixels[:SHOWN])
 
-    levels, steps, lowest = (None,), (1,), None
-    if plan.model.noise_conditioned:
-        levels = [float(x) for x in args.levels.split(',') if x] or (plan.recipe.noise_std,)
-        steps, lowest = [int(x) for x in args.steps.split(',')], plan.recipe.lowest_noise_std
+
+def samples(flow, args):
+    """Yields (what was done, denoised samples) for each guidance, level and number of steps."""
+    levels, steps, lowest, recipe = (None,), (1,), None, flow.plan.recipe
+    if flow.model.noise_conditioned:
+        levels = [float(x) for x in args.levels.split(',') if x] or (recipe.noise_std,)
+        steps, lowest = [int(x) for x in args.steps.split(',')], recipe.lowest_noise_std
     for given, level in itertools.product(args.guidances.split(','), levels):
         rule, weight = given.split(':')
         drawn, drawing = flow.draw(args.samples, tfj.Guidance(float(weight), rule=rule), level)
         for count in steps:
-            denoising = Denoising(plan.recipe.noise_std)
+            denoising = Denoising(recipe.noise_std)
             if level is not None:
                 denoising = Denoising(levels=tuple(np.linspace(level, lowest, count).tolist()))
             images, seconds = flow.denoise(drawn, denoising)
             each = 1000 / (args.samples - BATCH)
-            row = {
-                'samples': args.samples, 'guidance': given, 'level': level, 'steps': count,
+            yield {
+                'guidance': given, 'level': level, 'steps': count,
                 'drawing_ms': round(drawing * each, 3), 'denoising_ms': round(seconds * each, 3),
-            }
-            found = automatic.Images(images)
-            row |= judge(found)
-            if len(test) < args.samples:
-                row[f'frechet_of_{len(test)}'] = judge.distance(evenly_spaced(found, len(test)))
-            print(json.dumps(row), flush=True)
-            name = f'{given.replace(":", "_")}_{level or plan.recipe.noise_std:g}_{count}'
-            show(args.out, name, found.pixels[:SHOWN])
+            }, images
 
 
 if __name__ == '__main__':
