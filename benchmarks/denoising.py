@@ -27,7 +27,7 @@ import numpy as np
 
 import tarflow_jax as tfj
 from tarflow_jax.evaluation import features, networks
-from tarflow_jax.evaluation.frechet import frechet_distance
+from tarflow_jax.evaluation.frechet import Sums, frechet_distance
 from tarflow_jax.evaluation.precision_recall import precision_recall
 from tarflow_jax.flow.condition import at_noise_level, per_example
 from tarflow_jax.sampling.generate import Denoising, denoised
@@ -49,18 +49,19 @@ class Judge:
         # Recall depends on the number of images, so use the same number for all samples.
         self.reference, self.real = self.of(train, keep=len(train), what='training set')
 
-    def __call__(self, source) -> dict[str, float]:
+    def __call__(self, source, few: int = 0) -> dict[str, float]:
+        """Returns the scores; with `few`, also the distance of that many images of the source."""
         statistics, found = self.of(source, keep=len(source), what='samples')
         count = min(len(found), len(self.real))
         some = np.random.default_rng(0).choice(len(self.real), count, replace=False)
         scores = precision_recall(self.real[some], found)
         distance = frechet_distance(statistics, self.reference)
         row = {'frechet': distance, 'precision': scores['precision'], 'recall': scores['recall']}
+        if few:
+            sums = Sums(found.shape[1])
+            sums.add(found[:few])
+            row[f'frechet_of_{few}'] = frechet_distance(sums.statistics({}), self.reference)
         return {name: float(f'{value:.4g}') for name, value in row.items()}
-
-    def distance(self, source) -> float:
-        statistics, _ = self.of(source, keep=0, what='samples')
-        return float(f'{frechet_distance(statistics, self.reference):.4g}')
 
 
 class Flow:
@@ -141,9 +142,8 @@ def main():
         name = Path(workdir).name
         for about, images in samples(Flow(plan, variables, mesh, labels), args):
             found = automatic.Images(images)
-            row = {'run': name, 'samples': args.samples} | about | judge(found)
-            if len(test) < args.samples:
-                row[f'frechet_of_{len(test)}'] = judge.distance(evenly_spaced(found, len(test)))
+            few = len(test) if len(test) < args.samples else 0
+            row = {'run': name, 'samples': args.samples} | about | judge(found, few)
             print(json.dumps(row), flush=True)
             rule = row['guidance'].replace(':', '_')
             show(args.out, f'{name}_{rule}_{row["level"]}_{row["steps"]}', found.pixels[:SHOWN])
