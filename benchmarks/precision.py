@@ -39,8 +39,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import tarflow_jax as tfj
-from tarflow_jax.flow.attention import PRECISIONS
 from tarflow_jax.flow.likelihood import training_loss
+from tarflow_jax.flow.products import PRECISIONS
 from tarflow_jax.training.corruption import Recipe, condition_of, corrupt
 
 PARTS = {'highest': 3, 'high': 2, 'default': 1}  # bfloat16 parts of an operand
@@ -86,24 +86,11 @@ def einsum(subscripts: str, *operands, precision=None, preferred_element_type=No
     return passes(subscripts, *operands, PARTS[precision])
 
 
-def dot_general(a, b, dimensions, *, precision, preferred_element_type) -> jax.Array:
-    """Replaces `jax.lax.dot_general`, without batch axes."""
-    (left, right), _ = dimensions
-    letters = iter('abcdefgh')
-    of_a = [next(letters) for _ in a.shape]
-    of_b = [of_a[left[right.index(i)]] if i in right else next(letters) for i in range(b.ndim)]
-    out = [letter for letter in of_a + of_b if not (letter in of_a and letter in of_b)]
-    return einsum(
-        f'{"".join(of_a)},{"".join(of_b)}->{"".join(out)}', a, b, precision=precision,
-        preferred_element_type=preferred_element_type,
-    )
-
-
 @contextlib.contextmanager
 def as_on_a_tpu() -> Iterator[None]:
     """Makes the flow compute its products in the passes of their precision."""
     jax.clear_caches()  # removes programs with plain products
-    with mock.patch('jax.lax.dot_general', dot_general), mock.patch('jax.numpy.einsum', einsum):
+    with mock.patch('jax.numpy.einsum', einsum):
         yield
     jax.clear_caches()
 

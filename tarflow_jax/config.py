@@ -17,11 +17,12 @@ from ml_collections import ConfigDict, FieldReference
 
 from tarflow_jax import config_ranges
 from tarflow_jax.data import kinds, pipeline, sources
-from tarflow_jax.flow.attention import KERNELS, PRECISIONS
+from tarflow_jax.flow.attention import KERNELS
 from tarflow_jax.flow.condition import Condition
 from tarflow_jax.flow.denoising import SOLVERS
 from tarflow_jax.flow.flow import TarFlow
 from tarflow_jax.flow.guidance import Guidance
+from tarflow_jax.flow.products import PRECISIONS
 from tarflow_jax.sampling.generate import Conditions, Denoising
 from tarflow_jax.training import optimizer as optimizers
 from tarflow_jax.training.corruption import Recipe

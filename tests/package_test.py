@@ -71,8 +71,8 @@ def test_config_knows_nothing_of_the_loop():
     rooms = {'.'.join(name.split('.')[1:3]) for name in inside}
     assert rooms <= {
         'config_ranges', 'data.kinds', 'data.pipeline', 'data.sources', 'flow.attention', 'flow.condition',
-        'flow.denoising', 'flow.flow', 'flow.guidance', 'sampling.generate', 'training.corruption',
-        'training.optimizer',
+        'flow.denoising', 'flow.flow', 'flow.guidance', 'flow.products', 'sampling.generate',
+        'training.corruption', 'training.optimizer',
     }
 
 

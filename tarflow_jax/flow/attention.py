@@ -9,26 +9,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
 from tarflow_jax.flow import tpu_attention
+from tarflow_jax.flow.products import product
 
 Array = jax.Array
-
-
-def at_least_float32(dtype: DTypeLike) -> np.dtype:
-    """Promotes narrower types to float32; keeps float64, which the tests differentiate in."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-# A TPU multiplies float32 matrices in six, three or one passes of bfloat16. On GPU, 'high' and
-# 'default' allow TF32. A CPU always multiplies in float32.
-PRECISIONS = ('highest', 'high', 'default')
-
-
-def product_precision(dtype: DTypeLike, precision: str) -> str | None:
-    """Returns the `precision` argument for a matrix product of this dtype; None for bfloat16."""
-    return None if dtype == jnp.bfloat16 else precision
 
 
 @jax.named_scope('attention')  # the name in profiles and compiled programs
@@ -45,16 +30,10 @@ def attention(
     Returns:
       [B, H, S, K] in the dtype of q.
     """
-    wide = at_least_float32(q_BxHxSxK.dtype)
-    passes = product_precision(q_BxHxSxK.dtype, precision)
-    logits = jnp.einsum(
-        'bhsk,bhtk->bhst', q_BxHxSxK, k_BxHxTxK, precision=passes, preferred_element_type=wide
-    )
+    logits = product('bhsk,bhtk->bhst', q_BxHxSxK, k_BxHxTxK, precision)
     logits = jnp.where(mask, logits * scale, -jnp.inf)
     weights = jax.nn.softmax(logits, axis=-1).astype(q_BxHxSxK.dtype)
-    out = jnp.einsum(
-        'bhst,bhtk->bhsk', weights, v_BxHxTxK, precision=passes, preferred_element_type=wide
-    )
+    out = product('bhst,bhtk->bhsk', weights, v_BxHxTxK, precision)
     return out.astype(q_BxHxSxK.dtype)
 
 

@@ -14,11 +14,12 @@ from jax.typing import DTypeLike
 
 from tarflow_jax.flow import decoder
 from tarflow_jax.flow.affine import Affine, affine_of
-from tarflow_jax.flow.attention import Array, at_least_float32
+from tarflow_jax.flow.attention import Array
 from tarflow_jax.flow.condition import as_condition
 from tarflow_jax.flow.guidance import GuidanceParams
 from tarflow_jax.flow.order import reorder, restore, shift_right
 from tarflow_jax.flow.parameters import Parameter, linear
+from tarflow_jax.flow.products import at_least_float32, product
 from tarflow_jax.flow.transformer import (
     ChannelsFirst,
     ChannelsLast,
@@ -26,7 +27,6 @@ from tarflow_jax.flow.transformer import (
     gelu,
     layer,
     layer_parameters,
-    product,
 )
 
 # What a layer saves in its forward pass besides its input; the backward pass recomputes the rest.
@@ -253,8 +253,8 @@ class Block:
 
         def embed(name):
             kernel, bias = params[name]['kernel'], params[name]['bias']
-            contract = (((features.ndim - 1,), (0,)), ((), ()))
-            e = product(features.astype(kernel.dtype), kernel, contract) + bias
+            subscripts = 'nf,fc->nc' if features.ndim == 2 else 'ntf,fc->ntc'
+            e = product(subscripts, features.astype(kernel.dtype), kernel) + bias
             return jnp.where(present, e, 0.0).astype(self.stream_dtype)
 
         own, upcoming = embed('feature_embedding'), embed('next_feature_embedding')
@@ -269,9 +269,8 @@ class Block:
 def noise_embedding(params, noise_std_B: Array) -> Array:
     """Embeds noise levels as [B, C]: an MLP of sines and cosines of log t (iTARFlow)."""
     x = noise_features(noise_std_B, params['mlp_in']['kernel'].shape[0])
-    matrices = (((1,), (0,)), ((), ()))
     for name, activation in (('mlp_in', gelu), ('mlp_out', lambda x: x)):
-        x = activation(product(x, params[name]['kernel'], matrices) + params[name]['bias'])
+        x = activation(product('ij,jk->ik', x, params[name]['kernel']) + params[name]['bias'])
     return x
 
 

@@ -19,12 +19,13 @@ from jax.typing import DTypeLike
 
 from tarflow_jax.flow import order as orderings
 from tarflow_jax.flow.affine import SCALES
-from tarflow_jax.flow.attention import PRECISIONS, Array, at_least_float32
+from tarflow_jax.flow.attention import Array
 from tarflow_jax.flow.block import FIRST_TOKENS, REMAT_POLICIES, Block
 from tarflow_jax.flow.condition import at_noise_level, check_condition, labels_keyword
 from tarflow_jax.flow.mesh_axes import with_auto_axes
 from tarflow_jax.flow.parameters import abstract, initialize
 from tarflow_jax.flow.patches import pair, patchify, unpatchify
+from tarflow_jax.flow.products import PRECISIONS, at_least_float32
 from tarflow_jax.flow.transformer import OneDevice
 
 Variables = Mapping[str, Any]  # what `init` returns

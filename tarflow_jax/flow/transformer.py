@@ -20,15 +20,9 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from tarflow_jax.flow.attention import (
-    Array,
-    at_least_float32,
-    attention,
-    causal_attention,
-    kernel_for,
-    product_precision,
-)
+from tarflow_jax.flow.attention import Array, attention, causal_attention, kernel_for
 from tarflow_jax.flow.parameters import Parameter, linear
+from tarflow_jax.flow.products import at_least_float32, product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,10 +134,8 @@ class ChannelsLast:
         # Multiply plain matrices: XLA's CPU backend takes a slow path for the gradient of a product
         # with two token axes, and its TPU backend makes a copy for a separate head axis.
         leading, inputs = x.shape[:2], math.prod(x.shape[2:])
-        y = product(
-            x.reshape(-1, inputs).astype(self.dtype), kernel.reshape(inputs, -1),
-            (((1,), (0,)), ((), ())), self.precision,
-        )
+        x = x.reshape(-1, inputs).astype(self.dtype)
+        y = product('ij,jk->ik', x, kernel.reshape(inputs, -1), self.precision)
         y = (y + bias.reshape(-1)).astype(output_dtype or self.dtype)
         return y.reshape(*leading, *bias.shape)
 
@@ -176,10 +168,10 @@ class ChannelsFirst:
 
     def linear(self, params, x: Array, name: str, output_dtype: DTypeLike | None = None) -> Array:
         """Returns kernel @ x + bias over the leading axes of x; ignores `name`."""
-        kernel, inputs = params['kernel'], x.ndim - 2
-        last = tuple(range(kernel.ndim - inputs, kernel.ndim))
-        contract = ((last, tuple(range(inputs))), ((), ()))
-        y = product(kernel, x.astype(self.dtype), contract, self.precision)
+        kernel, inputs = params['kernel'], 'ij'[: x.ndim - 2]
+        outputs = 'abc'[: kernel.ndim - len(inputs)]
+        subscripts = f'{outputs}{inputs},{inputs}ns->{outputs}ns'
+        y = product(subscripts, kernel, x.astype(self.dtype), self.precision)
         return (y + params['bias']).astype(output_dtype or self.dtype)
 
     def qkv(self, params, x: Array, head_dim: int, whole: bool) -> Sequence[Array]:
@@ -195,16 +187,6 @@ class ChannelsFirst:
 
     def attention_proj(self, params, x_NxHxSxK: Array) -> Array:
         return self.linear(params, x_NxHxSxK.transpose(1, 3, 0, 2), 'attention_proj')
-
-
-def product(a: Array, b: Array, dimensions, precision: str = 'highest') -> Array:
-    """Calls `dot_general` with accumulation and result in float32 or wider."""
-    # At default precision, TPUs (bfloat16) and GPUs (tf32) round float32 operands, which would cost
-    # the likelihood several digits.
-    return jax.lax.dot_general(
-        a, b, dimensions, precision=product_precision(a.dtype, precision),
-        preferred_element_type=at_least_float32(a.dtype),
-    )
 
 
 def layer(

@@ -14,13 +14,14 @@ import numpy as np
 
 from tarflow_jax.flow import condition as conditions
 from tarflow_jax.flow import decoder
-from tarflow_jax.flow.attention import Array, at_least_float32
+from tarflow_jax.flow.attention import Array
 from tarflow_jax.flow.condition import Condition, at_noise_level, check_condition, labels_keyword
 from tarflow_jax.flow.flow import Flow, Variables
 from tarflow_jax.flow.guidance import Guidance
 from tarflow_jax.flow.likelihood import prior_variance
 from tarflow_jax.flow.mesh_axes import with_auto_axes
 from tarflow_jax.flow.order import reorder
+from tarflow_jax.flow.products import at_least_float32
 from tarflow_jax.sampling import chain
 from tarflow_jax.sampling.generate import Denoising, denoised, denoising_of, with_noise
 from tarflow_jax.sampling.guided import guided_trajectory

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tarflow_jax.flow.attention import Array, at_least_float32
+from tarflow_jax.flow.attention import Array
 from tarflow_jax.flow.condition import Condition
 from tarflow_jax.flow.denoising import denoise, iterative_denoise
 from tarflow_jax.flow.flow import Flow, Variables
 from tarflow_jax.flow.guidance import Guidance
+from tarflow_jax.flow.products import at_least_float32
 from tarflow_jax.sampling.sample import SampleInfo, sample
 from tarflow_jax.sampling.schedule import Schedule
 
