@@ -55,7 +55,7 @@ def test_a_uniform_prior_becomes_a_standard_normal():
     # The density of x is that of the prior, 1 / (4 * 0.5).
     np.testing.assert_allclose(norm.logpdf(y).sum(1) + logdet, -np.log(2.0), atol=1e-4)
     back, inverse_logdet = to.inverse(y)
-    np.testing.assert_allclose(back, x, rtol=1e-5)
+    np.testing.assert_allclose(back, x, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(inverse_logdet, -logdet)
 
 
