@@ -52,7 +52,8 @@ CHIPS = {
     for chip in (
         Chip('v4', 275e12, 32 * GIB, 30.5 * GIB, 1200e9, 300e9, 3, 4, 1.05e9, 6.25e9),
         Chip('v5e', 197e12, 16 * GIB, 15.75 * GIB, 819e9, 200e9, 2, 16, 1.5e9, 3.125e9),
-        Chip('v5p', 459e12, 95 * GIB, 95.74 * GIB, 2765e9, 600e9, 3, 4, 1.75e9, 6.25e9),
+        # Google's page says 95 GB, but the compiler allocates up to 95.74 GiB.
+        Chip('v5p', 459e12, 96 * GIB, 95.74 * GIB, 2765e9, 600e9, 3, 4, 1.75e9, 6.25e9),
         Chip('v6e', 918e12, 32 * GIB, 31.25 * GIB, 1638e9, 400e9, 2, 16, 1.75e9, 12.5e9),
         # Two TensorCores; each is a device with half of the chip's HBM.
         Chip('tpu7x', 1153.5e12, 96 * GIB, 94.75 * GIB, 3690e9, 300e9, 3, 4, 2.2e9, 6.25e9, 2),
