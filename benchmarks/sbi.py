@@ -280,9 +280,13 @@ def main():
     counts, all_steps = (
         [int(n) for n in text.split(',')] for text in (flags.simulations, flags.steps)
     )
+    if len(counts) != len(all_steps):
+        parser.error(
+            f'--steps={flags.steps} must have one number for each of --simulations={flags.simulations}'
+        )
     rows = []
     for name in flags.task.split(','):
-        for count, steps in zip(counts, all_steps, strict=True):
+        for count, steps in zip(counts, all_steps):
             flags.count, flags.steps = count, steps
             for seed in range(flags.first_seed, flags.first_seed + flags.seeds):
                 rows.append(run(name, flags, seed))
