@@ -33,7 +33,7 @@ from tarflow_jax.flow.transformer import (
 REMAT_POLICIES = {
     'none': jax.checkpoint_policies.everything_saveable,
     'layer': jax.checkpoint_policies.nothing_saveable,
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'dots': jax.checkpoint_policies.save_only_these_names('dots'),
     'attention': jax.checkpoint_policies.save_only_these_names('attention'),
 }
 FIRST_TOKENS = ('identity', 'start')

@@ -135,7 +135,10 @@ class ChannelsLast:
         # with two token axes, and its TPU backend makes a copy for a separate head axis.
         leading, inputs = x.shape[:2], math.prod(x.shape[2:])
         x = x.reshape(-1, inputs).astype(self.dtype)
-        y = product('ij,jk->ik', x, kernel.reshape(inputs, -1), self.precision)
+        # JAX's policies for products do not see those with a derivative of our own; names they see.
+        y = checkpoint_name(
+            product('ij,jk->ik', x, kernel.reshape(inputs, -1), self.precision), 'dots'
+        )
         y = (y + bias.reshape(-1)).astype(output_dtype or self.dtype)
         return y.reshape(*leading, *bias.shape)
 

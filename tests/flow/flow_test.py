@@ -191,9 +191,10 @@ def test_rematerialisation_and_unrolling_change_nothing(fields):
         np.testing.assert_allclose(found, right, atol=2e-6)
 
 
-def test_products_that_the_backward_pass_makes_again():
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_products_that_the_backward_pass_makes_again(dtype):
     def products(remat):
-        model = tiny(remat=remat)
+        model = tiny(remat=remat, dtype=dtype)
         loss = lambda variables: apply(model, variables, *batch(model))[0].sum()  # noqa: E731
         return str(jax.make_jaxpr(jax.grad(loss))(perturbed(model))).count('= dot_general[')
 
@@ -202,6 +203,8 @@ def test_products_that_the_backward_pass_makes_again():
     # values makes what 'attention' keeps.
     assert products('layer') - products('none') == 7 * blocks
     assert products('attention') - products('none') == 6 * blocks
+    # Those of attention, which are not between an activation and a parameter.
+    assert products('dots') - products('none') == 2 * blocks
 
 
 def test_bfloat16_computes_narrow_and_accounts_wide():
