@@ -292,11 +292,12 @@ def run(system: System, frame: Frame, x, held_out, seed: int, args) -> tuple[dic
         'annealed': histogram(system, energy(moved.samples), moved.log_weights),
     }
     entropy = float(moved.log_normalizer - frame.log_target(y_held_out).mean())
+    nll, gap = frame.nll(y_held_out, log_p), -float(log_p.mean()) - entropy
     share = lambda log_weights: float(tfj.effective_sample_size(log_weights)) / log_weights.size  # noqa: E731
     numbers = {
-        'nll': frame.nll(y_held_out, log_p),
-        'gap': -float(log_p.mean()) - entropy,
-        'entropy': frame.nll(y_held_out, log_p) + float(log_p.mean()) + entropy,
+        'nll': nll,
+        'gap': gap,
+        'entropy': nll - gap,
         'ess': share(log_weights),
         'ess_annealed': share(moved.log_weights),
         'ancestors': len(np.unique(moved.ancestors)) / args.annealed,
